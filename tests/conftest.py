@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict JAX for every test, and the tiny model that most of them use."""
+
+import os
+
+# Before JAX starts: eight devices, so that sharding is tested for real.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import vpt_jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a fresh random key at every call."""
+    keys = iter(jax.random.split(jax.random.key(5678), 200))
+    return lambda: next(keys)
+
+
+def randomised(tree, seed=0, scale=0.2):
+    """Adds noise to every leaf: fresh models have zero biases and unit scales."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [
+        x + scale * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def make_tiny(dtype=jnp.float32, param_dtype=jnp.float32, **sizes):
+    sizes = {
+        "width": 16,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_dim": 24,
+        "patch": 4,
+        "image_size": 8,
+        **sizes,
+    }
+    model = vpt_jax.ViT(dtype=dtype, param_dtype=param_dtype, **sizes)
+    side = model.image_size
+    params = model.init(jax.random.key(0), jnp.zeros((1, side, side, 3), dtype))
+    return model, randomised(params["params"])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A ViT of depth 3 and width 16 with random parameters: `(model, backbone)`."""
+    return make_tiny()

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised
+from safetensors.numpy import save_file
+
+import vpt_jax
+from vpt_jax import workdir as files
+from vpt_jax.checkpoint import flatten, read_arrays, save_backbone, unflatten
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The demo's architecture with a large patch: quick, and a named variant."""
+    model = vpt_jax.ViT("demo/16")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return model, randomised(params)
+
+
+def google_names(flat):
+    """The names of Google's files, which predate Linen."""
+    renamed = {}
+    for name, value in flat.items():
+        name = name.replace(
+            "MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"
+        )
+        name = name.replace("LayerNorm_1", "LayerNorm_2")
+        renamed[name.replace("MlpBlock_0", "MlpBlock_3")] = value
+    return renamed
+
+
+@pytest.mark.parametrize("kind", ["linen.npz", "google.npz", "linen.safetensors"])
+def test_backbones_load_exactly(small, tmp_path, kind):
+    model, backbone = small
+    path, flat = tmp_path / kind, flatten(backbone)
+    if kind.startswith("google"):
+        flat = google_names(flat)
+        flat |= {"head/kernel": np.zeros((128, 9)), "head/bias": np.zeros(9)}
+        flat |= {"pre_logits/kernel": np.zeros((128, 128))}
+    if kind.endswith("npz"):
+        np.savez(path, **flat)
+    else:
+        save_backbone(path, backbone, {"normalisation": "half"})
+        assert vpt_jax.checkpoint.read_card(path) == {"normalisation": "half"}
+    loaded, params = vpt_jax.load_backbone("demo/16", path)
+    assert loaded == model
+    jax.tree.map(np.testing.assert_array_equal, params, backbone)
+    assert vpt_jax.backbone_hash(params) == vpt_jax.backbone_hash(backbone)
+
+
+def test_the_position_table_is_resized_for_another_image_size(small, tmp_path):
+    model, backbone = small
+    np.savez(tmp_path / "a.npz", **flatten(backbone))
+    for how in ("corner_aligned", "half_pixel"):
+        loaded, params = vpt_jax.load_backbone(
+            "demo/16", tmp_path / "a.npz", image_size=64, resize=how
+        )
+        assert loaded.image_size == 64
+        table = params["Transformer"]["posembed_input"]["pos_embedding"]
+        expected = vpt_jax.resize_pos_embedding(
+            backbone["Transformer"]["posembed_input"]["pos_embedding"], 4, how
+        )
+        np.testing.assert_array_equal(table, expected)
+        features, _ = loaded.apply({"params": params}, jnp.zeros((1, 64, 64, 3)))
+        assert features.shape == (1, 128)
+
+
+def test_the_shipped_backbone_is_the_one_of_its_model_card():
+    model, backbone = vpt_jax.load_backbone("demo/4")
+    card = vpt_jax.checkpoint.read_card()
+    assert card["hash"] == vpt_jax.backbone_hash(backbone)
+    assert card["parameters"] == sum(x.size for x in jax.tree.leaves(backbone))
+    assert card["image_size"] == model.image_size == 32
+    assert vpt_jax.checkpoint.DEMO_BACKBONE.stat().st_size < 4e6
+
+
+def test_the_hash_sees_every_value_name_and_shape(small):
+    _, backbone = small
+    flat = flatten(backbone)
+    hashes = {vpt_jax.backbone_hash(backbone)}
+    changed = {**flat, "cls": np.nextafter(flat["cls"], 9)}
+    hashes.add(vpt_jax.backbone_hash(unflatten(changed)))
+    renamed = {**flat, "cls_token": flat["cls"]}
+    del renamed["cls"]
+    hashes.add(vpt_jax.backbone_hash(unflatten(renamed)))
+    hashes.add(vpt_jax.backbone_hash(unflatten({**flat, "cls": flat["cls"][0]})))
+    assert len(hashes) == 4
+
+
+def released(small, path, num=(3, 0, 2, 0, 0, 1)):
+    model, backbone = small
+    prompts = vpt_jax.init_prompts(jax.random.key(1), model, num)
+    head = vpt_jax.init_head(jax.random.key(2), model.width, 2)
+    vpt_jax.save_prompts(
+        path,
+        prompts,
+        head,
+        model=model,
+        backbone=backbone,
+        backbone_name="small",
+        normalisation="half",
+        class_names=["cat", "dog"],
+    )
+    return prompts, head
+
+
+def test_prompts_come_back_bit_for_bit_with_their_header(small, tmp_path):
+    path = tmp_path / "p.safetensors"
+    prompts, head = released(small, path)
+    got = vpt_jax.load_prompts(path, backbone=small[1])
+    jax.tree.map(np.testing.assert_array_equal, got.prompts, prompts)
+    jax.tree.map(np.testing.assert_array_equal, got.head, head)
+    assert got.header == {
+        "version": 1,
+        "backbone": "small",
+        "backbone_hash": vpt_jax.backbone_hash(small[1]),
+        "variant": "demo/16",
+        "image_size": 32,
+        "normalisation": "half",
+        "class_names": ["cat", "dog"],
+        "counts": [3, 0, 2, 0, 0, 1],
+        "deep": True,
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_another_backbone_is_refused_and_both_hashes_are_shown(small, tmp_path):
+    released(small, tmp_path / "p.safetensors")
+    other = randomised(small[1], seed=9)
+    with pytest.raises(ValueError, match="another backbone") as error:
+        vpt_jax.load_prompts(tmp_path / "p.safetensors", backbone=other)
+    assert vpt_jax.backbone_hash(small[1]) in str(error.value)
+    assert vpt_jax.backbone_hash(other) in str(error.value)
+
+
+def test_wrong_prompt_files(small, tmp_path):
+    path = tmp_path / "p.safetensors"
+    released(small, path)
+    arrays, metadata = read_arrays(path)
+    header = json.loads(metadata["vpt_jax"])
+
+    def rewritten(**changes):
+        out = tmp_path / "changed.safetensors"
+        save_file(arrays, out, {"vpt_jax": json.dumps(header | changes)})
+        return out
+
+    for changes, message in [
+        ({"version": 2}, "format version 2.*reads version 1"),
+        ({"counts": [3, 0, 2, 0, 0, 2]}, "its header says"),
+        ({"counts": [3, 0, 2]}, "its header says"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vpt_jax.load_prompts(rewritten(**changes))
+    save_file(arrays, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="without a vpt_jax header"):
+        vpt_jax.load_prompts(tmp_path / "bare.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read as .safetensors"):
+        vpt_jax.load_prompts(path)
+    with pytest.raises(ValueError, match="no such file"):
+        vpt_jax.load_prompts(tmp_path / "absent.safetensors")
+
+
+def test_class_names_must_fit_the_head(small, tmp_path):
+    model, backbone = small
+    with pytest.raises(ValueError, match="1 entries but the head has 2"):
+        vpt_jax.save_prompts(
+            tmp_path / "p.safetensors",
+            vpt_jax.init_prompts(jax.random.key(1), model, 1),
+            vpt_jax.init_head(jax.random.key(2), model.width, 2),
+            model=model,
+            backbone=backbone,
+            backbone_name="small",
+            normalisation="half",
+            class_names=["cat"],
+        )
+
+
+def test_wrong_backbone_files(small, tmp_path):
+    flat = flatten(small[1])
+    np.savez(tmp_path / "whole.npz", **flat)
+    missing = {n: a for n, a in flat.items() if n != "cls"}
+    np.savez(tmp_path / "missing.npz", **missing)
+    np.savez(tmp_path / "unused.npz", **flat, extra=np.zeros(1))
+    np.savez(tmp_path / "pickled.npz", **missing, cls=np.array([{}], dtype=object))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    for variant, name, message in [
+        ("demo/16", "missing.npz", "missing cls"),
+        ("demo/16", "unused.npz", "unused extra"),
+        ("S/16", "whole.npz", "the file has width 128, depth 6, patch 16"),
+        ("demo/16", "pickled.npz", "cannot be read as .npz"),
+        ("demo/16", "broken.npz", "cannot be read as .npz"),
+        ("demo/16", "weights.pth", "expected .npz or .safetensors"),
+        ("demo/16", "absent.npz", "no such file"),
+        ("B/17x", "whole.npz", "unknown variant 'B/17x'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vpt_jax.load_backbone(variant, tmp_path / name)
+    with pytest.raises(ValueError, match="no checkpoint given for 'B/16'"):
+        vpt_jax.load_backbone("B/16")
+
+
+# --- the workdir ----------------------------------------------------------------------
+
+
+def test_checkpoints_keep_ragged_trees_bit_for_bit(tmp_path):
+    tree = {
+        "a": (jnp.arange(6.0).reshape(2, 3), jnp.zeros((0, 3))),
+        "n": jnp.int32(7),
+        "empty": (),
+    }
+    files.save_checkpoint(tmp_path / "3", tree)
+    files.save_checkpoint(tmp_path / "12", tree)
+    (tmp_path / "13.orbax-checkpoint-tmp").mkdir()  # killed while writing
+    assert files.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
+    got = files.restore_checkpoint(tmp_path / "12", tree)
+    jax.tree.map(np.testing.assert_array_equal, got, tree)
+    assert got["a"][1].shape == (0, 3) and got["n"].dtype == np.int32
+    files.remove_checkpoints(tmp_path, keep=1)
+    assert files.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
+    assert not (tmp_path / "3").exists()
+    assert files.newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, {"x": float("nan")})
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

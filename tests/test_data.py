@@ -1,0 +1,681 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invariants of the drawn shapes, of the resizing, and of the splits of every task."""
+
+import gzip
+import importlib.resources
+import io
+import json
+import os
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpt_jax.data import shapes, tasks
+
+MADE_HERE = ("digits", "shapes_location", "shapes_orientation")
+
+
+def some_latents(num, seed=0):
+    return shapes.sample_latents(num, seed)
+
+
+def all_sprites(x=15, y=15):
+    """Latents of every shape, scale and orientation at one position."""
+    sprites = np.stack(np.indices(shapes.GRID[:3]), -1).reshape(-1, 3)
+    return np.concatenate([sprites, np.full((len(sprites), 2), (x, y))], axis=1)
+
+
+def centroids(images):
+    """Brightness-weighted mean of the pixel centres, `(x, y)` in px, `[n, 2]`."""
+    grey = images[..., 0].astype(np.float64)
+    at = np.arange(grey.shape[1]) + 0.5
+    total = grey.sum((1, 2))
+    return np.stack(
+        [grey.sum(1) @ at / total, grey.sum(2) @ at / total],
+        axis=1,
+    )
+
+
+# Shapes.
+
+
+def test_draw_gives_grey_antialiased_pictures():
+    images = shapes.draw(some_latents(200))
+    assert images.shape == (200, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert (images == images[..., :1]).all()
+    # 17 levels of coverage by 16 samples, each of them met, from 0 to 255.
+    levels = [int(k * 255 / 16 + 0.5) for k in range(17)]
+    assert np.unique(images).tolist() == levels
+    assert (images.max((1, 2, 3)) == 255).all()
+
+
+@pytest.mark.parametrize("column, axis", [(3, 2), (4, 1)])
+@pytest.mark.parametrize("pixels", [1, 5])
+def test_draw_is_translation_equivariant(column, axis, pixels):
+    here = some_latents(100, seed=1)
+    here = here[here[:, column] + 2 * pixels < 32]
+    assert len(here) > 50
+    there = here.copy()
+    there[:, column] += 2 * pixels  # a step is half a pixel
+    moved = np.roll(shapes.draw(here), pixels, axis)
+    np.testing.assert_array_equal(shapes.draw(there), moved)
+
+
+def test_an_odd_step_moves_the_picture_too():
+    latents = all_sprites()
+    moved = latents + np.array([0, 0, 0, 1, 0])
+    shift = centroids(shapes.draw(moved)) - centroids(shapes.draw(latents))
+    np.testing.assert_allclose(shift, np.tile([0.5, 0.0], (720, 1)), atol=0.2)
+    np.testing.assert_allclose(shift.mean(0), [0.5, 0.0], atol=0.01)
+
+
+def test_ten_steps_of_orientation_turn_the_frame_by_90_degrees():
+    latents = some_latents(200, seed=2)
+    shape, scale, orientation, x, y = latents.T
+    turned = np.stack([shape, scale, orientation + 10, y, 31 - x], axis=1)
+    expected = np.rot90(shapes.draw(latents), axes=(1, 2))
+    np.testing.assert_array_equal(shapes.draw(turned), expected)
+
+
+@pytest.mark.parametrize("steps", [40, -40])
+def test_forty_steps_of_orientation_are_the_identity(steps):
+    latents = some_latents(50, seed=3)
+    turned = latents + np.array([0, 0, steps, 0, 0])
+    np.testing.assert_array_equal(shapes.draw(turned), shapes.draw(latents))
+
+
+def test_heart_and_arrow_are_their_own_mirror_image_and_L_is_not():
+    latents = all_sprites(x=6, y=20)
+    mirrored = latents.copy()
+    mirrored[:, 2] = -latents[:, 2]
+    mirrored[:, 3] = 31 - latents[:, 3]
+    same = (shapes.draw(mirrored) == shapes.draw(latents)[:, :, ::-1]).all((1, 2, 3))
+    assert same[latents[:, 0] != 2].all()
+    assert not same[latents[:, 0] == 2].any()
+
+
+def test_no_shape_looks_alike_in_two_orientations():
+    for size in (0, 5):
+        for shape in range(3):
+            latents = np.array([[shape, size, k, 15, 15] for k in range(40)])
+            grey = shapes.draw(latents)[..., 0].reshape(40, -1).astype(np.float64)
+            apart = np.abs(grey[:, None] - grey[None]).sum(-1) / 255
+            np.fill_diagonal(apart, np.inf)
+            assert apart.min() > 1.0  # px of area, for neighbours 9 degrees apart
+            turns = (np.arange(40)[:, None] - np.arange(40)) % 40
+            far = apart[(turns >= 5) & (turns <= 35)]  # 45 degrees and more
+            assert far.min() > 0.15 * grey[0].sum() / 255
+
+
+def test_every_picture_of_the_grid_is_another():
+    # By translation, the four half-pixel phases stand for all positions.
+    for x, y in [(14, 14), (15, 14), (14, 15), (15, 15)]:
+        images = shapes.draw(all_sprites(x, y))
+        assert len({image.tobytes() for image in images}) == 720
+
+
+@pytest.mark.parametrize("x, middle_x", [(0, 16), (31, 15)])
+@pytest.mark.parametrize("y, middle_y", [(0, 16), (31, 15)])
+def test_nothing_is_cut_off_at_the_corners(x, middle_x, y, middle_y):
+    corner = shapes.draw(all_sprites(x, y)).sum((1, 2, 3), dtype=np.int64)
+    middle = shapes.draw(all_sprites(middle_x, middle_y))
+    np.testing.assert_array_equal(corner, middle.sum((1, 2, 3), dtype=np.int64))
+    # So the sums say something: no shape in the middle touches the frame.
+    assert not middle[:, [0, -1]].any() and not middle[:, :, [0, -1]].any()
+
+
+def test_area_grows_with_the_square_of_the_scale():
+    latents = all_sprites()
+    area = shapes.draw(latents)[..., 0].sum((1, 2), dtype=np.float64) / 255
+    area = area.reshape(3, 6, 40).mean(-1)
+    ratio = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0]) ** 2
+    np.testing.assert_allclose(area / area[:, 5:], np.tile(ratio, (3, 1)), rtol=0.02)
+    # Areas of the formulas, by hand, at a radius of 8 px.
+    heart, arrow, ell = 0.49 * (2 + np.pi / 2), 0.675 + 0.45, 1.0
+    np.testing.assert_allclose(
+        area[:, 5], 64 * np.array([heart, arrow, ell]), rtol=0.01
+    )
+
+
+@pytest.mark.parametrize("x, y", [(0, 31), (15, 16), (9, 2)])
+def test_the_centroid_is_at_the_position(x, y):
+    found = centroids(shapes.draw(all_sprites(x, y)))
+    at = [8.25 + 0.5 * x, 8.25 + 0.5 * y]
+    np.testing.assert_allclose(found, np.tile(at, (720, 1)), atol=0.2)
+    np.testing.assert_allclose(found.mean(0), at, atol=0.01)
+
+
+def test_draw_takes_no_latents():
+    assert shapes.draw(np.zeros((0, 5), int)).shape == (0, 32, 32, 3)
+
+
+def test_draw_leaves_its_argument_alone():
+    latents = np.array([[0, 0, 45, 0, 0]])
+    shapes.draw(latents)
+    assert latents.tolist() == [[0, 0, 45, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "latents, message",
+    [
+        (np.zeros((2, 4), int), r"int64 \[2, 4\].*integers \[n, 5\]"),
+        (np.zeros(5, int), r"\[5\].*one row"),
+        (np.zeros((2, 5)), r"float64.*integers"),
+        (np.array([[3, 0, 0, 0, 0]]), r"\[3, 0, 0, 0, 0\].*keep to the grid"),
+        (np.array([[0, 6, 0, 0, 0]]), "keep to the grid"),
+        (np.array([[0, 0, 0, 32, 0]]), "keep to the grid"),
+        (np.array([[0, 0, 0, 0, -1]]), "keep to the grid"),
+    ],
+)
+def test_draw_refuses_bad_latents(latents, message):
+    with pytest.raises(ValueError, match=message):
+        shapes.draw(latents)
+
+
+def test_sampled_latents_are_distinct_and_cover_the_grid():
+    latents = some_latents(3000, seed=4)
+    assert len(np.unique(latents, axis=0)) == 3000
+    for column, size in enumerate(shapes.GRID):
+        assert np.unique(latents[:, column]).tolist() == list(range(size))
+        expected = 3000 / size
+        found = np.bincount(latents[:, column])
+        assert np.abs(found - expected).max() < 5 * np.sqrt(expected)
+    np.testing.assert_array_equal(latents, some_latents(3000, seed=4))
+    assert (latents != some_latents(3000, seed=5)).any()
+
+
+def test_the_whole_grid_can_be_sampled_once():
+    latents = some_latents(737_280)
+    flat = np.ravel_multi_index(latents.T, shapes.GRID)
+    assert (np.bincount(flat) == 1).all()
+
+
+@pytest.mark.parametrize("num", [-1, 737_281])
+def test_sample_latents_refuses_more_than_the_grid(num):
+    with pytest.raises(ValueError, match=f"got num={num}; expected 0 to 737280"):
+        shapes.sample_latents(num, 0)
+
+
+def test_location_bins_are_pairs():
+    latents = np.array([[0, 0, 7, x, 9] for x in range(32)])
+    labels, names = shapes.label_latents("location", latents)
+    assert labels.dtype == np.int32
+    assert labels.tolist() == [k for k in range(16) for _ in range(2)]
+    assert len(names) == 16 and names[0] == "x 0-1" and names[-1] == "x 30-31"
+
+
+def test_orientation_bins_are_three_and_two_in_turn():
+    latents = np.array([[0, 0, o, 7, 9] for o in range(40)])
+    labels, names = shapes.label_latents("orientation", latents)
+    assert labels.tolist() == [2 * o // 5 for o in range(40)]
+    assert np.bincount(labels).tolist() == [3, 2] * 8
+    assert len(names) == 16
+    assert names[:2] == ("0-18 deg", "27-36 deg") and names[-1] == "342-351 deg"
+
+
+def test_labels_follow_the_pictures():
+    images, labels, _ = shapes.make_shapes("location", 500, seed=6)
+    x = np.rint((centroids(images)[:, 0] - 8.25) / 0.5)
+    np.testing.assert_array_equal(labels, x // 2)
+
+    images, labels, _ = shapes.make_shapes("orientation", 500, seed=6)
+    # Read the orientation off by comparing with all orientations of that sprite.
+    latents = some_latents(500, seed=6)
+    for image, label, row in list(zip(images, labels, latents, strict=True))[:20]:
+        turns = np.tile(row, (40, 1))
+        turns[:, 2] = np.arange(40)
+        (found,) = np.flatnonzero((shapes.draw(turns) == image).all((1, 2, 3)))
+        assert int(found / 2.5) == label
+
+
+def test_unknown_label_is_refused():
+    with pytest.raises(ValueError, match=r"got label 'colour'.*'location'"):
+        shapes.make_shapes("colour", 1, 0)
+
+
+# Resizing.
+
+
+def test_resize_keeps_constant_pictures_constant():
+    for value in (0, 1, 77, 255):
+        images = np.full((2, 5, 3, 1), value, np.uint8)
+        out = tasks.resize_bilinear(images, 11)
+        assert out.shape == (2, 11, 11, 1) and (out == value).all()
+
+
+def test_resize_at_the_same_size_returns_its_input():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    assert tasks.resize_bilinear(images, 4) is images
+    # Only where both sides agree.
+    assert tasks.resize_bilinear(images[:, :3], 4).shape == (2, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "h, w, side", [(8, 8, 32), (28, 28, 32), (28, 28, 20), (5, 9, 7), (1, 2, 6)]
+)
+def test_resize_agrees_with_jax(h, w, side):
+    # More pictures than one chunk holds.
+    images = np.random.default_rng(0).integers(0, 256, (70, h, w, 3), np.uint8)
+    expected = jax.image.resize(
+        jnp.asarray(images, jnp.float32), (70, side, side, 3), "bilinear", False
+    )
+    out = tasks.resize_bilinear(images, side)
+    assert out.dtype == np.uint8 and out.shape == (70, side, side, 3)
+    # Half a level of rounding, and float32 on the other side.
+    assert np.abs(out - np.asarray(expected, np.float64)).max() < 0.501
+
+
+def test_resize_commutes_with_flips_and_turns():
+    images = np.random.default_rng(1).integers(0, 256, (3, 6, 6, 1), np.uint8)
+    out = tasks.resize_bilinear(images, 16)
+    # Multiples of 16 in the weights: exact sums, so that halves round alike.
+    for turn in (lambda x: x[:, ::-1], lambda x: x[:, :, ::-1], lambda x: x.mT):
+        grey = turn(images[..., 0])[..., None]
+        np.testing.assert_array_equal(
+            tasks.resize_bilinear(grey, 16)[..., 0], turn(out[..., 0])
+        )
+
+
+def test_resize_by_hand():
+    images = np.array([0, 100], np.uint8).reshape(1, 1, 2, 1)
+    out = tasks.resize_bilinear(images, 4)
+    assert out[0, :, :, 0].tolist() == [[0, 25, 75, 100]] * 4
+
+
+@pytest.mark.parametrize(
+    "images, side, message",
+    [
+        (np.zeros((1, 4, 4, 1)), 8, "float64.*expected uint8"),
+        (np.zeros((4, 4, 1), np.uint8), 8, r"\[4, 4, 1\].*\[n, h, w, c\]"),
+        (np.zeros((1, 0, 4, 1), np.uint8), 8, "h, w >= 1"),
+        (np.zeros((1, 4, 4, 1), np.uint8), 0, "got side=0.*at least 1"),
+    ],
+)
+def test_resize_refuses(images, side, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.resize_bilinear(images, side)
+
+
+# Tasks that need no files.
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_split_sizes_types_and_classes(name):
+    task = tasks.load_task(name)
+    assert task.name == name
+    sizes = [len(split.labels) for split in (task.train, task.val, task.test)]
+    assert sizes == [800, 200, 797 if name == "digits" else 2000]
+    for split in (task.train, task.val, task.test):
+        assert split.images.shape == (len(split.labels), 32, 32, 3)
+        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
+        classes = np.unique(split.labels).tolist()
+        assert classes == list(range(len(task.class_names)))
+    assert len(set(task.class_names)) == (10 if name == "digits" else 16)
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_no_picture_is_in_two_splits(name):
+    task = tasks.load_task(name)
+    pictures = [x.tobytes() for split in task[2:] for x in split.images]
+    assert len(pictures) >= 1797 and len(set(pictures)) == len(pictures)
+
+
+def checksum(task):
+    value = 0
+    for split in task[2:]:
+        value = zlib.crc32(split.images.tobytes(), value)
+        value = zlib.crc32(split.labels.astype("<i4").tobytes(), value)
+    return f"{value:08x}"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("digits", "bdd819e3"),
+        ("shapes_location", "bdb01053"),
+        ("shapes_orientation", "6e35b92a"),
+    ],
+)
+def test_splits_are_the_same_on_every_machine(name, expected):
+    # A change here makes every result on the task incomparable with earlier ones.
+    assert checksum(tasks.load_task(name)) == expected
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_image_size_changes_the_pictures_only(name):
+    plain, large = tasks.load_task(name), tasks.load_task(name, image_size=48)
+    assert large.class_names == plain.class_names
+    for a, b in zip(plain[2:], large[2:], strict=True):
+        np.testing.assert_array_equal(a.labels, b.labels)
+        assert b.images.shape == (len(a.labels), 48, 48, 3)
+        # Enlarging keeps the mean brightness, up to the edges.
+        means = [x.images.mean((1, 2, 3)) for x in (a, b)]
+        np.testing.assert_allclose(*means, atol=3.0)
+
+
+def test_digits_are_the_asset_in_another_order():
+    task = tasks.load_task("digits", image_size=8)
+    asset = importlib.resources.files("vpt_jax") / "assets" / "digits.npz"
+    with asset.open("rb") as f:
+        arrays = np.load(f)
+        cells, labels = arrays["images"], arrays["labels"]
+    assert cells.shape == (1797, 8, 8) and cells.dtype == np.uint8
+    assert cells.min() == 0 and cells.max() == 16
+    # The counts per digit that UCI gives for this part of the data set.
+    expected = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(labels).tolist() == expected
+    images = np.concatenate([s.images for s in task[2:]])
+    assert (images == images[..., :1]).all()
+    back = np.rint(images[..., 0] / 255 * 16).astype(np.uint8)
+    found = zip(
+        back.reshape(1797, -1).tolist(),
+        np.concatenate([s.labels for s in task[2:]]).tolist(),
+        strict=True,
+    )
+    source = zip(cells.reshape(1797, -1).tolist(), labels.tolist(), strict=True)
+    assert sorted(found) == sorted(source)
+
+
+def test_the_two_shape_tasks_label_what_they_say():
+    task = tasks.load_task("shapes_location")
+    for split in task[2:]:
+        x = np.rint((centroids(split.images)[:, 0] - 8.25) / 0.5)
+        np.testing.assert_array_equal(split.labels, x // 2)
+    # Three orientations in even classes, two in odd ones: 60 % even.
+    labels = tasks.load_task("shapes_orientation").test.labels
+    assert abs((labels % 2 == 0).mean() - 0.6) < 0.05
+
+
+def test_unknown_task_lists_the_names():
+    with pytest.raises(ValueError, match=r"got task 'mnist'.*digits.*shapes_location"):
+        tasks.load_task("mnist")
+
+
+def test_image_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="got image_size=0; expected at least 1"):
+        tasks.load_task("digits", image_size=0)
+
+
+# check_task.
+
+
+def tiny_task(num_classes=3):
+    labels = np.arange(6, dtype=np.int32) % num_classes
+    split = tasks.Split(np.zeros((6, 4, 4, 3), np.uint8), labels)
+    names = tuple(f"class {k}" for k in range(num_classes))
+    return tasks.Task("tiny", names, split, split, split)
+
+
+def test_check_task_returns_a_good_task():
+    task = tiny_task()
+    assert tasks.check_task(task) is task
+    # A class may be absent from train, as long as two are present.
+    wide = task._replace(class_names=(*task.class_names, "absent"))
+    assert tasks.check_task(wide) is wide
+
+
+@pytest.mark.parametrize("which", ["train", "val", "test"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s._replace(images=s.images.astype(np.float32)),
+            "images float32.*uint8",
+        ),
+        (lambda s: s._replace(images=s.images[..., 0]), r"\[6, 4, 4\].*\[n, h, w, 3\]"),
+        (lambda s: s._replace(images=s.images[..., :1]), r"\[6, 4, 4, 1\]"),
+        (lambda s: s._replace(labels=s.labels.astype(np.int64)), "int64.*int32"),
+        (lambda s: s._replace(labels=s.labels[:, None]), r"\[6, 1\].*int32 \[n\]"),
+        (lambda s: s._replace(images=s.images[:5]), "5 images and 6 labels"),
+        (lambda s: tasks.Split(s.images[:0], s.labels[:0]), "got 0 images"),
+        (
+            lambda s: s._replace(labels=s.labels + np.int32(1)),
+            "1 to 3; expected 0 to 2",
+        ),
+        (lambda s: s._replace(labels=s.labels - np.int32(1)), "labels from -1 to 1"),
+    ],
+)
+def test_check_task_refuses(which, change, message):
+    task = tiny_task()
+    bad = task._replace(**{which: change(getattr(task, which))})
+    with pytest.raises(ValueError, match=f"'tiny', split '{which}'.*{message}"):
+        tasks.check_task(bad)
+
+
+def test_check_task_refuses_one_class():
+    task = tiny_task()
+    train = task.train._replace(labels=np.full(6, 2, np.int32))
+    with pytest.raises(ValueError, match=r"only class \[2\].*at least 2 classes"):
+        tasks.check_task(task._replace(train=train))
+
+
+# idx files and Fashion-MNIST.
+
+
+def write_idx(path, array, *, magic=None, tail=b""):
+    head = bytes([0, 0, 8, array.ndim]) if magic is None else magic
+    sizes = np.array(array.shape, ">u4").tobytes()
+    with gzip.open(path, "wb", compresslevel=1) as f:
+        f.write(head + sizes + array.tobytes() + tail)
+
+
+def test_idx_round_trip(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (300, 2, 5), np.uint8)
+    path = str(tmp_path / "a.gz")
+    write_idx(path, array)
+    out = tasks.read_idx(path, 3)
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, array)
+
+
+@pytest.mark.parametrize(
+    "options, ndim, message",
+    [
+        ({"magic": b"\x89PNG"}, 2, "start with '89504e47.*magic number '00000802'"),
+        ({"magic": b"\0\0\x0d\x02"}, 2, "idx type 0x0d; expected 0x08"),
+        ({}, 1, "got 2 axes; expected 1.*exchanged"),
+        ({"tail": b"x"}, 2, r"got 13 bytes of data; expected 12 for shape \[3, 4\]"),
+        ({}, 9, "got 24 bytes.*9 sizes"),
+    ],
+)
+def test_idx_errors(tmp_path, options, ndim, message):
+    path = str(tmp_path / "a.gz")
+    write_idx(path, np.arange(12, dtype=np.uint8).reshape(3, 4), **options)
+    with pytest.raises(ValueError, match=message):
+        tasks.read_idx(path, ndim)
+
+
+def test_idx_that_does_not_unpack(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(b"no gzip at all")
+    with pytest.raises(ValueError, match="expected a gzip file"):
+        tasks.read_idx(str(path), 1)
+    write_idx(str(path), np.random.default_rng(0).integers(0, 256, 5000, np.uint8))
+    path.write_bytes(path.read_bytes()[:2000])  # a broken download
+    with pytest.raises(ValueError, match="cut short"):
+        tasks.read_idx(str(path), 1)
+
+
+def fake_fashion(num_train=1100, num_test=2100):
+    rng = np.random.default_rng(7)
+    out = {}
+    for split, num in (("train", num_train), ("t10k", num_test)):
+        images = rng.integers(0, 256, (num, 28, 28), np.uint8)
+        images[1] = images[0]  # the same picture twice, under two labels
+        out[split] = images, np.arange(num, dtype=np.uint8) % 10
+    return out
+
+
+def write_fashion(folder, data):
+    for prefix, (images, labels) in data.items():
+        write_idx(str(folder / f"{prefix}-images-idx3-ubyte.gz"), images)
+        write_idx(str(folder / f"{prefix}-labels-idx1-ubyte.gz"), labels)
+
+
+def assert_same_task(a, b):
+    assert (a.name, a.class_names) == (b.name, b.class_names)
+    for x, y in zip(a[2:], b[2:], strict=True):
+        np.testing.assert_array_equal(x.images, y.images)
+        np.testing.assert_array_equal(x.labels, y.labels)
+
+
+def test_fashion_keeps_the_official_split_and_pairs_pictures_with_labels(tmp_path):
+    data = fake_fashion()
+    write_fashion(tmp_path, data)
+    task = tasks.load_task("fashion_mnist", image_size=28, data_dir=str(tmp_path))
+    assert [len(s.labels) for s in task[2:]] == [800, 200, 2000]
+    assert len(task.class_names) == 10 and task.class_names[9] == "Ankle boot"
+    pairs = {
+        prefix: {(x.tobytes(), int(y)) for x, y in zip(*arrays, strict=True)}
+        for prefix, arrays in data.items()
+    }
+    found = []
+    for split, prefix in zip(task[2:], ("train", "train", "t10k"), strict=True):
+        assert (split.images == split.images[..., :1]).all()
+        grey = split.images[..., 0]
+        labels = split.labels.tolist()
+        rows = [x.tobytes() for x in grey]
+        found.append(set(zip(rows, labels, strict=True)))
+        assert len(found[-1]) == len(split.labels)
+        assert found[-1] <= pairs[prefix]
+    assert not found[0] & found[1]
+
+
+def test_fashion_does_not_depend_on_the_order_of_the_files(tmp_path):
+    data = fake_fashion()
+    for name, turn in (("a", 1), ("b", -1)):
+        (tmp_path / name).mkdir()
+        turned = {k: (x[::turn], y[::turn]) for k, (x, y) in data.items()}
+        write_fashion(tmp_path / name, turned)
+    a, b = (
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path / name)) for name in "ab"
+    )
+    assert a.train.images.shape == (800, 32, 32, 3)
+    assert_same_task(a, b)
+
+
+def test_fashion_from_tfds_is_the_same_task(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    image_module = pytest.importorskip("PIL.Image")
+    data = fake_fashion()
+
+    def png(image):
+        buffer = io.BytesIO()
+        image_module.fromarray(image).save(buffer, "png", compress_level=1)
+        buffer.seek(0)
+        return buffer
+
+    class FashionMnist(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("3.0.1")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self.examples("train"), "test": self.examples("t10k")}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+        def examples(self, split):
+            for k, (image, label) in enumerate(zip(*data[split], strict=True)):
+                yield k, {"image": png(image), "label": int(label)}
+
+    tfds.disable_progress_bar()
+    (tmp_path / "idx").mkdir()
+    write_fashion(tmp_path / "idx", data)
+    FashionMnist(
+        data_dir=str(tmp_path / "tfds"), file_format="array_record"
+    ).download_and_prepare()
+    assert_same_task(
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path / "tfds")),
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path / "idx")),
+    )
+
+
+def test_newest_tfds_version_and_its_format(tmp_path):
+    for version, form in (("3.0.1", "array_record"), ("10.0.0", "tfrecord")):
+        folder = tmp_path / "fashion_mnist" / version
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text(json.dumps({"fileFormat": form}))
+    (tmp_path / "fashion_mnist" / "11.incomplete").mkdir()
+    (tmp_path / "fashion_mnist" / "12.0.0").mkdir()  # nothing prepared in it
+    message = "10.0.0: got file format 'tfrecord'; expected 'array_record'"
+    with pytest.raises(ValueError, match=message):
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path))
+
+
+def test_missing_fashion_names_both_places(tmp_path):
+    data = fake_fashion(10, 10)
+    write_fashion(tmp_path, data)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(ValueError) as e:
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path))
+    message = str(e.value)
+    assert f"t10k-labels-idx1-ubyte.gz not found in {tmp_path}" in message
+    assert "train-images" not in message  # only what is missing
+    assert os.path.join(str(tmp_path), "fashion_mnist") in message
+    assert "apt-get install dataset-fashion-mnist" in message
+    assert "`data_dir`" in message and "tfds" in message
+
+
+def test_default_places_of_fashion(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "_DEBIAN_FASHION", str(tmp_path / "debian"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(ValueError) as e:
+        tasks.load_task("fashion_mnist")
+    assert str(tmp_path / "debian") in str(e.value)
+    tfds_home = tmp_path / "home" / "tensorflow_datasets" / "fashion_mnist"
+    assert str(tfds_home) in str(e.value)
+    (tmp_path / "debian").mkdir()
+    write_fashion(tmp_path / "debian", fake_fashion())
+    assert len(tasks.load_task("fashion_mnist").test.labels) == 2000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda d: d | {"t10k": (d["t10k"][0][:1999], d["t10k"][1][:1999])},
+            "test: got 1999 pictures; expected at least 2000",
+        ),
+        (
+            lambda d: d | {"train": (d["train"][0][:, 1:], d["train"][1])},
+            r"train: got images \[1100, 27, 28\]",
+        ),
+        (
+            lambda d: d | {"train": (d["train"][0], d["train"][1][1:])},
+            "1099 labels",
+        ),
+        (
+            lambda d: d | {"train": (d["train"][0], d["train"][1] + 1)},
+            "labels from 1 to 10; expected 0 to 9",
+        ),
+    ],
+)
+def test_wrong_fashion_files_are_refused(tmp_path, change, message):
+    write_fashion(tmp_path, change(fake_fashion()))
+    with pytest.raises(ValueError, match=message):
+        tasks.load_task("fashion_mnist", data_dir=str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not os.path.isfile(tasks._DEBIAN_FASHION + "/train-images-idx3-ubyte.gz"),
+    reason="Debian's dataset-fashion-mnist is not installed",
+)
+def test_the_real_fashion_mnist():
+    task = tasks.load_task("fashion_mnist", data_dir=tasks._DEBIAN_FASHION)
+    for split in task[2:]:
+        assert np.unique(split.labels).tolist() == list(range(10))
+    assert checksum(task) == "4d964ae1"

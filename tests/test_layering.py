@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vpt_jax"
+HEAVY = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax",
+    "ml_collections",
+    "matplotlib",
+    "optax",
+    "clu",
+    "PIL",
+    "safetensors",
+    "tensorboardX",
+)
+# Arrows of import point down this list only. The library comes last.
+ORDER = (
+    "pretrain",
+    "main",
+    "report",
+    "figures",
+    "config",
+    "train",
+    "workdir",
+    "data.tasks",
+    "data.shapes",
+    "data.augment",
+    "checkpoint",
+    "macs",
+    "condense",
+    "models.vit",
+    "models.posemb",
+    "models.layers",
+    "prompts",
+)
+LIBRARY = ORDER[ORDER.index("checkpoint") :]
+LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, ast.parse(path.read_text())
+
+
+def imported(nodes):
+    """Module names of the import statements among `nodes`."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    code = (
+        "import sys, vpt_jax\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])\n"
+        "print([m for m in sys.modules if m.startswith('vpt_jax.')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy, own = map(ast.literal_eval, done.stdout.splitlines())
+    assert heavy == []
+    assert set(own) == {f"vpt_jax.{m}" for m in LIBRARY} | {"vpt_jax.models"}
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in files()} == set(ORDER)
+
+
+@pytest.mark.parametrize(("name", "tree"), files(), ids=lambda x: str(x)[:20])
+def test_imports_point_down(name, tree):
+    for module in imported(ast.walk(tree)):
+        own = module.removeprefix("vpt_jax.")
+        if module.startswith("vpt_jax.") and own in ORDER:
+            assert ORDER.index(own) > ORDER.index(name), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize(("name", "tree"), files(), ids=lambda x: str(x)[:20])
+def test_the_library_imports_only_jax_flax_numpy_and_jaxtyping(name, tree):
+    if name not in LIBRARY:
+        return
+    allowed = LIBRARY_MAY_IMPORT | set(sys.stdlib_module_names)
+    found = {module.split(".")[0] for module in imported(tree.body)}
+    assert found <= allowed, f"{name} imports {found - allowed} at the top"

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, end to end, on a backbone small enough for seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised
+
+import vpt_jax
+from vpt_jax import config as configs
+from vpt_jax import main, train
+from vpt_jax import workdir as files
+from vpt_jax.checkpoint import save_backbone
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Random weights of the demo's architecture with 16 px patches."""
+    model = vpt_jax.ViT("demo/16")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    return path
+
+
+def smoke(checkpoint, **changes):
+    """The demo's smoke config on the small backbone."""
+    loaded = load_config("configs/demo.py", "digits,smoke")
+    loaded.backbone.variant, loaded.backbone.checkpoint = "demo/16", str(checkpoint)
+    loaded.tune.epochs = 3
+    for name, value in changes.items():
+        group, _, key = name.rpartition("__")
+        setattr(loaded[group] if group else loaded, key, value)
+    return configs.parse(loaded)
+
+
+def load_config(path, arg=""):
+    module = {}
+    exec(compile((ROOT / path).read_text(), path, "exec"), module)
+    return module["get_config"](arg)
+
+
+def end_state(workdir):
+    """What must be the same after any interruption: prompts, scores, rows."""
+    state = {p.name: p.read_bytes() for p in sorted((workdir / "prompts").iterdir())}
+    state |= {p.name: p.read_bytes() for p in sorted((workdir / "scores").iterdir())}
+    rows = json.loads((workdir / "report.json").read_text())["rows"]
+    for row in rows:
+        del row["latency_ms"]
+    return state, rows
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """A whole undisturbed run: `(config, workdir, report)`."""
+    config = smoke(checkpoint)
+    workdir = tmp_path_factory.mktemp("run")
+    return config, workdir, main.run(config, workdir, "a command")
+
+
+def test_the_report_has_a_row_for_every_model(finished):
+    config, workdir, report = finished
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert [
+        (r["stage"], r["score"], r["scope"], r["keep_ratio"]) for r in report["rows"]
+    ] == [
+        ("linear", None, None, 0.0),
+        ("tune", None, None, 1.0),
+        ("condense", "key_gate", "global", 0.3),
+        ("finetune", "key_gate", "global", 0.3),
+        ("condense", "key_gate", "layer", 0.3),
+        ("finetune", "key_gate", "layer", 0.3),
+        ("finetune", "random", "global", 0.3),
+        ("scratch", None, None, 0.3),
+    ]
+    counts = [sum(r["counts"]) for r in report["rows"]]
+    assert counts == [0, 24, 7, 7, 6, 6, 7, 6]  # 30 % of 6 x 4, rounded
+    model = vpt_jax.ViT("demo/16")
+    for row in report["rows"]:
+        assert row["macs"] == vpt_jax.macs(model, row["counts"])
+        assert row["macs_reference"] == vpt_jax.macs(
+            model, row["counts"], formulation="tokens"
+        )
+        assert row["tuned_params"] == 128 * sum(row["counts"]) + 129 * 10
+        assert 0 <= row["test_accuracy"] <= 1 and row["latency_ms"] > 0
+    assert report["task"] == "digits" and report["command"] == "a command"
+    assert report["backbone"]["variant"] == "demo/16"
+    assert [len(s) for s in report["importance"]["layers"]] == [4] * 6
+
+
+def test_the_workdir_holds_what_the_readme_says(finished):
+    _, workdir, report = finished
+    html = (workdir / "report.html").read_text()
+    assert "<svg" in html and "src=" not in html
+    assert list((workdir / "events").iterdir())
+    assert "epoch 3/3" in (workdir / "log.txt").read_text()
+    assert sorted(
+        p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir()
+    ) == ["3"]
+
+
+def test_released_prompts_reproduce_their_row(finished, checkpoint):
+    config, workdir, report = finished
+    model, backbone = vpt_jax.load_backbone("demo/16", checkpoint)
+    task = main.load_task("digits")
+    for row, unit in zip(report["rows"], main.plan(config), strict=True):
+        got = vpt_jax.load_prompts(
+            workdir / "prompts" / f"{unit.name}.safetensors", backbone=backbone
+        )
+        assert got.header["class_names"] == list(task.class_names)
+        accuracy = train.evaluate(
+            {"prompts": got.prompts, "head": got.head},
+            backbone,
+            task.test.images,
+            task.test.labels,
+            model=model,
+            recipe=train.Recipe(normalisation=got.header["normalisation"]),
+            batch_size=100,
+        )
+        assert accuracy == row["test_accuracy"]
+
+
+def test_stages_build_on_each_other(finished):
+    _, workdir, _ = finished
+
+    def load(name):
+        return vpt_jax.load_prompts(workdir / "prompts" / f"seed0-{name}.safetensors")
+
+    tuned = load("tune")
+    scores = json.loads((workdir / "scores" / "seed0-key_gate.json").read_text())
+    mask = vpt_jax.keep_mask(
+        tuple(map(jnp.asarray, scores["layers"])), keep_ratio=0.3, scope="global"
+    )
+    condensed = load("condense-key_gate-global-30percent")
+    expected = vpt_jax.condense(tuned.prompts, mask)
+    jax.tree.map(np.testing.assert_array_equal, condensed.prompts, expected)
+    finetuned = load("finetune-key_gate-global-30percent")
+    assert vpt_jax.counts(finetuned.prompts) == vpt_jax.counts(expected)
+    for part in ("kernel", "bias"):  # the head is frozen, bit for bit
+        np.testing.assert_array_equal(finetuned.head[part], tuned.head[part])
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(finetuned.prompts, expected, strict=True)
+        if a.size
+    ]
+    assert all(moved)
+
+
+def test_running_again_does_nothing_and_says_the_same(finished):
+    config, workdir, report = finished
+    before = {
+        p: (p.stat().st_mtime_ns, p.read_bytes())
+        for folder in ("prompts", "results", "scores")
+        for p in (workdir / folder).iterdir()
+    }
+    again = main.run(config, workdir, "a command")
+    assert again["rows"] == report["rows"] and again["seconds"] == report["seconds"]
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
+
+
+class Killed(BaseException):
+    """Nothing in the package may catch it."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
+def test_an_interrupted_run_ends_the_same_bit_for_bit(
+    finished, tmp_path, monkeypatch, at
+):
+    """Stopped in the linear probe, in tuning, between units and in the last one."""
+    config, workdir, _ = finished
+    log_epoch, seen = files.Log.epoch, []
+
+    def epoch(self, *args):
+        log_epoch(self, *args)
+        seen.append(args)
+        if len(seen) == at:
+            raise Killed
+
+    monkeypatch.setattr(files.Log, "epoch", epoch)
+    with pytest.raises(Killed):
+        main.run(config, tmp_path)
+    assert not (tmp_path / "report.json").exists()
+    main.run(config, tmp_path)
+    assert end_state(tmp_path) == end_state(workdir)
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(finished, checkpoint):
+    _, workdir, _ = finished
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    other = smoke(checkpoint, tune__base_lr=0.5, seeds=(0, 1))
+    with pytest.raises(ValueError, match=r"seeds: \[0\] -> \[0, 1\]; tune.base_lr"):
+        main.run(other, workdir)
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
+    finished, checkpoint, tmp_path
+):
+    _, workdir, _ = finished
+    main.run(smoke(checkpoint, seeds=(1, 0), baselines=()), tmp_path)
+    name = "finetune-key_gate-global-30percent.safetensors"
+    alone = (workdir / "prompts" / f"seed0-{name}").read_bytes()
+    assert (tmp_path / "prompts" / f"seed0-{name}").read_bytes() == alone
+    assert (tmp_path / "prompts" / f"seed1-{name}").read_bytes() != alone
+    assert not list((tmp_path / "prompts").glob("*linear*"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts__deep": False, "prompts__dropout": 0.0, "prompts__num_prompts": 12},
+        {"backbone__dtype": "bfloat16", "tune__optimizer": "adamw"},
+        {"score__score": "leave_one_out", "finetune__head": True},
+        {"prompts__num_prompts": (0, 3, 0, 2, 4, 1), "score__score": "random"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_configs_run_too(checkpoint, tmp_path, changes):
+    changes = {"baselines": ("scratch",), "condense__scopes": ("global",), **changes}
+    report = main.run(smoke(checkpoint, tune__base_lr=0.01, **changes), tmp_path)
+    totals = [sum(r["counts"]) for r in report["rows"]]
+    ratio = round(0.3 * totals[0] + 1e-9)
+    assert totals[1:3] == [ratio, ratio]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
+    config = smoke(checkpoint, tune__base_lr=1e30, baselines=())
+    with pytest.raises(FloatingPointError, match="lower config.tune.base_lr"):
+        main.run(config, tmp_path)
+
+
+# --- the command line -----------------------------------------------------------------
+
+
+def command(*args, path=ROOT):
+    """The real command in a process of its own; `path` comes first in sys.path."""
+    search = os.pathsep.join((str(path), str(ROOT)))
+    environment = {**os.environ, "PYTHONPATH": search, "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "vpt_jax.main", *args],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.tune.epochs=0"], "epochs is 0; it must be greater than 0"),
+        (["--config.backbone.variant=B16"], "unknown variant 'B16'; known: Ti/16"),
+        (["--config.backbone.variant=B/16"], "no checkpoint given for 'B/16'"),
+        (["--config.backbone.checkpoint=absent.npz"], "no such file: absent.npz"),
+        (["--config.task.name=digit"], "digit"),
+        (["--config.score.score=magic"], "unknown score.score 'magic'"),
+        (["--config.prompts.num_prompts=0"], "at least one is needed"),
+        (["--config.nonsense=1"], "nonsense"),
+        (["--config.tune.epoch=1"], "epoch"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_anything_is_written(
+    tmp_path, args, message
+):
+    workdir = tmp_path / "out"
+    done = command("--config=configs/demo.py:smoke", f"--workdir={workdir}", *args)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not workdir.exists()
+
+
+def test_the_real_command_prints_the_table_without_tensorflow(checkpoint, tmp_path):
+    """TensorFlow is made impossible to import; the run must not notice."""
+    (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow was used')")
+    done = command(
+        "--config=configs/demo.py:digits,smoke",
+        "--config.backbone.variant=demo/16",
+        f"--config.backbone.checkpoint={checkpoint}",
+        f"--workdir={tmp_path / 'out'}",
+        path=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PC global 30 %" in done.stdout
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout
+
+
+# --- configs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "arg"),
+    [
+        ("configs/demo.py", ""),
+        ("configs/demo.py", "digits"),
+        ("configs/demo.py", "shapes_location,seeds=5"),
+        ("configs/demo.py", "smoke"),
+    ],
+)
+def test_every_config_builds_its_model_and_step(path, arg):
+    config = configs.parse(load_config(path, arg))
+    settings = config.backbone
+    model = vpt_jax.ViT(settings.variant, dtype=jnp.dtype(settings.dtype))
+    side = model.image_size
+    key = jax.random.key(0)
+    backbone = jax.eval_shape(model.init, key, jnp.zeros((1, side, side, 3)))["params"]
+    trainable = {
+        "prompts": vpt_jax.init_prompts(
+            key, model, config.prompts.num_prompts, deep=config.prompts.deep
+        ),
+        "head": vpt_jax.init_head(key, model.width, 10),
+    }
+    for stage in (config.tune, config.finetune, config.linear):
+        recipe = train.Recipe(optimizer=stage.optimizer, train_head=stage.head)
+        state = train.init_state(trainable, recipe)
+        b = stage.batch_size
+        batch = {
+            "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((b,), jnp.int32),
+            "mask": jax.ShapeDtypeStruct((b,), bool),
+        }
+
+        def step(state, backbone, batch, recipe=recipe):
+            rate = jnp.float32(0.1)
+            return train.train_step(
+                state, backbone, batch, rate, rate, key, model=model, recipe=recipe
+            )
+
+        after, sums = jax.eval_shape(step, state, backbone, batch)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert set(sums) == {"loss", "correct", "count"}
+    assert len({unit.name for unit in main.plan(config)}) == len(main.plan(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unknown": 1}, r"unknown config key config.unknown; known keys there: task,"),
+        ({"tune": {"epoch": 1}}, "unknown config key config.tune.epoch"),
+        ({"tune": {"epochs": 1.5}}, "config.tune.epochs is 1.5; expected int"),
+        ({"tune": {"epochs": True}}, "config.tune.epochs is True; expected int"),
+        ({"tune": {"epochs": 2, "warmup_epochs": 2}}, "warmup_epochs is 2 of 2"),
+        ({"tune": {"weight_decay": -1.0}}, "weight_decay is -1.0"),
+        ({"tune": {"base_lr": 0}}, "base_lr is 0.0; it must be greater than 0"),
+        ({"tune": {"optimizer": "lion"}}, "unknown optimizer 'lion'"),
+        ({"tune": 3}, "config.tune is 3; expected a group"),
+        ({"seeds": (0, 0)}, "no repeats"),
+        ({"seeds": 0}, "config.seeds is 0; expected tuple"),
+        ({"seeds": ("a",)}, "expected tuple"),
+        ({"baselines": ("none",)}, "unknown baselines 'none'"),
+        ({"condense": {"keep_ratios": (0.3, 1.0)}}, "keep_ratios has 1.0"),
+        ({"condense": {"scopes": ("local",)}}, "unknown condense.scopes 'local'"),
+        ({"prompts": {"dropout": 1.0}}, "dropout is 1.0"),
+        ({"score": {"reduction": "sum"}}, "unknown score.reduction 'sum'"),
+        ({"backbone": {"dtype": "float16"}}, "unknown backbone.dtype 'float16'"),
+        ({"backbone": {"normalisation": "0.5"}}, "unknown backbone.normalisation"),
+    ],
+)
+def test_wrong_configs(changes, message):
+    values = load_config("configs/demo.py").to_dict()
+    for name, change in changes.items():
+        merge = isinstance(change, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **change} if merge else change
+    with pytest.raises(ValueError, match=message):
+        configs.parse(values)
+
+
+def test_missing_keys_are_named():
+    values = load_config("configs/demo.py").to_dict()
+    del values["tune"]["base_lr"]
+    with pytest.raises(ValueError, match=r"config.tune.base_lr is missing"):
+        configs.parse(values)
+
+
+def test_config_arguments_that_do_not_exist():
+    with pytest.raises(ValueError, match="unknown argument 'mnist'"):
+        load_config("configs/demo.py", "mnist")
+
+
+def test_default_workdirs_are_told_apart():
+    assert main.default_workdir("configs/demo.py") == "out/demo"
+    assert (
+        main.default_workdir("configs/demo.py:digits,seeds=5")
+        == "out/demo-digits-seeds5"
+    )

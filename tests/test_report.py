@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: averages, sentences, table, figures and the HTML page."""
+
+import io
+import json
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from vpt_jax import report as rp
+
+
+def make_row(stage, score, scope, ratio, counts, test, seed, **more):
+    total = sum(counts)
+    row = {
+        "stage": stage,
+        "score": score,
+        "scope": scope,
+        "keep_ratio": ratio,
+        "counts": list(counts),
+        "val_accuracy": test + 0.01,
+        "test_accuracy": test,
+        "macs": 80_000_000 + 20_000 * total,
+        "macs_reference": 80_000_000 + 1_300_000 * total // len(counts),
+        "latency_ms": 0.4 + 0.001 * total,
+        "tuned_params": 128 * total + 2064,
+        "seed": seed,
+    }
+    return row | more
+
+
+def make_report(seeds=3, layers=6, prompts=20, ratios=(0.5, 0.3, 0.1), base=0.0):
+    """A made-up report that looks like a real one."""
+    rng = np.random.default_rng(0)
+    importance = [
+        np.exp(rng.normal(-4 + 0.5 * i, 1, prompts)).tolist() for i in range(layers)
+    ]
+    ranked = np.sort(np.concatenate(importance))[::-1]
+    rows = []
+    for s in range(seeds):
+
+        def add(stage, score, scope, ratio, counts, test, s=s):
+            test = float(np.clip(test + rng.normal(0, 0.004), 0, 1))
+            rows.append(make_row(stage, score, scope, ratio, counts, test, s))
+
+        add("linear", None, None, 0.0, [0] * layers, 0.52)
+        add("tune", None, None, 1.0, [prompts] * layers, 0.86)
+        for r in ratios:
+            cut = ranked[round(r * len(ranked)) - 1]
+            free = [int(sum(v >= cut for v in layer)) for layer in importance]
+            even = [round(r * prompts)] * layers
+            lost = 0.01 * (0.5 / r) + base
+            add("condense", "key_gate", "global", r, free, 0.84 - 0.25 * (1 - r) ** 2)
+            add("finetune", "key_gate", "global", r, free, 0.86 - lost)
+            add("finetune", "key_gate", "layer", r, even, 0.855 - lost)
+            add("finetune", "random", "global", r, free, 0.84 - lost)
+            add("scratch", None, None, r, free, 0.845 - lost)
+    return {
+        "task": "shapes_orientation",
+        "data": {
+            "train": 800,
+            "val": 200,
+            "test": 2000,
+            "classes": 16,
+            "image_size": 32,
+        },
+        "backbone": {
+            "name": "demo",
+            "variant": "demo/4",
+            "hash": "0123456789abcdef" * 4,
+            "parameters": 1204608,
+            "normalisation": "half",
+        },
+        "config": {"tune": {"learning_rate": 0.01, "epochs": 100}, "seeds": seeds},
+        "versions": {"vpt_jax": "0.1.0", "jax": "0.9.0", "device": "cpu x1"},
+        "command": "python -m vpt_jax.main --config=configs/demo.py --workdir=out/demo",
+        "seconds": {"linear": 3.2, "tune": 50.1, "finetune": 1212.5},
+        "importance": {
+            "score": "key_gate",
+            "reduction": "mean_abs",
+            "seed": 0,
+            "layers": importance,
+        },
+        "rows": rows,
+    }
+
+
+def two_groups(first, second):
+    """All prompts and PC at 30 % with the given test accuracies, one per seed."""
+    pc = ("finetune", "key_gate", "global", 0.3, [4, 2])
+    rows = [make_row("tune", None, None, 1.0, [10, 10], a, s) for s, a in first.items()]
+    return {"rows": rows + [make_row(*pc, a, s) for s, a in second.items()]}
+
+
+def test_summarise_is_mean_and_sample_deviation():
+    pc = ("finetune", "key_gate", "global", 0.3)
+    rows = [
+        make_row(*pc, [3, 1], 0.8, 1, latency_ms=None),
+        make_row(*pc, [1, 3], 0.7, 0, latency_ms=2.0),
+        make_row(*pc, [1, 4], 0.6, 2, latency_ms=4.0),
+        make_row("linear", None, None, 0.0, [0, 0], 0.5, 0, latency_ms=None),
+    ]
+    linear, group = rp.summarise(rows)
+    assert group["n"] == 3
+    assert group["test_accuracy"] == pytest.approx(0.7)
+    assert group["test_sd"] == pytest.approx(0.1)
+    assert group["val_sd"] == pytest.approx(np.std([0.81, 0.71, 0.61], ddof=1))
+    assert group["latency_ms"] == 3.0
+    assert group["counts"] == [1, 3]  # of seed 0, though it came second
+    assert group["mean_counts"] == pytest.approx([5 / 3, 8 / 3])
+    assert (group["prompts_min"], group["prompts_max"]) == (4, 5)
+    assert (linear["n"], linear["test_sd"], linear["latency_ms"]) == (1, None, None)
+
+
+def test_rows_have_a_fixed_readable_order():
+    rows = make_report(seeds=2, ratios=(0.3, 0.125))["rows"]
+    rows.append(make_row("finetune", "attention", "global", 0.3, [6] * 6, 0.8, 0))
+    names = [rp.label(g) for g in rp.summarise(rows[::-1])]
+    assert names == [
+        "Linear probe",
+        "All prompts (100 %)",
+        "PC global 30 %",
+        "PC global 30 % (attention)",
+        "PC layer 30 %",
+        "PC global 30 %, not fine-tuned",
+        "Random 30 %",
+        "From scratch 30 %",
+        "PC global 12.5 %",
+        "PC layer 12.5 %",
+        "PC global 12.5 %, not fine-tuned",
+        "Random 12.5 %",
+        "From scratch 12.5 %",
+    ]
+    assert rp.label(rows[-1], "attention") == "PC global 30 %"
+
+
+@pytest.mark.parametrize(
+    ("loss", "word"),
+    [(0.014, "is within"), (0.015, "is within"), (0.016, "is NOT within")],
+)
+def test_verdict_is_within_or_not(loss, word):
+    first = {s: 0.85 + 0.001 * s for s in range(3)}
+    said = rp.verdict(two_groups(first, {s: a - loss for s, a in first.items()}))
+    assert f"loses {100 * loss:.2f}" in said[0]
+    assert f"{word} 1.5 points" in said[0]
+    gain = rp.verdict(two_groups(first, {s: a + loss for s, a in first.items()}))[0]
+    assert f"gains {100 * loss:.2f}" in gain
+    assert "is within" in gain
+
+
+def test_exactly_the_limit_is_within():
+    for hits in range(1000, 2000):  # of 2000 test pictures
+        said = rp.verdict(two_groups({0: hits / 2000}, {0: (hits - 30) / 2000}))
+        assert "is within" in said[0]
+
+
+def test_verdict_is_paired_by_seed():
+    # Seed 9 has no partner. The differences are -1, -2 and -3 points.
+    first = {0: 0.90, 1: 0.80, 2: 0.70, 9: 0.10}
+    said = rp.verdict(two_groups(first, {2: 0.67, 0: 0.89, 1: 0.78}))
+    assert "loses 2.00 ± 0.58 points (3 paired seeds)" in said[0]
+    assert not any("One seed" in s for s in said)
+    assert rp.verdict(two_groups({0: 0.9}, {1: 0.9})) == []
+
+
+def test_verdict_compares_with_every_control():
+    said = " ".join(rp.verdict(make_report(seeds=3)))
+    for ratio in ("50 %", "30 %", "10 %"):
+        assert f"PC at {ratio} (global) minus from scratch" in said
+    for other in ("minus random", "minus PC layer", "minus the linear probe"):
+        assert other in said
+
+
+def test_one_seed_is_no_evidence():
+    said = rp.verdict(make_report(seeds=1))
+    assert "One seed is no evidence" in said[-1]
+    assert ":seeds=5" in said[-1]
+    assert "±" not in " ".join(said)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_table_is_plain_and_narrow(seeds):
+    report, file = make_report(seeds=seeds, layers=12, prompts=100), io.StringIO()
+    rp.print_table(report, file)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 110
+    assert "\x1b" not in file.getvalue()
+    (pc,) = [line for line in lines if line.startswith("PC global 30 %  ")]
+    group = rp.summarise(report["rows"])[7]
+    assert rp.label(group) == "PC global 30 %"
+    assert f"{100 * group['test_accuracy']:.1f}" in pc
+    assert pc.count("±") == (2 if seeds > 1 else 0)
+    # No name is folded onto a second line.
+    assert sum("not fine-tuned" in line for line in lines) == 3
+
+
+def test_figures_are_xml_and_the_same_every_time():
+    report = make_report()
+    first = rp.figures(report)
+    assert list(first) == ["accuracy", "layers", "importance", "cost"]
+    for name, svg in first.items():
+        root = ET.fromstring(svg)
+        assert root.tag.endswith("svg")
+        assert "".join(root.itertext()).strip()  # text stays text
+        ids = [e.get("id") for e in root.iter() if e.get("id")]
+        assert all(i.startswith(name) for i in ids)
+    assert rp.figures(report) == first
+
+
+def test_spread_needs_seeds():
+    assert 'id="accuracy-spread' in rp.figures(make_report(seeds=3))["accuracy"]
+    one = rp.figures(make_report(seeds=1))["accuracy"]
+    assert "spread" not in one
+    assert "From scratch" in one
+
+
+def test_figure_without_data_is_left_out():
+    report = make_report(seeds=1)
+    report["importance"] = None
+    report["rows"] = report["rows"][:2]  # linear probe and all prompts
+    for row in report["rows"]:
+        row["latency_ms"] = None
+    found = rp.figures(report)
+    assert list(found) == ["cost"]
+    assert "Latency" not in found["cost"]
+    page = rp.html(report)
+    assert "Cost of inference" in page
+    assert "Importance of every prompt" not in page
+
+
+def test_importance_with_zeros_and_empty_layers():
+    report = make_report(seeds=1)
+    for layers in ([[0.0, -1.0, 2.0], []], [[0.0, 0.0]], [[1e-9, 3.0]]):
+        report["importance"]["layers"] = layers
+        assert "importance" in rp.figures(report)
+
+
+class Page(HTMLParser):
+    """Collects tags, loaded addresses and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loads, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        names = ("src", "href", "xlink:href", "srcset", "data")
+        self.loads += [v for k, v in attrs if k in names]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_html_loads_nothing_and_says_everything():
+    report = make_report()
+    text, page = rp.html(report), Page()
+    page.feed(text)
+    assert page.tags.count("svg") == 4
+    assert page.loads
+    assert all(address.startswith("#") for address in page.loads)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "@import" not in text
+    shown = "".join(page.text)
+    for part in (*rp.verdict(report), report["command"], report["backbone"]["hash"]):
+        assert part in shown
+    for part in ("learning_rate", "0.9.0", "1212.5", "shapes_orientation"):
+        assert part in shown
+
+
+def test_html_escapes_what_it_did_not_write():
+    bad = "<script>alert('&')</script>"
+    report = make_report(seeds=1)
+    report["task"] = report["command"] = report["config"]["name"] = bad
+    report["versions"][bad] = report["backbone"]["name"] = bad
+    report["importance"]["score"] = bad
+    for row in report["rows"]:
+        if row["score"] == "key_gate":
+            row["score"] = bad
+    report["rows"].append(dict(report["rows"][3], score=f"other {bad}"))
+    text, page = rp.html(report), Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert bad in "".join(page.text)
+
+
+def test_write_and_render_again(tmp_path, capsys):
+    report = make_report(seeds=1)
+    rp.write(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "report.html").unlink()
+    rp.main([str(tmp_path)])
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+    assert "All prompts (100 %)" in capsys.readouterr().out
+
+
+def test_main_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        rp.main([str(tmp_path)])
+    assert "python -m vpt_jax.main" in capsys.readouterr().err
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(SystemExit):
+            rp.main([str(tmp_path)])
+        assert "is not a report" in capsys.readouterr().err
+        assert (tmp_path / "report.json").read_text() == text

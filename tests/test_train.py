@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny
+
+import vpt_jax
+from vpt_jax import train
+from vpt_jax.data.augment import crop_and_flip, normalise, resize
+
+NUM = (2, 0, 3)
+KEY = jax.random.key(3)
+
+
+@pytest.fixture
+def problem(tiny):
+    """`(model, backbone, trainable, images, labels)`, uint8 pictures."""
+    model, backbone = tiny
+    keys = jax.random.split(jax.random.key(1), 4)
+    trainable = {
+        "prompts": vpt_jax.init_prompts(keys[0], model, NUM),
+        "head": vpt_jax.init_head(keys[1], model.width, 3),
+    }
+    images = jax.random.randint(keys[2], (10, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    labels = jax.random.randint(keys[3], (10,), 0, 3)
+    return model, backbone, trainable, images, labels
+
+
+def epoch(problem, recipe, state=None, number=0, batch_size=4, lr=0.1, wd=0.01):
+    model, backbone, trainable, images, labels = problem
+    if state is None:
+        # The state is donated; the fixture's arrays must survive.
+        state = train.init_state(jax.tree.map(jnp.copy, trainable), recipe)
+    order, mask = train.epoch_order(0, number, len(labels), batch_size)
+    return train.train_epoch(
+        state,
+        backbone,
+        images,
+        labels,
+        order,
+        mask,
+        jnp.full(len(order), lr, jnp.float32),
+        jnp.float32(wd),
+        KEY,
+        model=model,
+        recipe=recipe,
+    )
+
+
+def gradient(problem, index):
+    """Of the mean loss over some examples, without dropout, by jax.grad alone."""
+    model, backbone, trainable, images, labels = problem
+
+    def loss(trainable):
+        logits = train.predict(
+            trainable, backbone, images[index], model=model, recipe=train.Recipe()
+        )
+        return vpt_jax.cross_entropy(logits, {"label": labels[index]}).mean()
+
+    return jax.grad(loss)(trainable)
+
+
+def test_two_sgd_steps_are_the_coupled_l2_formula(problem):
+    """v = 0.9 v + (g + wd p); p = p - lr v; the head's bias does not decay."""
+    recipe, lr, wd = train.Recipe(dropout=0.0), 0.1, 0.5
+    everything = np.arange(10)
+    value, velocity = problem[2], jax.tree.map(jnp.zeros_like, problem[2])
+    for _ in range(2):
+        grad = gradient((*problem[:2], value, *problem[3:]), everything)
+        decay = jax.tree.map(lambda p: wd * p, value)
+        decay["head"]["bias"] = jnp.zeros(3)
+        velocity = jax.tree.map(lambda v, g, d: 0.9 * v + g + d, velocity, grad, decay)
+        value = jax.tree.map(lambda p, v: p - lr * v, value, velocity)
+    state, _ = epoch(problem, recipe, batch_size=10, lr=lr, wd=wd)
+    state, _ = epoch(problem, recipe, state, batch_size=10, lr=lr, wd=wd)
+    for a, b in zip(
+        jax.tree.leaves(state.trainable), jax.tree.leaves(value), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_batch_is_partial_and_its_loss_a_mean_over_real_examples(problem):
+    recipe, lr = train.Recipe(dropout=0.0), 0.1
+    order, mask = train.epoch_order(0, 0, 10, 8)
+    assert mask.sum(1).tolist() == [8, 2]
+    value, velocity = problem[2], jax.tree.map(jnp.zeros_like, problem[2])
+    for row, real in zip(order, mask, strict=True):
+        grad = gradient((*problem[:2], value, *problem[3:]), row[real])
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, grad)
+        value = jax.tree.map(lambda p, v: p - lr * v, value, velocity)
+    state, _ = epoch(problem, recipe, batch_size=8, lr=lr, wd=0.0)
+    for a, b in zip(
+        jax.tree.leaves(state.trainable), jax.tree.leaves(value), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_only_what_should_move_moves(problem, optimizer):
+    model, backbone, trainable, *_ = problem
+    before = jax.tree.map(np.array, (backbone, trainable))
+    moved = {}
+    for head in (True, False):
+        recipe = train.Recipe(optimizer=optimizer, train_head=head)
+        state, _ = epoch(problem, recipe)
+        moved[head] = state
+        assert int(state.step) == 3
+        for a, b in zip(state.trainable["prompts"], before[1]["prompts"], strict=True):
+            assert a.size == 0 or not np.isclose(a, b, atol=1e-7).any(-1).all()
+    jax.tree.map(np.testing.assert_array_equal, backbone, before[0])
+    tuned, finetuned = moved[True].trainable["head"], moved[False].trainable["head"]
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(finetuned[name], before[1]["head"][name])
+        assert not np.array_equal(tuned[name], before[1]["head"][name])
+
+
+def test_the_optimiser_holds_no_state_for_what_is_frozen(problem):
+    def numbers(recipe):
+        state = train.init_state(problem[2], recipe)
+        return sum(x.size for x in jax.tree.leaves(state.opt_state))
+
+    prompts = sum(NUM) * 16
+    assert numbers(train.Recipe()) == prompts + 16 * 3 + 3
+    assert numbers(train.Recipe(train_head=False)) == prompts
+    assert numbers(train.Recipe(train_prompts=False)) == 16 * 3 + 3
+
+
+def test_a_sweep_and_a_second_epoch_compile_nothing(problem):
+    recipe = train.Recipe(dropout=0.3)  # not used elsewhere
+    state, _ = epoch(problem, recipe)
+    before = train.train_epoch._cache_size()
+    for number, (lr, wd) in enumerate([(0.1, 0.0), (1.0, 0.1)], start=1):
+        state, _ = epoch(problem, recipe, state, number, lr=lr, wd=wd)
+    assert train.train_epoch._cache_size() == before
+
+
+def test_dropout_depends_on_the_step_and_not_on_the_history(problem):
+    recipe = train.Recipe(dropout=0.5)
+    whole, _ = epoch(problem, recipe)
+    whole, _ = epoch(problem, recipe, whole, 1)
+    first, _ = epoch(problem, recipe)
+    restored = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, first))
+    again, _ = epoch(problem, recipe, restored, 1)
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    without, _ = epoch(problem, train.Recipe(dropout=0.0))
+    assert not np.array_equal(without.trainable["prompts"][0], first.trainable)
+
+
+def test_training_fits_a_learnable_task(problem):
+    recipe = train.Recipe(dropout=0.0)
+    state, first = epoch(problem, recipe, lr=0.05, wd=0.0)
+    for number in range(1, 40):
+        state, last = epoch(problem, recipe, state, number, lr=0.05, wd=0.0)
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["accuracy"] > 0.9
+
+
+def test_a_linear_probe_on_features_is_a_linear_probe_on_pictures(problem):
+    model, backbone, trainable, images, labels = problem
+    empty = {**trainable, "prompts": tuple(p[:0] for p in trainable["prompts"])}
+    features = train.extract_features(
+        backbone, np.asarray(images), model=model, normalisation="half", batch_size=4
+    )
+    assert features.shape == (10, 16)
+    recipe = train.Recipe(dropout=0.1)
+    on_pictures, _ = epoch((model, backbone, empty, images, labels), recipe)
+    on_features, _ = epoch(
+        (None, backbone, empty, jnp.asarray(features), labels), recipe
+    )
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(
+            on_pictures.trainable["head"][name],
+            on_features.trainable["head"][name],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 16])
+def test_accuracy_counts_every_example_once(problem, batch_size):
+    model, backbone, trainable, images, labels = problem
+    recipe = train.Recipe()
+    logits = train.predict(trainable, backbone, images, model=model, recipe=recipe)
+    expected = (logits.argmax(-1) == labels).mean()
+    got = train.evaluate(
+        trainable,
+        backbone,
+        np.asarray(images),
+        np.asarray(labels),
+        model=model,
+        recipe=recipe,
+        batch_size=batch_size,
+    )
+    assert got == pytest.approx(float(expected), abs=1e-7)
+
+
+def test_learning_rates_of_the_reference():
+    rates = train.learning_rates(2.0, 100, 10, 3)
+    assert rates.shape == (100, 3) and rates.dtype == np.float32
+    assert rates[0, 0] == 0
+    np.testing.assert_allclose(rates[5], 1.0)
+    np.testing.assert_allclose(rates[10], 2.0)
+    np.testing.assert_allclose(rates[99] / 2.0, 3.046e-4, rtol=1e-3)
+    assert (rates[:, 0] == rates[:, 2]).all()
+
+
+def test_learning_rates_per_step_have_no_dead_step():
+    rates = train.learning_rates(1.0, 5, 1, 10, per="step").ravel()
+    assert (rates > 0).all()
+    assert (np.diff(rates[:10]) > 0).all() and (np.diff(rates[10:]) < 0).all()
+    assert rates.max() < 1 and rates[-1] < 0.01
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert train.scaled_lr(25, 128) == 12.5
+
+
+def test_an_epoch_visits_every_example_once():
+    order, mask = train.epoch_order(0, 3, 21, 5)
+    assert order.shape == mask.shape == (5, 5)
+    assert sorted(order[mask]) == list(range(21))
+    other, _ = train.epoch_order(0, 4, 21, 5)
+    assert not np.array_equal(order, other)
+    np.testing.assert_array_equal(order, train.epoch_order(0, 3, 21, 5)[0])
+
+
+# --- pictures on the device -----------------------------------------------------------
+
+
+def test_normalisations_by_hand():
+    image = jnp.array([[[[0, 51, 255]]]], jnp.uint8)
+    np.testing.assert_allclose(
+        normalise(image, "half")[0, 0, 0], [-1, -0.6, 1], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        normalise(image, "none")[0, 0, 0], [0, 0.2, 1], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        normalise(image, "imagenet")[0, 0, 0],
+        [-0.485 / 0.229, (0.2 - 0.456) / 0.224, (1 - 0.406) / 0.225],
+        rtol=1e-5,
+    )
+
+
+def test_crop_and_flip_shifts_and_mirrors_whole_pictures():
+    image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1) + 1
+    batch = jnp.asarray(np.repeat(image, 200, 0))
+    got = np.asarray(crop_and_flip(jax.random.key(0), batch, 1))
+    padded = np.pad(image[0, :, :, 0], 1)
+    possible = {
+        shifted[:, ::step].tobytes()
+        for i in range(3)
+        for j in range(3)
+        for shifted in [padded[i : i + 4, j : j + 4]]
+        for step in (1, -1)
+    }
+    seen = {np.ascontiguousarray(g[:, :, 0]).tobytes() for g in got}
+    assert seen <= possible and len(seen) == len(possible) == 18
+
+
+def test_resize_keeps_constants_and_same_size():
+    images = jnp.full((2, 8, 8, 3), 77, jnp.uint8)
+    assert resize(images, 8) is images
+    assert (resize(images, 5) == 77).all() and resize(images, 5).dtype == jnp.uint8
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train.learning_rates(1, 5, 5, 2), "warmup_epochs is 5 of 5"),
+        (lambda: train.learning_rates(1, 5, 1, 2, per="day"), "unknown schedule 'day'"),
+        (
+            lambda: train.make_optimizer(train.Recipe(optimizer="lion"), 1, 1),
+            "unknown optimizer 'lion'",
+        ),
+        (lambda: normalise(jnp.zeros((1, 2, 2, 3)), "zero"), "unknown normalisation"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_bfloat16_trains(problem):
+    model, backbone = make_tiny()
+    half = (model.clone(dtype=jnp.bfloat16), backbone, *problem[2:])
+    state, metrics = epoch(half, train.Recipe())
+    assert np.isfinite(metrics["loss"])
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}

@@ -1,0 +1,490 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from conftest import make_tiny
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import features as reference_features
+
+import vpt_jax
+from vpt_jax.models.layers import attend, gelu
+
+RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
+# Float32 sums in another order: 1e-5 relative to the largest value.
+close = functools.partial(np.testing.assert_allclose, rtol=0)
+
+
+def make_run(model, backbone):
+    """The compiled model: `run(images, prompts=...)`."""
+    run = jax.jit(model.apply, static_argnames=("deep", "formulation"))
+    return functools.partial(run, {"params": backbone})
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return make_run(*tiny)
+
+
+def big_prompts(key, model, num):
+    """Prompts large enough to change the answer visibly."""
+    prompts = vpt_jax.init_prompts(key, model, num)
+    return jax.tree.map(lambda p: 5 * p, prompts)
+
+
+def some_mask(prompts):
+    return tuple(jnp.arange(p.shape[0]) % 2 == 0 for p in prompts)
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.fixture
+def images(getkey):
+    return jax.random.normal(getkey(), (5, 8, 8, 3))
+
+
+@pytest.mark.parametrize("num", [None, *RAGGED])
+@pytest.mark.parametrize("deep", [True, False])
+def test_agrees_with_a_float64_reference_in_numpy(tiny, run, images, getkey, num, deep):
+    model, backbone = tiny
+    if num is not None and not deep:
+        num = (sum(num), 0, 0)
+    prompts = None if num is None else big_prompts(getkey(), model, num)
+    got, _ = run(images, prompts=prompts, deep=deep)
+    as64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+    expected = [
+        reference_features(as64(backbone), image, as64(prompts), deep)
+        for image in as64(images)
+    ]
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("num", RAGGED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_key_value_formulation_equals_token_formulation(
+    tiny, run, images, getkey, num, masked
+):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, num)
+    mask = some_mask(prompts) if masked else None
+
+    def loss(prompts, formulation):
+        features, _ = run(
+            images, prompts=prompts, prompt_mask=mask, formulation=formulation
+        )
+        return jnp.sin(features).sum(), features
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    kv, tokens = grad(prompts, "kv"), grad(prompts, "tokens")
+    assert relative(kv[1], tokens[1]) < 1e-5
+    for a, b in zip(kv[0], tokens[0], strict=True):
+        if a.size:
+            assert np.abs(b).max() > 0
+            assert relative(a, b) < 1e-5
+
+
+def test_formulations_report_the_same_prompt_attention(tiny, run, images, getkey):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, (3, 2, 4))
+    run = functools.partial(run, images, prompts=prompts)
+    kv = run()[1]["blocks"]
+    tokens = run(formulation="tokens")[1]["blocks"]
+    for i, n in enumerate((3, 2, 4)):
+        q = 1 if i == 2 else 5  # the last key-value block only computes the class token
+        assert kv[i]["prompt_attention"].shape == (5, 2, q, n)
+        close(
+            kv[i]["prompt_attention"],
+            tokens[i]["prompt_attention"][:, :, :q],
+            atol=1e-6,
+        )
+        close(kv[i]["tokens"], tokens[i]["tokens"][:, :q], atol=1e-5)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_mask_equals_condense(tiny, run, images, getkey, deep):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, (3, 4, 5) if deep else (6, 0, 0))
+    mask = some_mask(prompts)
+    run = functools.partial(run, images, deep=deep)
+    masked, _ = run(prompts=prompts, prompt_mask=mask)
+    condensed, _ = run(prompts=vpt_jax.condense(prompts, mask))
+    assert relative(masked, condensed) < 1e-5
+    assert relative(masked, run(prompts=prompts)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_gate_of_zero_removes_and_a_zero_prompt_does_not(
+    tiny, run, images, getkey, deep
+):
+    model, backbone = tiny
+    num = (3, 4, 5) if deep else (6, 0, 0)
+    prompts = big_prompts(getkey(), model, num)
+    run = functools.partial(run, images, deep=deep)
+    plain = run()[0]
+    zeros = tuple(jnp.zeros(n) for n in num)
+    gated, _ = run(prompts=prompts, prompt_gate=zeros)
+    zeroed, _ = run(prompts=jax.tree.map(jnp.zeros_like, prompts))
+    assert relative(gated, plain) < 1e-5
+    assert relative(zeroed, plain) > 1e-2
+
+
+def test_a_gate_of_one_changes_nothing(tiny, run, images, getkey):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, 4)
+    run = functools.partial(run, images, prompts=prompts)
+    ones = tuple(jnp.ones((5, 4)) for _ in prompts)
+    assert relative(run(prompt_gate=ones)[0], run()[0]) < 1e-6
+
+
+def test_no_prompts_and_empty_prompts_are_the_plain_model_exactly(run, images):
+    empty = tuple(jnp.zeros((0, 16)) for _ in range(3))
+    plain, _ = run(images)
+    prompted, _ = run(images, prompts=empty)
+    np.testing.assert_array_equal(plain, prompted)
+
+
+def test_order_of_prompts_within_a_layer_does_not_matter(tiny, run, images, getkey):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, (3, 4, 5))
+    order = tuple(jax.random.permutation(getkey(), p) for p in prompts)
+    a, _ = run(images, prompts=prompts)
+    b, _ = run(images, prompts=order)
+    assert relative(a, b) < 1e-5
+
+
+def test_prefilled_keys_and_values_replace_prompts(tiny, run, images, getkey):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, (3, 0, 5))
+    mask = some_mask(prompts)
+    ready = vpt_jax.prefill(model, backbone, prompts)
+    assert [kv.key.shape for kv in ready] == [(2, 3, 8), (2, 0, 8), (2, 5, 8)]
+    for extra in ({}, {"prompt_mask": mask}):
+        a, _ = run(images, prompts=prompts, **extra)
+        b, _ = run(images, prompts=ready, **extra)
+        assert relative(a, b) < 1e-6
+
+
+def test_shallow_prompts_evolve_and_deep_ones_are_replaced(tiny, run, images, getkey):
+    model, backbone = tiny
+    prompts = big_prompts(getkey(), model, (4, 0, 0))
+    shallow, _ = run(images, prompts=prompts, deep=False)
+    deep, _ = run(images, prompts=prompts)
+    assert relative(shallow, deep) > 1e-3
+
+
+def test_with_one_layer_shallow_is_deep(getkey):
+    model, backbone = make_tiny(depth=1)
+    run = make_run(model, backbone)
+    images = jax.random.normal(getkey(), (2, 8, 8, 3))
+    prompts = big_prompts(getkey(), model, 4)
+    shallow, _ = run(images, prompts=prompts, deep=False)
+    deep, _ = run(images, prompts=prompts)
+    assert relative(shallow, deep) < 1e-5
+
+
+@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+def test_prompts_may_differ_from_example_to_example(
+    tiny, run, images, getkey, formulation
+):
+    model, backbone = tiny
+    sets = [big_prompts(getkey(), model, (3, 0, 2)) for _ in images]
+    own = jax.tree.map(lambda *p: jnp.stack(p), *sets)
+    run = functools.partial(run, formulation=formulation)
+    together, _ = run(images, prompts=own)
+    one_by_one = [
+        run(image[None], prompts=prompts)[0][0]
+        for image, prompts in zip(images, sets, strict=True)
+    ]
+    assert relative(together, one_by_one) < 1e-5
+
+
+def test_bfloat16_follows_float32(images, getkey):
+    model, backbone = make_tiny()
+    run = make_run(model, backbone)
+    half = model.clone(dtype=jnp.bfloat16)
+    prompts = big_prompts(getkey(), model, (3, 0, 5))
+    a, _ = run(images, prompts=prompts)
+    b, out = make_run(half, backbone)(images, prompts=prompts)
+    assert b.dtype == jnp.bfloat16 and out["blocks"][0]["tokens"].dtype == jnp.bfloat16
+    # bfloat16 has 8 bits: 2**-8 per operation, a few tens of operations deep.
+    assert relative(b.astype(jnp.float32), a) < 0.05
+
+
+def test_param_dtype_is_that_of_the_parameters():
+    model = vpt_jax.ViT("demo/4", param_dtype=jnp.bfloat16)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_removed_keys_cannot_starve_or_overflow_the_softmax():
+    q = jnp.full((1, 1, 1, 4), 30.0)
+    k = jnp.stack([jnp.full(4, -1.0), jnp.full(4, 2.0)])[None, None]
+    v = jnp.array([[1.0], [5.0]])[None, None]
+    weight = jnp.array([[1.0, 0.0]])
+
+    def out(weight):
+        return attend(q, k, v, weight)[0].sum()
+
+    assert out(weight) == 1.0
+    assert np.isfinite(jax.grad(out)(weight)).all()
+
+
+def test_gelu_is_exact():
+    x = jnp.linspace(-6, 6, 101)
+    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=2e-6)
+    assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
+BLOCK = """LayerNorm_0/bias LayerNorm_0/scale LayerNorm_1/bias LayerNorm_1/scale
+MlpBlock_0/Dense_0/bias MlpBlock_0/Dense_0/kernel
+MlpBlock_0/Dense_1/bias MlpBlock_0/Dense_1/kernel
+MultiHeadDotProductAttention_0/key/bias MultiHeadDotProductAttention_0/key/kernel
+MultiHeadDotProductAttention_0/out/bias MultiHeadDotProductAttention_0/out/kernel
+MultiHeadDotProductAttention_0/query/bias MultiHeadDotProductAttention_0/query/kernel
+MultiHeadDotProductAttention_0/value/bias MultiHeadDotProductAttention_0/value/kernel
+""".split()
+
+
+def test_parameter_paths_and_shapes_are_those_of_vit_jax(tiny):
+    _, backbone = tiny
+    flat = vpt_jax.checkpoint.flatten(backbone)
+    expected = {f"Transformer/encoderblock_{i}/{n}" for i in range(3) for n in BLOCK}
+    expected |= {
+        "Transformer/encoder_norm/bias",
+        "Transformer/encoder_norm/scale",
+        "Transformer/posembed_input/pos_embedding",
+        "cls",
+        "embedding/bias",
+        "embedding/kernel",
+    }
+    assert set(flat) == expected
+    block = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0"
+    assert flat[f"{block}/query/kernel"].shape == (16, 2, 8)
+    assert flat[f"{block}/query/bias"].shape == (2, 8)
+    assert flat[f"{block}/out/kernel"].shape == (2, 8, 16)
+    assert flat["embedding/kernel"].shape == (4, 4, 3, 16)
+    assert flat["cls"].shape == (1, 1, 16)
+    assert flat["Transformer/posembed_input/pos_embedding"].shape == (1, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [  # without head, as timm and the VPT paper count them
+        ("Ti/16", 5_524_416),
+        ("S/16", 21_665_664),
+        ("B/16", 85_798_656),
+        ("B/32", 87_455_232),
+        ("L/16", 303_301_632),
+        ("H/14", 630_764_800),
+        ("demo/4", 1_204_608),
+    ],
+)
+def test_parameter_counts(variant, parameters):
+    model = vpt_jax.ViT(variant)
+    side = model.image_size
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
+    )
+    assert sum(x.size for x in jax.tree.leaves(params)) == parameters
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_agree_with_one(tiny, getkey, kind):
+    model, backbone = tiny
+    apply = model.apply
+    images = jax.random.normal(getkey(), (16, 8, 8, 3))
+    prompts = big_prompts(getkey(), model, (3, 0, 5))
+
+    @jax.jit
+    def loss_and_grad(prompts, backbone, images):
+        def loss(prompts):
+            return jnp.sin(
+                apply({"params": backbone}, images, prompts=prompts)[0]
+            ).mean()
+
+        return jax.value_and_grad(loss)(prompts)
+
+    alone = loss_and_grad(prompts, backbone, images)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        everywhere = NamedSharding(mesh, P())
+        spread = jax.device_put(images, NamedSharding(mesh, P("data")))
+        together = loss_and_grad(
+            *jax.device_put((prompts, backbone), everywhere), spread
+        )
+    assert together[1][0].sharding.is_fully_replicated
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        if a.size:
+            assert relative(b, a) < 1e-5
+
+
+# --- prompts and head ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "bound"),
+    [("B/16", 0.0625), ("B/32", 0.03953), ("L/16", 0.05786), ("H/14", 0.05667)],
+)
+def test_prompts_start_uniform_within_the_reference_bound(variant, bound):
+    model = vpt_jax.ViT(variant)
+    prompts = vpt_jax.init_prompts(jax.random.key(0), model, 20)
+    values = np.concatenate([np.ravel(p) for p in prompts])
+    assert vpt_jax.counts(prompts) == (20,) * model.depth
+    assert np.abs(values).max() <= bound * 1.0005
+    assert np.abs(values).max() > 0.999 * bound
+    # Standard deviation of a uniform: bound / sqrt(3); 1 % at 200,000 numbers.
+    np.testing.assert_allclose(values.std(), bound / 3**0.5, rtol=0.01)
+    assert not np.array_equal(prompts[0], prompts[1])
+
+
+def test_head_starts_as_the_reference_does():
+    head = vpt_jax.init_head(jax.random.key(0), 768, 100)
+    np.testing.assert_allclose(head["bias"], -4.59512, rtol=1e-6)
+    np.testing.assert_allclose(np.std(head["kernel"]), 0.02**0.5, rtol=0.02)
+
+
+def test_dropout_is_per_example_and_keeps_the_mean():
+    prompts = (jnp.ones((40, 50)), jnp.ones((0, 50)))
+    dropped = vpt_jax.prompt_dropout(jax.random.key(0), prompts, 0.1, 20)
+    assert [p.shape for p in dropped] == [(20, 40, 50), (20, 0, 50)]
+    values = np.asarray(dropped[0])
+    assert set(np.unique(values)) == {np.float32(0), np.float32(1 / 0.9)}
+    assert not np.array_equal(values[0], values[1])
+    # 40,000 draws: standard error 0.0017 of the mean.
+    np.testing.assert_allclose(values.mean(), 1, atol=0.007)
+
+
+def test_dropout_of_a_layer_does_not_depend_on_the_others():
+    a = vpt_jax.prompt_dropout(
+        jax.random.key(0), (jnp.ones((3, 4)), jnp.ones((5, 4))), 0.5, 2
+    )
+    b = vpt_jax.prompt_dropout(
+        jax.random.key(0), (jnp.ones((0, 4)), jnp.ones((5, 4))), 0.5, 2
+    )
+    np.testing.assert_array_equal(a[1], b[1])
+
+
+# --- position table -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 7), (7, 4), (14, 24), (3, 3), (2, 5)])
+def test_corner_aligned_resize_is_scipy_zoom(getkey, old, new):
+    table = jax.random.normal(getkey(), (1, 1 + old * old, 6))
+    got = vpt_jax.resize_pos_embedding(table, new)
+    grid = np.asarray(table[0, 1:]).reshape(old, old, 6)
+    expected = scipy.ndimage.zoom(grid, (new / old, new / old, 1), order=1)
+    np.testing.assert_array_equal(got[:, 0], table[:, 0])
+    np.testing.assert_allclose(got[0, 1:].reshape(new, new, 6), expected, atol=2e-6)
+
+
+def test_half_pixel_resize_by_two_is_quarters():
+    column = jnp.array([0.0, 1.0, 2.0, 3.0]).reshape(2, 2, 1)
+    table = jnp.concatenate([jnp.zeros((1, 1, 1)), column.reshape(1, 4, 1)], axis=1)
+    got = vpt_jax.resize_pos_embedding(table, 4, "half_pixel")[0, 1:, 0].reshape(4, 4)
+    np.testing.assert_allclose(got[0], [0, 0.25, 0.75, 1.0], atol=1e-6)
+    np.testing.assert_allclose(got[:, 0], [0, 0.5, 1.5, 2.0], atol=1e-6)
+
+
+# --- errors: got, expected, what to do ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: vpt_jax.ViT("B16"), "unknown variant 'B16'; known: Ti/16"),
+        (lambda: vpt_jax.ViT("XL/16"), "unknown variant 'XL/16'"),
+        (lambda: vpt_jax.ViT(width=8), "needs depth, num_heads, mlp_dim, patch"),
+        (lambda: vpt_jax.ViT("B/16", image_size=230), "not a multiple of patch 16"),
+        (lambda: vpt_jax.ViT("B/16", num_heads=7), "not a multiple of num_heads 7"),
+    ],
+)
+def test_wrong_models(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"images": jnp.zeros((2, 9, 8, 3))}, r"\(2, 9, 8, 3\).*\[b, 8, 8, 3\]"),
+        ({"images": jnp.zeros((8, 8, 3))}, r"expects \[b, 8, 8, 3\]"),
+        ({"prompts": (jnp.zeros((2, 16)),) * 2}, "have 2 layers.*depth 3"),
+        (
+            {"prompts": (jnp.zeros((2, 16)),) * 2 + (jnp.zeros((2, 12)),)},
+            r"prompts\[2\] has shape \(2, 12\).*width 16.*another backbone",
+        ),
+        (
+            {
+                "prompts": (jnp.zeros((2, 16)),) * 3,
+                "prompt_mask": (
+                    jnp.ones(2, bool),
+                    jnp.ones(1, bool),
+                    jnp.ones(2, bool),
+                ),
+            },
+            r"prompt_mask has \(2, 1, 2\).*\(2, 2, 2\)",
+        ),
+        (
+            {"prompts": (jnp.zeros((2, 16)),) * 3, "deep": False},
+            r"counts \(2, 2, 2\) with deep=False",
+        ),
+        (
+            {"prompts": (jnp.zeros((2, 16)),) * 3, "formulation": "kw"},
+            "unknown formulation 'kw'",
+        ),
+        ({"prompt_mask": (jnp.ones(2, bool),) * 3}, "need prompts; got None"),
+    ],
+)
+def test_wrong_calls(tiny, kwargs, message):
+    model, backbone = tiny
+    images = kwargs.pop("images", jnp.zeros((2, 8, 8, 3)))
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": backbone}, images, **kwargs)
+
+
+def test_prefilled_prompts_are_not_tokens(tiny):
+    model, backbone = tiny
+    ready = vpt_jax.prefill(model, backbone, (jnp.zeros((2, 16)),) * 3)
+    with pytest.raises(ValueError, match="pass the prompts themselves"):
+        model.apply(
+            {"params": backbone},
+            jnp.zeros((2, 8, 8, 3)),
+            prompts=ready,
+            formulation="tokens",
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2)), "2 entries"),
+        (lambda m: vpt_jax.init_prompts(jax.random.key(0), m, -1), "must be >= 0"),
+        (
+            lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2, 0), deep=False),
+            "later counts must be 0",
+        ),
+        (lambda m: vpt_jax.init_head(jax.random.key(0), 8, 1), "at least 2"),
+        (
+            lambda m: vpt_jax.prompt_dropout(jax.random.key(0), (), 1.0, 2),
+            r"must be in \[0, 1\)",
+        ),
+        (
+            lambda m: vpt_jax.resize_pos_embedding(jnp.zeros((1, 4, 2)), 2),
+            r"\(1, 4, 2\); expected \[1, 1 \+ n \* n, d\]",
+        ),
+        (
+            lambda m: vpt_jax.resize_pos_embedding(jnp.zeros((1, 5, 2)), 2, "bicubic"),
+            "unknown method 'bicubic'",
+        ),
+    ],
+)
+def test_wrong_arguments(tiny, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny[0])

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visual Prompt Tuning and Prompt Condensation for JAX/Flax."""
+
+from vpt_jax.checkpoint import (
+    PromptFile,
+    backbone_hash,
+    load_backbone,
+    load_prompts,
+    save_prompts,
+)
+from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
+from vpt_jax.macs import macs
+from vpt_jax.models.layers import KeyValue
+from vpt_jax.models.posemb import resize_pos_embedding
+from vpt_jax.models.vit import ViT, prefill
+from vpt_jax.prompts import (
+    apply_head,
+    counts,
+    init_head,
+    init_prompts,
+    prompt_dropout,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KeyValue",
+    "PromptFile",
+    "ViT",
+    "apply_head",
+    "backbone_hash",
+    "condense",
+    "counts",
+    "cross_entropy",
+    "importance",
+    "init_head",
+    "init_prompts",
+    "keep_mask",
+    "load_backbone",
+    "load_prompts",
+    "macs",
+    "prefill",
+    "prompt_dropout",
+    "resize_pos_embedding",
+    "save_prompts",
+]

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt Condensation: score every prompt, keep the best, remove the others.
+
+Kim et al., "Do We Really Need a Large Number of Visual Prompts?", arXiv 2305.17223.
+`importance` scores, `keep_mask` selects (pure, jittable), `condense` removes rows. A
+mask given to the model (`prompt_mask=`) and a condensed set of prompts are the same
+network; the mask keeps shapes, removal makes it smaller.
+
+Removing a prompt is giving its key an attention weight of 0, not multiplying the
+prompt by 0: LayerNorm returns its bias for a zero prompt, and that key keeps its share
+of the softmax. So the default score is the gradient with respect to a gate on the key.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from vpt_jax.models.layers import wide
+from vpt_jax.prompts import Importance, Mask, Prompts, apply_head, counts
+
+SCORES = (
+    "key_gate",
+    "signed",
+    "taylor",
+    "grad_norm",
+    "attention",
+    "leave_one_out",
+    "l2_norm",
+    "random",
+)
+SCOPES = ("global", "layer")
+Batch = dict[str, Any]
+
+# What each score does with its examples when the caller does not say.
+DEFAULT_REDUCTION = {
+    "key_gate": "mean_abs",
+    "taylor": "mean_abs",
+    "grad_norm": "mean",
+    "signed": "mean",
+    "attention": "mean",
+    "leave_one_out": "mean",
+}
+# reduction: (applied to every example's value, applied to their mean)
+REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
+    "mean_abs": (abs, lambda x: x),
+    "abs_mean": (lambda x: x, abs),
+    "mean_square": (lambda x: x * x, lambda x: x),
+    "mean": (lambda x: x, lambda x: x),
+}
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Softmax cross entropy `[b]` of `logits [b, k]` against `batch["label"] [b]`."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
+
+
+def importance(
+    model: Any,
+    backbone: Any,
+    trainable: dict[str, Any],
+    batches: Iterable[Batch],
+    *,
+    score: str = "key_gate",
+    reduction: str | None = None,
+    deep: bool = True,
+    prompt_mask: Mask | None = None,
+    loss_fn: Callable[[jax.Array, Batch], jax.Array] = cross_entropy,
+    key: jax.Array | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Importance:
+    """Scores every prompt; larger means more important.
+
+    One backward pass per batch gives every example's own gradient, because the gates
+    (or prompts) get a batch axis and the summed loss is differentiated. With `L` an
+    example's loss, the value of prompt `j` for that example is
+
+    =============== ==================================================================
+    `key_gate`      `-dL/dg_j`, `g_j = 1` a gate on key `j`'s softmax numerator: the
+                    first-order estimate of the loss change on removal. Default.
+    `signed`        `key_gate` with its sign kept (`reduction` is `"mean"`).
+    `taylor`        `-<p_j, dL/dp_j>`, the literal gate on the token. For deep prompts
+                    it is degenerate: LayerNorm does not change when `p` is scaled.
+    `grad_norm`     `|dL/dp_j|`.
+    `attention`     mean attention weight that computed tokens give to the prompt.
+    `leave_one_out` exact: the loss without prompt `j` minus the loss with it. Costs a
+                    forward pass per prompt and batch.
+    `l2_norm`       `|p_j|` (no data).
+    `random`        uniform numbers (no data), the control.
+    =============== ==================================================================
+
+    Args:
+      model: A model of this package.
+      backbone: Its frozen parameters.
+      trainable: `{'prompts', 'head'}`.
+      batches: Any iterable of dicts with `image` `[b, s, s, 3]` (normalised), `label`
+        `[b]`, and optionally `mask` `[b]` (False: padding, does not count). A smaller
+        last batch is padded, so nothing recompiles. Read once, batch by batch.
+      score: See above.
+      reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"` or
+        `"mean"`. None takes the score's own: `mean_abs` for `key_gate` and `taylor`
+        (gradients average to about 0 after training, their sizes do not), else `mean`.
+      deep: As the model is run.
+      prompt_mask: Scores are taken with these prompts removed; those score `-inf`.
+      loss_fn: `(logits [b, k], batch) -> [b]`. Must be a module-level function (or the
+        same object at every call), or every call compiles again.
+      key: A JAX random key, needed by `random`.
+      progress: Called with the number of finished batches after each.
+
+    Returns:
+      One float32 `[n_i]` array per layer.
+
+    Raises:
+      ValueError: For an unknown score or reduction, a missing key, no batches, or a
+        score that is not finite.
+    """
+    prompts = trainable["prompts"]
+    check_choice("score", score, SCORES)
+    if score in ("l2_norm", "random"):
+        if reduction is not None:
+            raise ValueError(f"score {score!r} reads no examples; drop reduction=.")
+        if score == "l2_norm":
+            key = None
+        elif key is None:
+            raise ValueError("score 'random' needs key=, a jax.random.key.")
+        return _without_masked(_data_free(prompts, key), prompt_mask)
+    reduction = reduction or DEFAULT_REDUCTION[score]
+    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    if score == "signed" and reduction != "mean":
+        raise ValueError(
+            f"score 'signed' is key_gate with reduction 'mean'; got {reduction!r}."
+        )
+    totals = [np.zeros(n, np.float64) for n in counts(prompts)]
+    examples, size = 0.0, None
+    for done, batch in enumerate(batches, start=1):
+        size = size or len(batch["label"])
+        batch = pad_batch(batch, size)
+        sums = _batch_sums(
+            backbone,
+            trainable,
+            batch,
+            prompt_mask,
+            model=model,
+            score=score,
+            reduction=reduction,
+            deep=deep,
+            loss_fn=loss_fn,
+        )
+        examples += float(np.sum(batch["mask"]))
+        totals = [t + np.asarray(s) for t, s in zip(totals, sums, strict=True)]
+        if progress is not None:
+            progress(done)
+    if not examples:
+        raise ValueError("batches held no examples; pass at least one batch.")
+    after = REDUCTIONS[reduction][1]
+    scores = tuple(after(t / examples).astype(np.float32) for t in totals)
+    if not all(np.isfinite(s).all() for s in scores):
+        raise ValueError(
+            f"score {score!r} is not finite; the loss of some example overflows. Check"
+            " the prompts (diverged training?) and the images' normalisation."
+        )
+    return _without_masked(tuple(map(jnp.asarray, scores)), prompt_mask)
+
+
+def pad_batch(batch: Batch, size: int) -> Batch:
+    """Repeats the first example up to `size`; `mask [size]` is False for those."""
+    n = len(batch["label"])
+    if n > size:
+        raise ValueError(
+            f"a batch has {n} examples after one of {size}; sizes must not grow."
+        )
+    batch = {"mask": jnp.ones(n, bool), **batch}
+    if n == size:
+        return batch
+    index = np.concatenate([np.arange(n), np.zeros(size - n, int)])
+    padded = jax.tree.map(lambda x: x[index], batch)
+    padded["mask"] = padded["mask"] & (jnp.arange(size) < n)
+    return padded
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raises ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(
+            f"unknown {name} {value!r}; choose one of {', '.join(map(repr, known))}."
+        )
+
+
+def _data_free(prompts: Prompts, key: jax.Array | None) -> Importance:
+    """Uniform numbers, or without a key the prompts' norms."""
+    if key is None:
+        norms = (jnp.linalg.norm(p.astype(jnp.float32), axis=-1) for p in prompts)
+        return tuple(norms)
+    return tuple(
+        jax.random.uniform(jax.random.fold_in(key, i), (n,))
+        for i, n in enumerate(counts(prompts))
+    )
+
+
+def _without_masked(scores: Importance, prompt_mask: Mask | None) -> Importance:
+    if prompt_mask is None:
+        return scores
+    return tuple(
+        jnp.where(m, s, -jnp.inf) for m, s in zip(prompt_mask, scores, strict=True)
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "score", "reduction", "deep", "loss_fn")
+)
+def _batch_sums(
+    backbone: Any,
+    trainable: dict[str, Any],
+    batch: Batch,
+    prompt_mask: Mask | None,
+    *,
+    model: Any,
+    score: str,
+    reduction: str,
+    deep: bool,
+    loss_fn: Callable,
+) -> tuple[jax.Array, ...]:
+    """Sums of one batch's per-example values, `[n_i]` per layer."""
+
+    def losses(prompts: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
+        features, out = model.apply(
+            {"params": backbone},
+            batch["image"],
+            prompts=prompts,
+            deep=deep,
+            **{"prompt_mask": prompt_mask, **kwargs},
+        )
+        logits = apply_head(trainable["head"], features)
+        # where, not a product: a padded example's NaN must not spread.
+        return jnp.where(batch["mask"], loss_fn(logits, batch), 0.0), out
+
+    values = example_values(score, losses, trainable["prompts"], prompt_mask, deep)
+    before = REDUCTIONS[reduction][0]
+    counted = batch["mask"][:, None]
+    return tuple(jnp.where(counted, before(v), 0.0).sum(axis=0) for v in values)
+
+
+def example_values(
+    score: str,
+    losses: Callable[..., tuple[jax.Array, dict[str, Any]]],
+    prompts: Prompts,
+    prompt_mask: Mask | None = None,
+    deep: bool = True,
+) -> tuple[jax.Array, ...]:
+    """Every example's own value of every prompt, `[b, n_i]` per layer.
+
+    Args:
+      score: One that reads data.
+      losses: `(prompts, prompt_gate=, prompt_mask=) -> ([b] losses, out)`, where the
+        prompts may carry a batch axis and `out` is the model's second result.
+      prompts: One `[n_i, d]` array per layer.
+      prompt_mask: Prompts that are in the network at all; None for all.
+      deep: False for shallow prompts, whose attention is averaged over the layers.
+    """
+    b = jax.eval_shape(lambda p: losses(p)[0], prompts).shape[0]
+    if score in ("key_gate", "signed"):
+        gates = tuple(jnp.ones((b, p.shape[0]), wide(p.dtype)) for p in prompts)
+        grads = jax.grad(lambda g: losses(prompts, prompt_gate=g)[0].sum())(gates)
+        return tuple(-g for g in grads)
+    if score in ("taylor", "grad_norm"):
+        own = tuple(jnp.zeros((b, 1, 1), p.dtype) + p[None] for p in prompts)
+        grads = jax.grad(lambda p: losses(p)[0].sum())(own)
+        if score == "taylor":
+            pairs = zip(own, grads, strict=True)
+            return tuple(-(p * g).astype(jnp.float32).sum(-1) for p, g in pairs)
+        return tuple(jnp.linalg.norm(g.astype(jnp.float32), axis=-1) for g in grads)
+    if score == "attention":
+        blocks = losses(prompts)[1]["blocks"]
+        received = [block["prompt_attention"].mean(axis=(1, 2)) for block in blocks]
+        if deep:
+            return tuple(received)
+        mean = functools.reduce(jnp.add, received) / len(received)
+        return (mean, *(jnp.zeros((b, 0)) for _ in prompts[1:]))
+    return _leave_one_out(losses, prompts, prompt_mask)
+
+
+def _leave_one_out(
+    losses: Callable, prompts: Prompts, prompt_mask: Mask | None
+) -> tuple[jax.Array, ...]:
+    num = counts(prompts)
+    present = prompt_mask or tuple(jnp.ones(n, bool) for n in num)
+    starts = np.cumsum((0, *num))
+
+    def without(j: jax.Array) -> jax.Array:
+        mask = tuple(
+            m & (jnp.arange(n) + start != j)
+            for m, n, start in zip(present, num, starts[:-1], strict=True)
+        )
+        return losses(prompts, prompt_mask=mask)[0]
+
+    change = jax.lax.map(without, jnp.arange(sum(num))) - losses(prompts)[0][None]
+    return tuple(change[start:end].T for start, end in itertools.pairwise(starts))
+
+
+def keep_mask(
+    scores: Importance,
+    *,
+    keep_ratio: float | None = None,
+    keep: int | None = None,
+    scope: str = "global",
+) -> Mask:
+    """Selects the most important prompts. Pure and jittable (static ratio and scope).
+
+    Ties are broken by position: the earlier layer, then the earlier prompt, is kept.
+    NaN ranks last.
+
+    Args:
+      scores: One `[n_i]` array per layer, larger is kept first.
+      keep_ratio: Share of prompts to keep, in `(0, 1]`; the number is rounded half up.
+      keep: Or how many: in all (`"global"`) or in each layer (`"layer"`), at least 1
+        and at most as many as there are. Exactly one of the two is given.
+      scope: `"global"` ranks all layers together, so that a layer may keep none;
+        `"layer"` keeps the same share of every layer, and at least one prompt of each
+        layer that has any.
+
+    Returns:
+      One boolean `[n_i]` array per layer, True = keep. At least one is True.
+
+    Raises:
+      ValueError: If the ratio or number is out of range, both or neither are given, the
+        scope is unknown, or there are no prompts.
+    """
+    check_choice("scope", scope, SCOPES)
+    sizes = [s.shape[0] for s in scores]
+    if not sum(sizes):
+        raise ValueError("there are no prompts to select from: every layer has 0.")
+    if (keep_ratio is None) == (keep is None):
+        raise ValueError(
+            f"got keep_ratio={keep_ratio} and keep={keep}; pass exactly one of them."
+        )
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise ValueError(
+            f"keep_ratio is {keep_ratio}; it must be in (0, 1], e.g. 0.3 for 30 %."
+        )
+    largest = sum(sizes) if scope == "global" else max(sizes)
+    if keep is not None and not 1 <= keep <= largest:
+        raise ValueError(f"keep is {keep}; it must be in 1..{largest} ({scope} scope).")
+
+    def number(n: int) -> int:
+        share = math.floor(keep_ratio * n + 0.5) if keep_ratio is not None else keep
+        return min(n, max(1, share or 1))
+
+    def top(s: jax.Array) -> jax.Array:
+        order = jnp.argsort(jnp.where(jnp.isnan(s), jnp.inf, -s), stable=True)
+        kept = jnp.arange(s.shape[0]) < number(s.shape[0])
+        return jnp.zeros(s.shape, bool).at[order].set(kept)
+
+    if scope == "layer":
+        return tuple(top(jnp.asarray(s)) for s in scores)
+    flat = top(jnp.concatenate([jnp.asarray(s) for s in scores]))
+    return tuple(jnp.split(flat, np.cumsum(sizes)[:-1]))
+
+
+def condense(prompts: Prompts, mask: Mask) -> Prompts:
+    """Removes the prompts whose mask is False; order within a layer is kept.
+
+    Shapes depend on the mask's values, so this runs outside jit; inside, give the mask
+    to the model as `prompt_mask=`, which is the same network.
+
+    Args:
+      prompts: One `[n_i, d]` array per layer.
+      mask: One boolean `[n_i]` array per layer, True = keep.
+
+    Returns:
+      Prompts with the same number of layers and possibly fewer rows.
+
+    Raises:
+      ValueError: If mask and prompts differ in layers or counts, the mask is not
+        boolean, or the call is traced by jit.
+
+    Example:
+      >>> p = (jnp.zeros((2, 4)), jnp.zeros((3, 4)))
+      >>> m = (jnp.array([True, False]), jnp.array([False, False, False]))
+      >>> counts(condense(p, m))
+      (1, 0)
+    """
+    got = tuple(m.shape for m in mask)
+    if got != tuple((n,) for n in counts(prompts)):
+        raise ValueError(
+            f"mask has shapes {got} but the prompts have counts {counts(prompts)}; pass"
+            " one boolean per prompt, layer by layer."
+        )
+    if any(isinstance(m, Tracer) for m in mask):
+        raise ValueError(
+            "condense makes shapes from the mask's values and cannot run under jit;"
+            " pass prompt_mask= to the model there."
+        )
+    if any(np.asarray(m).dtype != bool for m in mask):
+        raise ValueError("mask must be boolean (True = keep); see keep_mask.")
+    return tuple(
+        p[np.flatnonzero(np.asarray(m))] for p, m in zip(prompts, mask, strict=True)
+    )

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door between `ml_collections` and typed values: everything checked, once.
+
+Config files build a `ConfigDict` with two flat levels; `parse` turns it into the frozen
+dataclasses below and raises one clear error for anything that cannot work, before any
+file is written. Past this door nothing sees a `ConfigDict`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES, check_choice
+from vpt_jax.data.augment import NORMALISATIONS
+from vpt_jax.models.posemb import RESIZES
+from vpt_jax.train import OPTIMIZERS
+
+BASELINES = ("linear", "random", "scratch")
+
+
+def positive(**values: float) -> None:
+    """Raises ValueError unless every value is above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be greater than 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Which data set, and where its files lie if it does not ship with the package."""
+
+    name: str
+    data_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Pretrained weights. Empty fields take what the checkpoint says."""
+
+    variant: str
+    checkpoint: str = ""
+    image_size: int = 0
+    resize: str = "corner_aligned"
+    normalisation: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("backbone.resize", self.resize, RESIZES)
+        check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
+        known = ("", *NORMALISATIONS)
+        check_choice("backbone.normalisation", self.normalisation, known)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """`num_prompts` per layer (one number, or one per layer)."""
+
+    num_prompts: int | tuple[int, ...]
+    deep: bool = True
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"prompts.dropout is {self.dropout}; it must be in [0, 1)."
+            )
+        num = self.num_prompts
+        total = num if isinstance(num, int) else sum(num)
+        if total < 1:
+            raise ValueError(f"prompts.num_prompts is {num}; at least one is needed.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage's recipe; the rate used is `base_lr / 256 * batch_size`."""
+
+    epochs: int
+    warmup_epochs: int
+    base_lr: float
+    weight_decay: float
+    batch_size: int
+    optimizer: str = "sgd"
+    schedule: str = "epoch"
+    head: bool = True  # finetune only: train the head too
+
+    def __post_init__(self) -> None:
+        positive(epochs=self.epochs, base_lr=self.base_lr, batch_size=self.batch_size)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, ("epoch", "step"))
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it"
+                " must be at least 0 and less than epochs."
+            )
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be >= 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How prompts are scored; an empty reduction is the score's own."""
+
+    score: str = "key_gate"
+    reduction: str = ""
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_choice("score.score", self.score, SCORES)
+        check_choice("score.reduction", self.reduction, ("", *REDUCTIONS))
+        positive(score_batch_size=self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CondenseConfig:
+    """Which condensed models are made: every ratio with every scope."""
+
+    keep_ratios: tuple[float, ...]
+    scopes: tuple[str, ...] = ("global", "layer")
+
+    def __post_init__(self) -> None:
+        for ratio in self.keep_ratios:
+            if not 0 < ratio < 1:
+                raise ValueError(
+                    f"condense.keep_ratios has {ratio}; each must be in (0, 1), e.g."
+                    " 0.3 for 30 % (all prompts are always evaluated)."
+                )
+        for scope in self.scopes:
+            check_choice("condense.scopes", scope, SCOPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    task: TaskConfig
+    backbone: BackboneConfig
+    prompts: PromptConfig
+    linear: TrainConfig
+    tune: TrainConfig
+    score: ScoreConfig
+    condense: CondenseConfig
+    finetune: TrainConfig
+    seeds: tuple[int, ...] = (0,)
+    baselines: tuple[str, ...] = BASELINES
+    eval_batch_size: int = 250
+    checkpoint_every: int = 10  # epochs
+
+    def __post_init__(self) -> None:
+        positive(
+            eval_batch_size=self.eval_batch_size, checkpoint_every=self.checkpoint_every
+        )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; pass at least one, no repeats.")
+        for name in self.baselines:
+            check_choice("baselines", name, BASELINES)
+
+
+GROUPS = {
+    f.name: f.type
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(f.type)
+}
+
+
+def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks a nested mapping and makes a `Config` of it.
+
+    Raises:
+      ValueError: For an unknown or missing key (the known ones are listed), a value of
+        the wrong type, or one out of its range.
+    """
+    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    built = {}
+    for name, value in plain.items():
+        group = GROUPS.get(name)
+        if group is not None and not isinstance(value, Mapping):
+            raise ValueError(f"config.{name} is {value!r}; expected a group of keys.")
+        built[name] = _build(group, value, f"config.{name}.") if group else value
+    return _build(Config, built, "config.")
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(
+            f"unknown config key {prefix}{unknown[0]}; known keys there:"
+            f" {', '.join(fields)}."
+        )
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"config key {prefix}{missing[0]} is missing; set it.")
+    converted = {n: _convert(fields[n].type, v, prefix + n) for n, v in values.items()}
+    try:
+        return kind(**converted)
+    except ValueError as error:
+        raise ValueError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """Lists become tuples and ints floats; any other mismatch is an error."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = {
+        "tuple[int, ...]": lambda v: _all(v, int),
+        "tuple[float, ...]": lambda v: _all(v, (int, float)),
+        "tuple[str, ...]": lambda v: _all(v, str),
+        "int | tuple[int, ...]": lambda v: _is(v, int) or _all(v, int),
+    }.get(str(kind), lambda v: _is(v, kind))
+    if not expected(value):
+        shown = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{name} is {value!r}; expected {shown}.")
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    # bool is an int to Python, but True is no number of epochs.
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _all(value: Any, kind: Any) -> bool:
+    return isinstance(value, tuple) and all(_is(v, kind) for v in value)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values for JSON: tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return list(map(plain, value)) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """`key: value in a -> value in b` for every key in which two configs differ."""
+    found = []
+    for name in sorted({*a, *b}):
+        x, y = a.get(name), b.get(name)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differences(x, y, f"{prefix}{name}.")
+        elif x != y:
+            found.append(f"{prefix}{name}: {x!r} -> {y!r}")
+    return found

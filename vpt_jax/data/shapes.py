@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""White shapes on black, drawn in the manner of dSprites, to test structured tasks.
+
+A picture is decided by five numbers (shape, scale, orientation, x, y), so that a
+label can ask for any one of them. dSprites has a square and an ellipse, which look
+the same after a quarter or half turn; none of the shapes here (heart, arrow, L) has a
+rotational symmetry, so that the orientation can always be read from the picture. The
+drawing code is our own; no picture of dSprites is used. Splits are made elsewhere.
+"""
+
+import math
+
+import numpy as np
+
+SHAPES = ("heart", "arrow", "L")
+GRID = (3, 6, 40, 32, 32)
+"""How many values each latent has: shape, scale, orientation, x, y."""
+
+SIDE = 32
+_SUPERSAMPLE = 4
+_CHUNK = 16  # pictures at a time: one float32 grid of 1 MiB stays in the cache
+
+# Every shape has its centroid at the origin and fits in the unit circle. The largest
+# radius, 8 px, is below the distance of the outermost centres to the frame, 8.25 px.
+_RADII = tuple(8.0 * (0.5 + 0.1 * k) for k in range(6))  # px
+# Half a pixel per step: centres fall on corners of the 4 x 4 sample grid, so that two
+# steps move a picture by one pixel exactly.
+_FIRST_CENTRE, _STEP = 8.25, 0.5  # px
+
+_HEART = 0.7  # half the diagonal of the square below the two lobes
+# Height of the heart's centroid over the centre of that square: two half discs (area
+# pi / 2, centroid 1 / 2 + 2 / (3 pi)) and the square (area 2, centroid 0), times
+# `_HEART` squared and `_HEART`.
+_HEART_CENTROID = _HEART * (math.pi / 2) * (0.5 + 2 / (3 * math.pi)) / (2 + math.pi / 2)
+
+_ORIENTATIONS_PER_CLASS = 2.5
+_POSITIONS_PER_CLASS = 2
+
+
+def _turns() -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of the 40 orientations, float32 `[40]` each.
+
+    Only the first quarter is computed: the others follow by exchanging the two, which
+    makes a turn by 90 degrees exact.
+    """
+    quarter = GRID[2] // 4
+    angles = [2 * math.pi * k / GRID[2] for k in range(quarter)]
+    cos = np.array([math.cos(a) for a in angles], np.float32)
+    sin = np.array([math.sin(a) for a in angles], np.float32)
+    return (
+        np.concatenate([cos, -sin, -cos, sin]),
+        np.concatenate([sin, cos, -sin, -cos]),
+    )
+
+
+def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether the points `(u, v)` (v points up) lie in the shape of radius 1."""
+    if shape == 0:
+        w = np.abs(u)
+        v = v + np.float32(_HEART_CENTROID)
+        half = np.float32(_HEART / 2)
+        lobe = (w - half) ** 2 + (v - half) ** 2 <= np.float32(_HEART**2 / 2)
+        return lobe | (w + np.abs(v) <= np.float32(_HEART))
+    if shape == 1:
+        w = np.abs(u)
+        head = (v >= 0) & (v <= 0.9 - 1.2 * w)
+        return head | ((v < 0) & (v >= -0.9) & (w <= 0.25))
+    bar = (u <= 0.125) & (v <= 0.875)
+    foot = (u <= 0.625) & (v <= -0.125)
+    return (bar | foot) & (u >= -0.375) & (v >= -0.625)
+
+
+def draw(latents: np.ndarray) -> np.ndarray:
+    """Draws one picture per row of latents.
+
+    The orientation turns counter-clockwise in steps of 9 degrees and is taken modulo
+    40; x grows to the right and y downwards, in steps of half a pixel.
+
+    Args:
+      latents: Integers `[n, 5]`: shape, scale, orientation, x, y, within `GRID`
+        (except for the orientation).
+
+    Returns:
+      uint8 `[n, 32, 32, 3]`, antialiased by 4 x 4 samples a pixel.
+
+    Raises:
+      ValueError: If `latents` has another shape or dtype, or a value is off the grid.
+    """
+    latents = np.asarray(latents)
+    if latents.ndim != 2 or latents.shape[1] != 5 or latents.dtype.kind not in "iu":
+        raise ValueError(
+            f"got latents {latents.dtype} {list(latents.shape)}; expected integers "
+            "[n, 5]; pass one row of (shape, scale, orientation, x, y) per picture."
+        )
+    latents = latents.astype(np.int64)
+    latents[:, 2] %= GRID[2]
+    if len(latents) and ((latents < 0) | (latents >= GRID)).any():
+        raise ValueError(
+            f"got latents from {latents.min(0).tolist()} to {latents.max(0).tolist()}; "
+            f"expected each from 0 to below {list(GRID)}; keep to the grid."
+        )
+    cosines, sines = _turns()
+    radii = np.array(_RADII, np.float32)
+    # Sample points, in px, at the middle of each cell of the fine grid.
+    side = SIDE * _SUPERSAMPLE
+    points = ((np.arange(side) + 0.5) / _SUPERSAMPLE).astype(np.float32)
+    grey = np.zeros((len(latents), SIDE, SIDE), np.uint8)
+    for shape in range(len(SHAPES)):
+        rows = np.flatnonzero(latents[:, 0] == shape)
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            _, scale, orientation, x, y = latents[chunk].T
+            # Products of small arrays only; the full grid is met in one sum each.
+            cos, sin = cosines[orientation, None], sines[orientation, None]
+            inverse = 1 / radii[scale, None]
+            dx = points - (_FIRST_CENTRE + _STEP * x[:, None]).astype(np.float32)
+            dy = (_FIRST_CENTRE + _STEP * y[:, None]).astype(np.float32) - points
+            u = (cos * dx * inverse)[:, None, :] + (sin * dy * inverse)[:, :, None]
+            v = (cos * dy * inverse)[:, :, None] - (sin * dx * inverse)[:, None, :]
+            fine = _inside(shape, u, v).view(np.uint8)
+            k = _SUPERSAMPLE
+            count = fine.reshape(len(fine), SIDE, k, SIDE, k).sum((2, 4), np.uint16)
+            grey[chunk] = (count * 255 + k * k // 2) // (k * k)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def sample_latents(num: int, seed: int) -> np.ndarray:
+    """Draws `num` different points of the grid, uniformly, int64 `[num, 5]`.
+
+    Raises:
+      ValueError: If `num` is negative or larger than the grid.
+    """
+    total = math.prod(GRID)
+    if not 0 <= num <= total:
+        raise ValueError(
+            f"got num={num}; expected 0 to {total}, the size of the grid; ask for "
+            "fewer pictures."
+        )
+    flat = np.random.default_rng(seed).choice(total, num, replace=False)
+    return np.stack(np.unravel_index(flat, GRID), axis=1)
+
+
+def label_latents(
+    label: str, latents: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels with VTAB's bins for dSprites.
+
+    VTAB divides the value by (number of values / 16) and rounds down. For the 32
+    positions this makes pairs; for the 40 orientations bins of 3, 2, 3, 2, ...
+
+    Args:
+      label: `'location'` (of the x position) or `'orientation'`.
+      latents: Integers `[n, 5]`.
+
+    Returns:
+      Labels int32 `[n]` and the 16 class names.
+
+    Raises:
+      ValueError: If `label` is neither.
+    """
+    if label == "location":
+        column, size, width, form = 3, GRID[3], _POSITIONS_PER_CLASS, "x {}-{}"
+        unit = 1
+    elif label == "orientation":
+        column, size, width, form = 2, GRID[2], _ORIENTATIONS_PER_CLASS, "{}-{} deg"
+        unit = 360 // GRID[2]
+    else:
+        raise ValueError(
+            f"got label {label!r}; expected 'location' or 'orientation'; choose one."
+        )
+    bins = np.floor(np.arange(size) / width).astype(np.int32)
+    names = []
+    for k in range(bins[-1] + 1):
+        (members,) = np.nonzero(bins == k)
+        names.append(form.format(members[0] * unit, members[-1] * unit))
+    return bins[latents[:, column]], tuple(names)
+
+
+def make_shapes(
+    label: str, num: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Draws `num` pictures, no two with the same latents, and labels them.
+
+    Because the latents are drawn without replacement, splits cut from one call share
+    no picture.
+
+    Args:
+      label: `'location'` or `'orientation'`; see `label_latents`.
+      num: How many pictures.
+      seed: Seed of `numpy.random.default_rng`.
+
+    Returns:
+      Images uint8 `[num, 32, 32, 3]`, labels int32 `[num]`, 16 class names.
+
+    Raises:
+      ValueError: If `label` is unknown or `num` exceeds the grid.
+    """
+    latents = sample_latents(num, seed)
+    labels, names = label_latents(label, latents)
+    return draw(latents), labels, names

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small classification tasks, split as VTAB-1k does: 800 train, 200 val, rest test.
+
+Every task is three pairs of arrays in memory, the same on every machine, so that
+results can be compared. Two sources need no download (digits, shapes); Fashion-MNIST
+is read from files already on the machine. Nothing here downloads anything, and what
+happens to a picture on its way into the model is in `augment.py`.
+"""
+
+import gzip
+import importlib.resources
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from vpt_jax.data import shapes
+
+NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
+
+# One seed per task: changing one changes the splits, and with them every number that
+# was ever reported on that task.
+DIGITS_SEED = 1101
+SHAPES_LOCATION_SEED = 1201
+SHAPES_ORIENTATION_SEED = 1202
+FASHION_TRAIN_SEED = 1301
+FASHION_TEST_SEED = 1302
+
+FASHION_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
+_TFDS_HOME = "~/tensorflow_datasets"
+_CHUNK = 16  # pictures resized at a time, so that float copies stay small
+
+
+class Split(NamedTuple):
+    """Pictures uint8 `[n, h, w, 3]` and labels int32 `[n]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Task(NamedTuple):
+    """A classification task; label `k` means `class_names[k]`."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+
+def _taps(size: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `side` outputs: two neighbours, and the weight of the second."""
+    # Pixel centres are at half-integers; what falls outside takes the edge pixel.
+    at = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
+    low = np.floor(at).astype(np.intp)
+    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+
+
+def resize_bilinear(images: np.ndarray, side: int) -> np.ndarray:
+    """Resizes pictures to `side` x `side`, bilinearly, without antialiasing.
+
+    Half-pixel centres and edge clamp, as in
+    `jax.image.resize(..., "bilinear", antialias=False)`. Halves are rounded up.
+
+    Args:
+      images: uint8 `[n, h, w, c]`.
+      side: The new height and width, at least 1.
+
+    Returns:
+      uint8 `[n, side, side, c]`; `images` itself where it has that size already.
+
+    Raises:
+      ValueError: If `images` has another shape or dtype, or no pixels, or `side` is
+        below 1.
+    """
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"got images {images.dtype} {list(images.shape)}; expected uint8 "
+            "[n, h, w, c] with h, w >= 1; convert or reshape them first."
+        )
+    if side < 1:
+        raise ValueError(
+            f"got side={side}; expected at least 1; give the picture side in px."
+        )
+    n, h, w, c = images.shape
+    if h == w == side:
+        return images
+    top, bottom, fy = _taps(h, side)
+    left, right, fx = _taps(w, side)
+    fy, fx = fy[:, None, None], fx[:, None]
+    out = np.empty((n, side, side, c), np.uint8)
+    for start in range(0, n, _CHUNK):
+        # Pictures last, so that picking rows and columns copies whole runs. No matrix
+        # product: sums in another order on another machine would round differently.
+        x = images[start : start + _CHUNK].transpose(1, 2, 0, 3)
+        x = x.reshape(h, w, -1).astype(np.float32)
+        x = x[top] * (1 - fy) + x[bottom] * fy
+        x = x[:, left] * (1 - fx) + x[:, right] * fx
+        rounded = (x + np.float32(0.5)).astype(np.uint8)  # towards zero: halves up
+        rounded = rounded.reshape(side, side, -1, c)
+        out[start : start + _CHUNK] = rounded.transpose(2, 0, 1, 3)
+    return out
+
+
+def check_task(task: Task) -> Task:
+    """Returns `task` after checking what the rest of the package relies on.
+
+    Raises:
+      ValueError: If a split is empty, has the wrong shapes or dtypes, pictures and
+        labels differ in number, a label is not in `[0, num_classes)`, or the train
+        split has fewer than two classes.
+    """
+    num_classes = len(task.class_names)
+    for which in ("train", "val", "test"):
+        images, labels = getattr(task, which)
+        where = f"task {task.name!r}, split {which!r}"
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                f"{where}: got images {images.dtype} {list(images.shape)}; expected "
+                "uint8 [n, h, w, 3]; convert them (grey: repeat the channel)."
+            )
+        if labels.ndim != 1 or labels.dtype != np.int32:
+            raise ValueError(
+                f"{where}: got labels {labels.dtype} {list(labels.shape)}; expected "
+                "int32 [n]; convert them with `.astype(np.int32)`."
+            )
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{where}: got {len(images)} images and {len(labels)} labels; "
+                "expected one label per image; check how they were selected."
+            )
+        if not len(labels):
+            raise ValueError(
+                f"{where}: got 0 images; expected at least 1; choose other split sizes."
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{where}: got labels from {low} to {high}; expected 0 to "
+                f"{num_classes - 1}; give one class name per label, counted from 0."
+            )
+    present = np.unique(task.train.labels)
+    if len(present) < 2:
+        raise ValueError(
+            f"task {task.name!r}: got only class {present.tolist()} in split 'train'; "
+            "expected at least 2 classes; choose another seed or more pictures."
+        )
+    return task
+
+
+def _cut(images: np.ndarray, labels: np.ndarray) -> tuple[Split, Split, Split]:
+    """Cuts pictures in their given order into train, val and test."""
+    labels = labels.astype(np.int32)
+    ends = (0, NUM_TRAIN, NUM_TRAIN + NUM_VAL, NUM_TRAIN + NUM_VAL + MAX_TEST)
+    train, val, test = (
+        Split(images[a:b], labels[a:b]) for a, b in itertools.pairwise(ends)
+    )
+    return train, val, test
+
+
+def _to_rgb(grey: np.ndarray, side: int) -> np.ndarray:
+    """Resizes uint8 `[n, h, w]` and repeats the channel: `[n, side, side, 3]`."""
+    return np.repeat(resize_bilinear(grey[..., None], side), 3, axis=-1)
+
+
+def _digits(image_size: int, data_dir: str) -> Task:
+    """The 1,797 handwritten digits that come with the package."""
+    del data_dir  # the file is an asset of the package
+    asset = importlib.resources.files("vpt_jax") / "assets" / "digits.npz"
+    with asset.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
+        grey, labels = arrays["images"], arrays["labels"]
+    order = np.random.default_rng(DIGITS_SEED).permutation(len(labels))
+    # 0..16 counts of black cells to 0..255, halves up.
+    grey = ((grey[order].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
+    splits = _cut(_to_rgb(grey, image_size), labels[order])
+    return Task("digits", tuple("0123456789"), *splits)
+
+
+def _shapes(label: str, seed: int, image_size: int) -> Task:
+    # One draw without replacement for all splits: no picture is in two of them.
+    num = NUM_TRAIN + NUM_VAL + MAX_TEST
+    images, labels, names = shapes.make_shapes(label, num, seed)
+    # The three channels are equal: resize one.
+    splits = _cut(_to_rgb(images[..., 0], image_size), labels)
+    return Task(f"shapes_{label}", names, *splits)
+
+
+def _shapes_location(image_size: int, data_dir: str) -> Task:
+    del data_dir  # drawn, not read
+    return _shapes("location", SHAPES_LOCATION_SEED, image_size)
+
+
+def _shapes_orientation(image_size: int, data_dir: str) -> Task:
+    del data_dir  # drawn, not read
+    return _shapes("orientation", SHAPES_ORIENTATION_SEED, image_size)
+
+
+def read_idx(path: str, ndim: int) -> np.ndarray:
+    """Reads a gzipped idx file of unsigned bytes.
+
+    The format: two zero bytes, one byte for the type (8: unsigned byte), one for the
+    number of axes; the axes as big-endian 32-bit integers; the data in C order.
+
+    Args:
+      path: The `.gz` file.
+      ndim: How many axes it should have.
+
+    Returns:
+      uint8, with `ndim` axes.
+
+    Raises:
+      ValueError: If the file is not gzip, or its magic number, type, number of axes
+        or length is not as expected.
+    """
+    remedy = "fetch the file again; it may be cut short or be another file."
+    try:
+        with gzip.open(path, "rb") as f:
+            data = f.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(
+            f"{path}: got data that does not unpack ({e}); expected a gzip file; "
+            f"{remedy}"
+        ) from e
+    header = 4 + 4 * ndim
+    if len(data) < header or data[:2] != b"\0\0":
+        raise ValueError(
+            f"{path}: got {len(data)} bytes that start with {data[:4].hex()!r}; "
+            f"expected an idx magic number '000008{ndim:02x}' and {ndim} sizes; "
+            f"{remedy}"
+        )
+    if data[2] != 8:
+        raise ValueError(
+            f"{path}: got idx type 0x{data[2]:02x}; expected 0x08 (unsigned byte); "
+            "save the array as uint8."
+        )
+    if data[3] != ndim:
+        raise ValueError(
+            f"{path}: got {data[3]} axes; expected {ndim}; images have 3 and labels "
+            "1: check that the two files are not exchanged."
+        )
+    shape = tuple(np.frombuffer(data, ">u4", ndim, offset=4).tolist())
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(data) - header != expected:
+        raise ValueError(
+            f"{path}: got {len(data) - header} bytes of data; expected {expected} for "
+            f"shape {list(shape)}; {remedy}"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def _idx_paths(folder: str, prefix: str) -> tuple[str, str]:
+    return (
+        os.path.join(folder, f"{prefix}-images-idx3-ubyte.gz"),
+        os.path.join(folder, f"{prefix}-labels-idx1-ubyte.gz"),
+    )
+
+
+def _tfds_version(folder: str) -> str:
+    """The newest prepared version under a tfds folder, `''` where there is none."""
+    found = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        info = os.path.join(folder, name, "dataset_info.json")
+        parts = name.split(".")
+        if all(part.isdigit() for part in parts) and os.path.isfile(info):
+            found.append((tuple(int(part) for part in parts), name))
+    return os.path.join(folder, max(found)[1]) if found else ""
+
+
+def _read_tfds(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads both official splits of a prepared tfds copy, without TensorFlow."""
+    with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as f:
+        form = json.load(f).get("fileFormat", "tfrecord")
+    if form != "array_record":
+        raise ValueError(
+            f"{folder}: got file format {form!r}; expected 'array_record', which can "
+            "be read without TensorFlow; prepare it again with "
+            "`tfds.builder('fashion_mnist', file_format='array_record')`."
+        )
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise ValueError(
+            f"{folder}: got a tfds copy but cannot import tensorflow_datasets ({e}); "
+            "expected it to be installed; `pip install tensorflow-datasets "
+            "array_record`, or use the idx files."
+        ) from e
+    builder = tfds.builder_from_directory(folder)
+    out = {}
+    for split in ("train", "test"):
+        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+        images = np.stack([np.asarray(e["image"])[..., 0] for e in examples])
+        out[split] = images, np.array([e["label"] for e in examples], np.uint8)
+    return out
+
+
+def _read_fashion(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 `[n, 28, 28]` and labels uint8 `[n]` of 'train' and 'test'."""
+    folder = os.path.expanduser(data_dir or _DEBIAN_FASHION)
+    paths = {"train": _idx_paths(folder, "train"), "test": _idx_paths(folder, "t10k")}
+    missing = [p for pair in paths.values() for p in pair if not os.path.isfile(p)]
+    if not missing:
+        return {k: (read_idx(i, 3), read_idx(j, 1)) for k, (i, j) in paths.items()}
+    home = os.path.join(os.path.expanduser(data_dir or _TFDS_HOME), "fashion_mnist")
+    version = _tfds_version(home)
+    if version:
+        return _read_tfds(version)
+    names = ", ".join(os.path.basename(p) for p in missing)
+    raise ValueError(
+        f"Fashion-MNIST: {names} not found in {folder}, and no prepared tfds copy in "
+        f"{home}; expected one of the two; `apt-get install dataset-fashion-mnist`, "
+        "or pass `data_dir`, or prepare it with tfds "
+        "(`file_format='array_record'`)."
+    )
+
+
+def _choose(images: np.ndarray, labels: np.ndarray, num: int, seed: int) -> np.ndarray:
+    """Indices of `num` pictures, chosen alike in whatever order they are given.
+
+    tfds shuffles a data set when it prepares it, so that a choice by position would
+    depend on the source. Sorting by content first makes it depend on the seed alone.
+    """
+    keys = [x.tobytes() + bytes([y]) for x, y in zip(images, labels, strict=True)]
+    ranked = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.intp)
+    return ranked[np.random.default_rng(seed).permutation(len(keys))[:num]]
+
+
+def _fashion_mnist(image_size: int, data_dir: str) -> Task:
+    parts = []
+    wanted = {
+        "train": (NUM_TRAIN + NUM_VAL, FASHION_TRAIN_SEED),
+        "test": (MAX_TEST, FASHION_TEST_SEED),
+    }
+    source = _read_fashion(data_dir)
+    for split, (num, seed) in wanted.items():
+        images, labels = source[split]
+        if images.shape[1:] != (28, 28) or len(images) != len(labels):
+            raise ValueError(
+                f"Fashion-MNIST {split}: got images {list(images.shape)} and "
+                f"{len(labels)} labels; expected [n, 28, 28] and n; use the original "
+                "files."
+            )
+        if len(images) < num:
+            raise ValueError(
+                f"Fashion-MNIST {split}: got {len(images)} pictures; expected at least "
+                f"{num}; use the original files."
+            )
+        chosen = _choose(images, labels, num, seed)
+        parts.append((_to_rgb(images[chosen], image_size), labels[chosen]))
+    splits = _cut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Task("fashion_mnist", FASHION_NAMES, *splits)
+
+
+TASKS: dict[str, Callable[[int, str], Task]] = {
+    "digits": _digits,
+    "shapes_location": _shapes_location,
+    "shapes_orientation": _shapes_orientation,
+    "fashion_mnist": _fashion_mnist,
+}
+"""Name of a task to its loader, called with `(image_size, data_dir)`."""
+
+
+def load_task(name: str, *, image_size: int = 32, data_dir: str = "") -> Task:
+    """Loads a task, resized and split; the same pictures on every machine.
+
+    Args:
+      name: A key of `TASKS`.
+      image_size: Height and width of the pictures in px.
+      data_dir: For `fashion_mnist`: a folder of the four idx `.gz` files, or a tfds
+        folder that contains `fashion_mnist`. When empty, the Debian package's folder
+        and `~/tensorflow_datasets` are looked at.
+
+    Returns:
+      A checked `Task`: 800 train, 200 val and up to 2,000 test pictures.
+
+    Raises:
+      ValueError: If `name` is unknown, `image_size` is below 1, or the files of the
+        task are missing or damaged.
+    """
+    if name not in TASKS:
+        raise ValueError(
+            f"got task {name!r}; expected one of {sorted(TASKS)}; choose one."
+        )
+    if image_size < 1:
+        raise ValueError(
+            f"got image_size={image_size}; expected at least 1; give the picture side "
+            "in px."
+        )
+    return check_task(TASKS[name](image_size, data_dir))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linen backbones that take prompts as an argument."""

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary of the project: prompts, counts, head.
+
+`Prompts` is a plain tuple with one `[n_i, d]` array per layer; `n_i` may differ
+from layer to layer and may be 0. No module owns prompts: they are an argument of
+the model, so `jax.grad` with respect to `{'prompts', 'head'}` never sees the frozen
+backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+Prompts = PyTree[Float[Array, "_ d"]]
+"""One `[n_i, d]` array per layer (a tuple), `n_i >= 0`."""
+
+Importance = PyTree[Float[Array, "_"]]
+"""One `[n_i]` array per layer (a tuple); larger means more important."""
+
+Mask = PyTree[Bool[Array, "_"]]
+"""One boolean `[n_i]` array per layer (a tuple); True means keep / attend."""
+
+Head = dict[str, jax.Array]
+"""The linear classifier: `kernel` `[d, k]` and `bias` `[k]`."""
+
+
+def counts(prompts: Sequence[Any]) -> tuple[int, ...]:
+    """How many prompts each layer has: static, hashable, printable.
+
+    Args:
+      prompts: One array per layer whose last axis but one is the prompt axis
+        (`[n_i, d]` or `[b, n_i, d]`).
+
+    Example:
+      >>> counts((jnp.zeros((3, 8)), jnp.zeros((0, 8))))
+      (3, 0)
+    """
+    return tuple(int(p.shape[-2]) for p in prompts)
+
+
+def init_prompts(
+    key: jax.Array,
+    model: Any,
+    num_prompts: int | Sequence[int] = 50,
+    *,
+    deep: bool = True,
+    dtype: Any = jnp.float32,
+) -> Prompts:
+    """Draws prompts as the reference does, uniform in `(-v, v)`.
+
+    `v = sqrt(6 / (3 * patch**2 + d))`, the Xavier bound of the patch embedding
+    (VPT's released code; 0.0625 for ViT-B/16).
+
+    Args:
+      key: A JAX random key.
+      model: The Linen model that will take the prompts; `width`, `depth` and
+        `patch` are read from it.
+      num_prompts: Prompts per layer: one number for all layers, or one per layer.
+        With `deep=False` a single number is the count of the first layer.
+      deep: True gives every layer its own prompts (VPT-Deep), False only the first
+        (VPT-Shallow: the other layers get empty `[0, d]` arrays).
+      dtype: Of the prompts. Keep the master copy in float32.
+
+    Returns:
+      A tuple with one `[n_i, d]` array per layer.
+
+    Raises:
+      ValueError: If a count is negative, their number is not the model's depth, or a
+        shallow model is given prompts in a later layer.
+    """
+    depth, width = model.depth, model.width
+    if isinstance(num_prompts, int):
+        per_layer = [num_prompts] * depth if deep else [num_prompts] + [0] * (depth - 1)
+    else:
+        per_layer = [int(n) for n in num_prompts]
+    if len(per_layer) != depth:
+        raise ValueError(
+            f"num_prompts has {len(per_layer)} entries but the model has depth {depth};"
+            " pass one number, or one per layer (0 for none)."
+        )
+    if min(per_layer) < 0:
+        raise ValueError(f"num_prompts is {num_prompts}; every count must be >= 0.")
+    if not deep and any(per_layer[1:]):
+        raise ValueError(
+            f"num_prompts is {tuple(per_layer)} with deep=False; shallow prompts are"
+            " inserted before the first layer only, so later counts must be 0."
+        )
+    bound = math.sqrt(6 / (3 * model.patch**2 + width))
+    keys = jax.random.split(key, depth)
+    return tuple(
+        jax.random.uniform(k, (n, width), dtype, -bound, bound)
+        for k, n in zip(keys, per_layer, strict=True)
+    )
+
+
+def prompt_dropout(
+    key: jax.Array, prompts: Prompts, rate: float, batch_size: int
+) -> PyTree[Float[Array, "b _ d"]]:
+    """Drops prompt elements independently for every example of a batch.
+
+    The reference drops after expanding the prompts to the batch, so each example
+    has its own mask; kept elements are scaled by `1 / (1 - rate)`.
+
+    Args:
+      key: A JAX random key; layer `i` uses `fold_in(key, i)`, so that a layer's mask
+        does not depend on how many prompts other layers have.
+      prompts: One `[n_i, d]` array per layer.
+      rate: Probability of dropping an element, in `[0, 1)`. The reference uses 0.1
+        for deep prompts and 0 for shallow ones.
+      batch_size: Number of examples `b`.
+
+    Returns:
+      One `[b, n_i, d]` array per layer, which the model takes in place of prompts.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
+
+    def drop(i: int, p: jax.Array) -> jax.Array:
+        shape = (batch_size, *p.shape)
+        keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape)
+        return jnp.where(keep, p[None] / (1 - rate), jnp.zeros((), p.dtype))
+
+    return tuple(drop(i, p) for i, p in enumerate(prompts))
+
+
+def init_head(
+    key: jax.Array, width: int, num_classes: int, dtype: Any = jnp.float32
+) -> Head:
+    """Draws the linear head as the reference does.
+
+    Kernel: Kaiming normal with fan_out, i.e. `std = sqrt(2 / num_classes)`; bias:
+    `-log(99)`, a prior probability of 0.01 (VPT's released code, `models/mlp.py`).
+
+    Returns:
+      `{'kernel': [width, num_classes], 'bias': [num_classes]}`.
+
+    Raises:
+      ValueError: If `num_classes` is below 2.
+    """
+    if num_classes < 2:
+        raise ValueError(
+            f"num_classes is {num_classes}; a classifier needs at least 2."
+        )
+    std = math.sqrt(2 / num_classes)
+    return {
+        "kernel": std * jax.random.normal(key, (width, num_classes), dtype),
+        "bias": jnp.full((num_classes,), -math.log(99), dtype),
+    }
+
+
+def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    """Logits `features @ kernel + bias`, `[b, k]`, in the head's dtype (float32)."""
+    kernel, bias = head["kernel"], head["bias"]
+    return features.astype(kernel.dtype) @ kernel + bias[None]

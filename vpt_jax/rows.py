@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a report: what they are called, their order, their means over seeds.
+
+A row is one evaluated model of one seed. The rows that differ in nothing but the seed
+make a group, which has the same keys and holds their means.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+DEFAULT_SCORE = "key_gate"
+# What a row is compared as, in the order of the table.
+KINDS = ("linear", "tune", "global", "layer", "condense", "random", "scratch")
+# These kinds have no ratio of kept prompts: the others are measured against them.
+REFERENCE_KINDS = ("linear", "tune")
+
+
+def kind(row: Row) -> str:
+    """What a row or group is compared as: one of `KINDS`."""
+    if row["stage"] != "finetune":
+        return row["stage"]
+    if row["score"] == "random":
+        return "random"
+    return row["scope"] or "global"
+
+
+def default_score(report: Row) -> str:
+    """The score that the report is about; names of rows leave it out."""
+    importance = report.get("importance") or {}
+    return importance.get("score") or DEFAULT_SCORE
+
+
+def per_picture(report: Row) -> str:
+    """What a latency is measured per; older reports do not say the batch."""
+    batch = report.get("latency_batch")
+    return f"per picture, in batches of {batch}" if batch else "per picture"
+
+
+def label(row: Row, default: str = DEFAULT_SCORE, *, ratio: bool = True) -> str:
+    """The name of a row or group.
+
+    Args:
+      row: The row or group.
+      default: The score that goes without saying.
+      ratio: Whether the name says how many of the prompts are kept.
+
+    Returns:
+      Such as "PC global 30 %".
+    """
+    if row["stage"] == "linear":
+        return "Linear probe"
+    if row["stage"] == "tune":
+        return "All prompts (100 %)"
+
+    if row["stage"] == "scratch":
+        name = "From scratch"
+    elif row["score"] == "random":
+        name = "Random"
+    else:
+        name = "PC"
+    # Controls are cut globally unless they say otherwise.
+    if name == "PC" or row["scope"] == "layer":
+        name += f" {row['scope'] or 'global'}"
+    if ratio:
+        name += f" {100 * row['keep_ratio']:.4g} %"
+    if row["score"] not in (None, "random", default):
+        name += f" ({row['score']})"
+    if row["stage"] == "condense":
+        name += ", not fine-tuned"
+    return name
+
+
+def summarise(rows: Sequence[Row], default: str = DEFAULT_SCORE) -> list[Row]:
+    """Averages the rows of a report over seeds.
+
+    Args:
+      rows: Rows of any number of seeds, in any order.
+      default: The score whose groups come before those of other scores.
+
+    Returns:
+      One group per (stage, score, scope, keep_ratio): linear probe, all prompts, then
+      by falling ratio. Like a row, with means over its `n` seeds, `counts` of the first
+      seed, and sample deviations `val_sd` and `test_sd` (None with one seed).
+    """
+
+    def place(row: Row) -> tuple:
+        row_kind, score = kind(row), row["score"] or ""
+        # The references come first: no ratio is above 1.
+        ratio = 2.0 if row_kind in REFERENCE_KINDS else row["keep_ratio"]
+        other_score = score not in ("", default)
+        return (
+            -ratio,
+            KINDS.index(row_kind),
+            row["scope"] or "",
+            other_score,
+            score,
+        )
+
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(place(row), []).append(row)
+    return [_average(groups[key]) for key in sorted(groups)]
+
+
+def _average(rows: list[Row]) -> Row:
+    """One group from the rows that differ in the seed."""
+    rows = sorted(rows, key=lambda row: row["seed"])
+    group = dict(rows[0])
+    del group["seed"]
+    group["n"] = len(rows)
+
+    for name in ("val_accuracy", "test_accuracy", "macs", "macs_reference"):
+        group[name] = float(np.mean([row[name] for row in rows]))
+    for split in ("val", "test"):
+        accuracies = [row[f"{split}_accuracy"] for row in rows]
+        several = len(rows) > 1
+        group[f"{split}_sd"] = float(np.std(accuracies, ddof=1)) if several else None
+    # A resumed or older run may lack the latency of some seeds.
+    latencies = [row["latency_ms"] for row in rows if row["latency_ms"] is not None]
+    group["latency_ms"] = float(np.mean(latencies)) if latencies else None
+
+    totals = [sum(row["counts"]) for row in rows]
+    group["prompts_min"], group["prompts_max"] = min(totals), max(totals)
+    group["mean_counts"] = np.mean([row["counts"] for row in rows], axis=0).tolist()
+    return group

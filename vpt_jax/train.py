@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluation of prompts and head: pure functions over pytrees.
+
+The recipe is the reference's (VPT's released code): SGD with momentum 0.9 and coupled
+L2, cosine with linear warm-up set once per epoch, learning rate = base / 256 * batch.
+Gradients are taken with respect to `trainable` only; the backbone is an argument.
+
+Whole epochs run on the device over a resident uint8 set inside one jit. Learning rates
+and weight decay are traced, so a sweep over them compiles once. Reading the code, start
+at `train_step`; `train_epoch` is a scan over it.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vpt_jax.condense import cross_entropy
+from vpt_jax.data.augment import normalise
+from vpt_jax.prompts import apply_head, prompt_dropout
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+class Recipe(NamedTuple):
+    """What is fixed at compile time about a stage."""
+
+    optimizer: str = "sgd"
+    dropout: float = 0.1  # of prompt elements, per example
+    deep: bool = True
+    normalisation: str = "half"
+    train_prompts: bool = True
+    train_head: bool = True
+
+
+class TrainState(NamedTuple):
+    """Step number, `{'prompts', 'head'}`, and the optimiser's state for those."""
+
+    step: jax.Array
+    trainable: dict[str, Any]
+    opt_state: Any
+
+
+def make_optimizer(
+    recipe: Recipe, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    """The optimiser of a stage; rate and decay may be traced.
+
+    SGD: `v = 0.9 v + (g + decay * p)`, `p = p - rate * v` (coupled L2, momentum before
+    the rate, as PyTorch). The head's bias does not decay (VPT's `solver/optimizer.py`).
+    AdamW: decoupled decay, same exception.
+
+    Raises:
+      ValueError: If the recipe's optimiser is unknown.
+    """
+    if recipe.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"unknown optimizer {recipe.optimizer!r}; choose one of {OPTIMIZERS}."
+        )
+
+    def learn(decay: Any) -> optax.GradientTransformation:
+        if recipe.optimizer == "adamw":
+            steps = (optax.scale_by_adam(), optax.add_decayed_weights(decay))
+        else:
+            steps = (optax.add_decayed_weights(decay), optax.trace(0.9))
+        return optax.chain(*steps, optax.scale(-1.0 * learning_rate))
+
+    head = (learn(weight_decay), learn(0.0)) if recipe.train_head else ()
+    kernel, bias = head or (optax.set_to_zero(), optax.set_to_zero())
+    prompts = learn(weight_decay) if recipe.train_prompts else optax.set_to_zero()
+    return optax.multi_transform(
+        {"prompts": prompts, "kernel": kernel, "bias": bias},
+        {"prompts": "prompts", "head": {"kernel": "kernel", "bias": "bias"}},
+    )
+
+
+def init_state(trainable: dict[str, Any], recipe: Recipe) -> TrainState:
+    """The state before the first step."""
+    opt_state = make_optimizer(recipe, 0.0, 0.0).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, opt_state)
+
+
+def predict(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: jax.Array,
+    *,
+    model: Any,
+    recipe: Recipe,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Logits `[b, k]` of uint8 `images [b, s, s, 3]`; dropout if a key is given.
+
+    With `model=None`, `images` are features `[b, d]` already (a linear probe).
+    """
+    if model is None:
+        return apply_head(trainable["head"], images)
+    prompts = trainable["prompts"]
+    if key is not None and recipe.dropout:
+        prompts = prompt_dropout(key, prompts, recipe.dropout, images.shape[0])
+    features, _ = model.apply(
+        {"params": backbone},
+        normalise(images, recipe.normalisation),
+        prompts=prompts,
+        deep=recipe.deep,
+    )
+    return apply_head(trainable["head"], features)
+
+
+def train_step(
+    state: TrainState,
+    backbone: Any,
+    batch: dict[str, jax.Array],
+    learning_rate: jax.Array,
+    weight_decay: jax.Array,
+    key: jax.Array,
+    *,
+    model: Any,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step.
+
+    Args:
+      state: Before the step.
+      backbone: Frozen parameters; not differentiated.
+      batch: `image [b, s, s, 3]` uint8, `label [b]`, `mask [b]` (False: padding).
+      learning_rate: Of this step.
+      weight_decay: Coupled L2 (SGD) or decoupled (AdamW).
+      key: Of the run; the step's own key is `fold_in(key, step)`, so that a restart
+        draws the same numbers.
+      model: Static.
+      recipe: Static.
+
+    Returns:
+      The state after it, and sums over the real examples: `loss`, `correct`, `count`.
+    """
+
+    def loss_fn(trainable: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = predict(
+            trainable,
+            backbone,
+            batch["image"],
+            model=model,
+            recipe=recipe,
+            key=jax.random.fold_in(key, state.step),
+        )
+        mask = batch["mask"].astype(jnp.float32)
+        losses = cross_entropy(logits, batch) * mask
+        sums = {
+            "loss": losses.sum(),
+            "correct": ((logits.argmax(-1) == batch["label"]) * mask).sum(),
+            "count": mask.sum(),
+        }
+        # The mean over the real examples of a partial last batch, as the reference.
+        return losses.sum() / mask.sum(), sums
+
+    grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable)
+    optimizer = make_optimizer(recipe, learning_rate, weight_decay)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(jnp.add, state.trainable, updates)
+    return TrainState(state.step + 1, trainable, opt_state), sums
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=0)
+def train_epoch(
+    state: TrainState,
+    backbone: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    order: jax.Array,
+    mask: jax.Array,
+    learning_rates: jax.Array,
+    weight_decay: jax.Array,
+    key: jax.Array,
+    *,
+    model: Any,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One epoch on the device.
+
+    Args:
+      state: Donated.
+      backbone: Frozen parameters, not donated.
+      images: The resident set, uint8 `[n, s, s, 3]`.
+      labels: int32 `[n]`.
+      order: Indices `[steps, b]`, see `epoch_order`.
+      mask: bool `[steps, b]`, False where `order` is padding.
+      learning_rates: `[steps]`.
+      weight_decay: Scalar.
+      key: Of the run.
+      model: Static.
+      recipe: Static.
+
+    Returns:
+      The state, and mean `loss` and `accuracy` over the epoch's examples.
+    """
+
+    def step(state: TrainState, xs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
+        index, real, rate = xs
+        batch = {"image": images[index], "label": labels[index], "mask": real}
+        return train_step(
+            state, backbone, batch, rate, weight_decay, key, model=model, recipe=recipe
+        )
+
+    state, sums = jax.lax.scan(step, state, (order, mask, learning_rates))
+    total = {name: value.sum() for name, value in sums.items()}
+    count = total.pop("count")
+    return state, {
+        "loss": total["loss"] / count,
+        "accuracy": total["correct"] / count,
+    }
+
+
+def epoch_order(
+    seed: int, epoch: int, num: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A seeded permutation in batches; the last one padded.
+
+    Returns:
+      Indices `[ceil(num / batch_size), batch_size]` int32, and the mask of real ones.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num)
+    steps = math.ceil(num / batch_size)
+    padding = steps * batch_size - num
+    order = np.concatenate([order, np.zeros(padding, order.dtype)]).astype(np.int32)
+    mask = np.arange(steps * batch_size) < num
+    return order.reshape(steps, -1), mask.reshape(steps, -1)
+
+
+def scaled_lr(base_lr: float, batch_size: int) -> float:
+    """The reference's linear rule: `base / 256 * batch`."""
+    return base_lr / 256 * batch_size
+
+
+def learning_rates(
+    lr: float, epochs: int, warmup_epochs: int, steps: int, *, per: str = "epoch"
+) -> np.ndarray:
+    """Linear warm-up from 0, then cosine to 0.
+
+    `per="epoch"` holds the rate during an epoch, as the reference does (its first epoch
+    has rate 0 and its last is not quite 0); `per="step"` moves at every step.
+
+    Returns:
+      float32 `[epochs, steps]`.
+
+    Raises:
+      ValueError: If `per` is unknown or the warm-up is not shorter than the training.
+    """
+    if per not in ("epoch", "step"):
+        raise ValueError(f"unknown schedule {per!r}; choose 'epoch' or 'step'.")
+    if not 0 <= warmup_epochs < epochs:
+        raise ValueError(
+            f"warmup_epochs is {warmup_epochs} of {epochs} epochs; it must be at least"
+            " 0 and less than epochs."
+        )
+    t = np.arange(epochs)[:, None] + np.zeros(steps)
+    if per == "step":
+        # The middle of the step: no step is wasted on a rate of exactly 0.
+        t = t + (np.arange(steps) + 0.5) / steps
+    progress = (t - warmup_epochs) / (epochs - warmup_epochs)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.clip(progress, 0, 1)))
+    factor = np.where(t < warmup_epochs, t / max(warmup_epochs, 1), cosine)
+    return (lr * factor).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe"))
+def eval_step(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+    *,
+    model: Any,
+    recipe: Recipe,
+) -> jax.Array:
+    """Number of right answers among the real examples of one batch.
+
+    `trainable["prompts"]` may be what `prefill` made of the prompts.
+    """
+    logits = predict(trainable, backbone, images, model=model, recipe=recipe)
+    return ((logits.argmax(-1) == labels) & mask).sum()
+
+
+def evaluate(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    model: Any,
+    recipe: Recipe,
+    batch_size: int,
+) -> float:
+    """Accuracy in [0, 1]; every example counts once, the last batch is padded."""
+    right = 0
+    for start in range(0, len(labels), batch_size):
+        index = np.arange(start, start + batch_size)
+        mask = index < len(labels)
+        index = np.where(mask, index, 0)
+        right += int(
+            eval_step(
+                trainable,
+                backbone,
+                images[index],
+                labels[index],
+                mask,
+                model=model,
+                recipe=recipe,
+            )
+        )
+    return right / len(labels)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "normalisation"))
+def _features(
+    backbone: Any, images: jax.Array, *, model: Any, normalisation: str
+) -> jax.Array:
+    images = normalise(images, normalisation)
+    return model.apply({"params": backbone}, images)[0]
+
+
+def extract_features(
+    backbone: Any,
+    images: np.ndarray,
+    *,
+    model: Any,
+    normalisation: str,
+    batch_size: int,
+) -> np.ndarray:
+    """Features `[n, d]` of the model without prompts, for a linear probe."""
+    found = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        padding = [(0, batch_size - len(part))] + [(0, 0)] * (images.ndim - 1)
+        out = _features(
+            backbone, np.pad(part, padding), model=model, normalisation=normalisation
+        )
+        found.append(np.asarray(out)[: len(part)])
+    return np.concatenate(found)
