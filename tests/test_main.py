@@ -218,7 +218,7 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
     "changes",
     [
         {"prompts__deep": False, "prompts__dropout": 0.0, "prompts__num_prompts": 12},
-        {"backbone__dtype": "bfloat16", "tune__optimizer": "adamw"},
+        {"backbone__dtype": "bfloat16", "prompts__dropout": 0.0},
         {"score__score": "leave_one_out", "finetune__head": True},
         {"prompts__num_prompts": (0, 3, 0, 2, 4, 1), "score__score": "random"},
     ],

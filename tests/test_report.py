@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from vpt_jax import figures
 from vpt_jax import report as rp
+from vpt_jax.rows import label, summarise
 
 
 def make_row(stage, score, scope, ratio, counts, test, seed, **more):
@@ -102,7 +104,7 @@ def test_summarise_is_mean_and_sample_deviation():
         make_row(*pc, [1, 4], 0.6, 2, latency_ms=4.0),
         make_row("linear", None, None, 0.0, [0, 0], 0.5, 0, latency_ms=None),
     ]
-    linear, group = rp.summarise(rows)
+    linear, group = summarise(rows)
     assert group["n"] == 3
     assert group["test_accuracy"] == pytest.approx(0.7)
     assert group["test_sd"] == pytest.approx(0.1)
@@ -117,7 +119,7 @@ def test_summarise_is_mean_and_sample_deviation():
 def test_rows_have_a_fixed_readable_order():
     rows = make_report(seeds=2, ratios=(0.3, 0.125))["rows"]
     rows.append(make_row("finetune", "attention", "global", 0.3, [6] * 6, 0.8, 0))
-    names = [rp.label(g) for g in rp.summarise(rows[::-1])]
+    names = [label(g) for g in summarise(rows[::-1])]
     assert names == [
         "Linear probe",
         "All prompts (100 %)",
@@ -133,7 +135,7 @@ def test_rows_have_a_fixed_readable_order():
         "Random 12.5 %",
         "From scratch 12.5 %",
     ]
-    assert rp.label(rows[-1], "attention") == "PC global 30 %"
+    assert label(rows[-1], "attention") == "PC global 30 %"
 
 
 @pytest.mark.parametrize(
@@ -188,8 +190,8 @@ def test_table_is_plain_and_narrow(seeds):
     assert max(map(len, lines)) <= 110
     assert "\x1b" not in file.getvalue()
     (pc,) = [line for line in lines if line.startswith("PC global 30 %  ")]
-    group = rp.summarise(report["rows"])[7]
-    assert rp.label(group) == "PC global 30 %"
+    group = summarise(report["rows"])[7]
+    assert label(group) == "PC global 30 %"
     assert f"{100 * group['test_accuracy']:.1f}" in pc
     assert pc.count("±") == (2 if seeds > 1 else 0)
     # No name is folded onto a second line.
@@ -198,7 +200,7 @@ def test_table_is_plain_and_narrow(seeds):
 
 def test_figures_are_xml_and_the_same_every_time():
     report = make_report()
-    first = rp.figures(report)
+    first = figures.draw(report)
     assert list(first) == ["accuracy", "layers", "importance", "cost"]
     for name, svg in first.items():
         root = ET.fromstring(svg)
@@ -206,12 +208,12 @@ def test_figures_are_xml_and_the_same_every_time():
         assert "".join(root.itertext()).strip()  # text stays text
         ids = [e.get("id") for e in root.iter() if e.get("id")]
         assert all(i.startswith(name) for i in ids)
-    assert rp.figures(report) == first
+    assert figures.draw(report) == first
 
 
 def test_spread_needs_seeds():
-    assert 'id="accuracy-spread' in rp.figures(make_report(seeds=3))["accuracy"]
-    one = rp.figures(make_report(seeds=1))["accuracy"]
+    assert 'id="accuracy-spread' in figures.draw(make_report(seeds=3))["accuracy"]
+    one = figures.draw(make_report(seeds=1))["accuracy"]
     assert "spread" not in one
     assert "From scratch" in one
 
@@ -222,7 +224,7 @@ def test_figure_without_data_is_left_out():
     report["rows"] = report["rows"][:2]  # linear probe and all prompts
     for row in report["rows"]:
         row["latency_ms"] = None
-    found = rp.figures(report)
+    found = figures.draw(report)
     assert list(found) == ["cost"]
     assert "Latency" not in found["cost"]
     page = rp.html(report)
@@ -234,7 +236,19 @@ def test_importance_with_zeros_and_empty_layers():
     report = make_report(seeds=1)
     for layers in ([[0.0, -1.0, 2.0], []], [[0.0, 0.0]], [[1e-9, 3.0]]):
         report["importance"]["layers"] = layers
-        assert "importance" in rp.figures(report)
+        assert "importance" in figures.draw(report)
+
+
+def test_latency_says_its_batch():
+    report, file = make_report(seeds=1), io.StringIO()
+    note = "per picture, in batches of"
+    assert note not in rp.html(report)
+    report["latency_batch"] = 64
+    page = rp.html(report)
+    assert page.count(f"{note} 64.") == 2  # below the table and below the figure
+    assert "latency_batch" not in page.lower()  # not again among the details
+    rp.print_table(report, file)
+    assert f"{note} 64." in file.getvalue()
 
 
 class Page(HTMLParser):
@@ -293,8 +307,11 @@ def test_write_and_render_again(tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text()) == report
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "report.html").unlink()
+    compact = json.dumps(report)
+    (tmp_path / "report.json").write_text(compact)
     rp.main([str(tmp_path)])
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+    assert (tmp_path / "report.json").read_text() == compact  # only read
     assert "All prompts (100 %)" in capsys.readouterr().out
 
 

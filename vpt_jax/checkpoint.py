@@ -104,6 +104,7 @@ def load_backbone(
       ValueError: If the file is absent or damaged, or its parameters are not exactly
         the variant's; the message names what is missing, unused or of another shape.
     """
+    own = ViT(variant)  # an unknown variant is the first thing to hear of
     if not path and variant == "demo/4":
         path = DEMO_BACKBONE
     if not path:
@@ -113,7 +114,6 @@ def load_backbone(
         )
     flat, _ = read_arrays(path)
     flat = {_linen_name(n): a for n, a in flat.items() if not _NOT_BACKBONE.match(n)}
-    own = ViT(variant)
     table = flat.get("Transformer/posembed_input/pos_embedding")
     side = _grid(table, path) * own.patch if table is not None else own.image_size
     model = ViT(variant, image_size=side, dtype=dtype, param_dtype=param_dtype)
@@ -250,7 +250,7 @@ def read_arrays(
         raise ValueError(f"no such file: {path}.")
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}, {}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read as .npz: {error}.") from error

@@ -20,7 +20,7 @@ from vpt_jax.train import OPTIMIZERS
 BASELINES = ("linear", "random", "scratch")
 
 
-def positive(**values: float) -> None:
+def positive(**values: int | float) -> None:
     """Raises ValueError unless every value is above 0."""
     for name, value in values.items():
         if not value > 0:

@@ -13,15 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax.rows import (
-    REFERENCE_KINDS,
-    Row,
-    default_score,
-    kind,
-    label,
-    per_picture,
-    summarise,
-)
+from vpt_jax.rows import Row, default_score, kind, label, per_picture, summarise
 
 # Okabe and Ito's colours, distinct to colour-blind eyes.
 COLOURS = {
@@ -33,9 +25,10 @@ COLOURS = {
     "random": "#777777",
     "scratch": "#009E73",
 }
+# What has no ratio of kept prompts is a line across all of them.
 LINE_STYLES = {"linear": "--", "tune": "-"}
 MARKERS = {"global": "o", "layer": "s", "condense": "X", "random": "^", "scratch": "D"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "vpt_jax",  # the same ids every time
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -99,20 +92,15 @@ def draw(report: Row) -> dict[str, str]:
         "cost": _draw_cost,
     }
     default = default_score(report)
-    groups = [
-        group
-        for group in summarise(report["rows"], default)
-        if group["score"] in (None, default, "random")
-    ]
-    if not groups:
-        return {}
+    groups = summarise(report["rows"], default)
+    groups = [group for group in groups if group["score"] in (None, default, "random")]
     figures = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
         for name, function in functions.items():
             figure = Figure((9.2, 4.1), layout="constrained")
-            if function(figure, groups, report):
+            if groups and function(figure, groups, report):
                 _add_legend(figure)
                 figures[name] = _svg(figure, name)
     return figures
@@ -124,20 +112,15 @@ def _add_legend(figure: Any) -> None:
     for axes in figure.axes:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[text] = handle  # a name of many markers is listed once
-    columns = 4 if len(handles) > 5 else 5
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=columns,
-    )
+    place, columns = "outside lower center", 4 if len(handles) > 5 else 5
+    figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
 
 
 def _svg(figure: Any, name: str) -> str:
     """The figure as an SVG element that can stand in a page beside others."""
     file = io.StringIO()
     # Metadata would have the date in it, and the file be another one every time.
-    no_metadata = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
     svg = text[text.index("<svg") :]  # without the XML declaration and DOCTYPE
@@ -148,7 +131,7 @@ def _svg(figure: Any, name: str) -> str:
 
 def _draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     """Test accuracy against the ratio kept, with a close-up if that shows more."""
-    cut = [group for group in groups if kind(group) not in REFERENCE_KINDS]
+    cut = [group for group in groups if kind(group) not in LINE_STYLES]
     if not cut:
         return False
     default = default_score(report)
@@ -165,16 +148,14 @@ def _draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     for axes, shown in zip(all_axes, panels, strict=True):
         for group in shown:
             name = label(group, default, ratio=False)
-            if kind(group) in REFERENCE_KINDS:
+            if kind(group) in LINE_STYLES:
                 _accuracy_line(axes, group, name)
             else:
                 offset = 0.6 * (names.index(name) + 0.5) / len(names)
                 x = ratios.index(group["keep_ratio"]) + offset
                 _accuracy_marker(axes, group, name, x)
-        axes.set_xlim(-0.2, len(ratios) - 0.2)
-        axes.set_ylim(_accuracy_limits(shown))
-        axes.set_xlabel("Prompts kept (% of all prompts)")
-        axes.set_ylabel("Test accuracy (%)")
+        axes.set(xlim=(-0.2, len(ratios) - 0.2), ylim=_accuracy_limits(shown))
+        axes.set(xlabel="Prompts kept (% of all prompts)", ylabel="Test accuracy (%)")
         ticks = [f"{100 * ratio:.4g} %" for ratio in ratios]
         axes.set_xticks(np.arange(len(ratios)) + 0.3, ticks)
     if len(panels) > 1:
@@ -192,8 +173,7 @@ def _accuracy_limits(groups: list[Row]) -> tuple[float, float]:
 
 
 def _height(groups: list[Row]) -> float:
-    low, high = _accuracy_limits(groups)
-    return high - low
+    return float(np.ptp(_accuracy_limits(groups)))
 
 
 def _accuracy_line(axes: Any, group: Row, name: str) -> None:
@@ -213,9 +193,8 @@ def _accuracy_marker(axes: Any, group: Row, name: str, x: float) -> None:
         # Hollow: controls of the two kinds of cut must not look the same.
         line.set_markerfacecolor("white")
     if deviation:
-        bar = axes.errorbar(x, y, deviation, color=colour, capsize=3)
-        _, caps, _ = bar
-        caps[0].set_gid("spread")
+        _, _, bars = axes.errorbar(x, y, deviation, color=colour, capsize=3)
+        bars[0].set_gid("spread")
 
 
 def _global_cuts(groups: list[Row]) -> list[tuple[Any, Row]]:
@@ -243,14 +222,13 @@ def _draw_layers(figure: Any, groups: list[Row], report: Row) -> bool:
     layers = np.arange(1, len(groups[0]["counts"]) + 1)
     for group in groups:
         if kind(group) == "tune":
-            heights, look = group["mean_counts"], {"color": "#f4f5f7", "ec": "#aab1b9"}
-            axes.bar(layers, heights, 0.9, label="Before", **look)
+            look = {"color": "#f4f5f7", "edgecolor": "#aab1b9", "label": "Before"}
+            axes.bar(layers, group["mean_counts"], 0.9, **look)
     width = 0.8 / len(cuts)
     for number, (colour, group) in enumerate(cuts):
         offset = 0.8 * ((number + 0.5) / len(cuts) - 0.5)  # side by side
         name = f"Kept at {100 * group['keep_ratio']:.4g} %"
-        heights = group["mean_counts"]
-        axes.bar(layers + offset, heights, width, color=colour, label=name)
+        axes.bar(layers + offset, group["mean_counts"], width, color=colour, label=name)
     axes.set_xticks(layers)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=LAYER_AXIS, ylabel="Prompts of the layer")
@@ -269,16 +247,14 @@ def _draw_importance(figure: Any, groups: list[Row], report: Row) -> bool:
         x = number + 0.38 * np.linspace(-1, 1, len(layer))
         axes.plot(x, sorted(layer), ".", color="#8494a8", markersize=4)
         median = np.median(layer) if layer else np.nan  # a layer without prompts
-        ends = (number - 0.42, number + 0.42)
-        axes.hlines(median, *ends, "black", linewidth=2, zorder=3)
+        axes.hlines(median, number - 0.42, number + 0.42, "black", lw=2, zorder=3)
     for colour, group in _global_cuts(groups):
         kept = group["prompts_max"]
         if 0 < kept < len(values):
             # Halfway between the last prompt kept and the first one lost.
             height = values[kept - 1 : kept + 1].mean()
             name = f"Cut at {100 * group['keep_ratio']:.4g} %"
-            style = {"color": colour, "linestyle": "--", "linewidth": 1.5}
-            axes.axhline(height, label=name, **style)
+            axes.axhline(height, color=colour, linestyle="--", lw=1.5, label=name)
     _scale_importance(axes, values)
     axes.set_xticks(range(1, len(layers) + 1))
     score = f"{importance.get('score')}, {importance.get('reduction')}"
@@ -305,14 +281,12 @@ def _draw_cost(figure: Any, groups: list[Row], report: Row) -> bool:
     timed = [group for group in groups if group["latency_ms"] is not None]
     scale, unit = (1e9, "G") if groups[-1]["macs_reference"] >= 1e9 else (1e6, "M")
     all_axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-
     axes = all_axes[0]
     prompts = [group["prompts_max"] for group in groups]
-    reference = [group["macs_reference"] / scale for group in groups]
-    spent = [group["macs"] / scale for group in groups]
-    name = "MACs as papers count them"
-    axes.plot(prompts, reference, "s-", color="#D55E00", label=name)
-    axes.plot(prompts, spent, "o-", color="#0072B2", label="MACs as spent here")
+    macs = [group["macs_reference"] / scale for group in groups]
+    axes.plot(prompts, macs, "s-", color="#D55E00", label="MACs as papers count them")
+    macs = [group["macs"] / scale for group in groups]
+    axes.plot(prompts, macs, "o-", color="#0072B2", label="MACs as spent here")
     axes.set_ylabel(f"MACs per picture ({unit})")
     if timed:
         axes = all_axes[1]

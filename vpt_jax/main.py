@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -467,6 +467,23 @@ def default_workdir(filename: str) -> str:
     return "/".join(("out", "-".join(w for w in words if w)))
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, but a config key or value that is wrong is one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if "--traceback" in argv:
+            raise
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        fail(f"cannot read --config: {text}")
+
+
+def fail(error: Any) -> NoReturn:
+    """Prints one line and exits with 2, as command lines do for bad input."""
+    print(f"error: {error} (--traceback shows where)", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str]) -> None:
     """Reads the flags, runs, prints the table and where the report lies."""
     if len(argv) > 1:
@@ -480,12 +497,11 @@ def main(argv: list[str]) -> None:
     except (ValueError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
-        print(f"error: {error} (--traceback shows where)", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     report.print_table(content)
     print(f"report: {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

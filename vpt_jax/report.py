@@ -86,11 +86,9 @@ def print_table(report: Row, file: Any = None) -> None:
     if not console.is_terminal:  # no window to fit into
         console.width = max(100, console.width)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for name in HEADER:
-        if name == "Model":
-            table.add_column(name, justify="left")
-        else:
-            table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(HEADER[0], justify="left")
+    for name in HEADER[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
 
     default = default_score(report)
     previous_ratio = 1.0
@@ -102,10 +100,8 @@ def print_table(report: Row, file: Any = None) -> None:
         previous_ratio = ratio
         table.add_row(*_cells(group, default))
     console.print(table)
-    console.print(
-        "± standard deviation over seeds. MACs: per picture."
-        f" Time: {per_picture(report)}."
-    )
+    time = per_picture(report)
+    console.print(f"± standard deviation over seeds. MACs: per picture. Time: {time}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +159,12 @@ def verdict(report: Row) -> list[str]:
       Sentences; their differences are paired by seed.
     """
     sentences = []
-    tuned, probe = _find(report, "tune", 1.0), _find(report, "linear", 0.0)
-    difference = _difference(tuned, probe)
+    tuned = _find(report, "tune", 1.0)
+    difference = _difference(tuned, _find(report, "linear", 0.0))
     if difference is not None:
         minus = _list_differences({"the linear probe": difference})
         sentences.append(f"All prompts (100 %) {minus}.")
-    ratios = {row["keep_ratio"] for row in report["rows"]}
-    for ratio in sorted(ratios, reverse=True):
+    for ratio in sorted({row["keep_ratio"] for row in report["rows"]}, reverse=True):
         sentences += _verdict_at(report, ratio, tuned)
 
     if any("±" in sentence for sentence in sentences):

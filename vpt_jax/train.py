@@ -152,7 +152,7 @@ def train_step(
         losses = cross_entropy(logits, batch) * mask
         sums = {
             "loss": losses.sum(),
-            "correct": ((logits.argmax(-1) == batch["label"]) * mask).sum(),
+            "correct": jnp.where(logits.argmax(-1) == batch["label"], mask, 0.0).sum(),
             "count": mask.sum(),
         }
         # The mean over the real examples of a partial last batch, as the reference.
