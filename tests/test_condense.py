@@ -129,7 +129,7 @@ def test_taylor_is_minus_the_product_of_prompt_and_gradient(problem):
 
 
 def test_taylor_is_degenerate_for_deep_prompts(problem):
-    """LayerNorm does not see a prompt's scale: DESIGN 3.2, the reason for key_gate."""
+    """LayerNorm does not see a prompt's scale: the reason for key_gate."""
     model, backbone, trainable, batch = problem
     taylor = vpt_jax.importance(*problem[:3], [batch], score="taylor")
     norms = vpt_jax.importance(*problem[:3], [batch], score="grad_norm")

@@ -26,6 +26,7 @@ ORDER = (
     "report",
     "figures",
     "rows",
+    "stages",
     "config",
     "train",
     "workdir",

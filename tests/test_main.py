@@ -34,13 +34,13 @@ def checkpoint(tmp_path_factory):
 
 def smoke(checkpoint, **changes):
     """The demo's smoke config on the small backbone."""
-    loaded = load_config("configs/demo.py", "digits,smoke")
-    loaded.backbone.variant, loaded.backbone.checkpoint = "demo/16", str(checkpoint)
-    loaded.tune.epochs = 3
+    values = load_config("configs/demo.py", "digits,smoke").to_dict()
+    values["backbone"].update(variant="demo/16", checkpoint=str(checkpoint))
+    values["tune"]["epochs"] = 3
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
-        setattr(loaded[group] if group else loaded, key, value)
-    return configs.parse(loaded)
+        (values[group] if group else values)[key] = value
+    return configs.parse(values)
 
 
 def load_config(path, arg=""):

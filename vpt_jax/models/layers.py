@@ -41,8 +41,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention with an optional weight on every key's exponential.
 
-    A weight of 1 leaves a key as it is, 0 removes it exactly (DESIGN: a gate on the
-    key, `log g` added to its logit). Plain products, and exponentials normalised only
+    A weight of 1 leaves a key as it is, 0 removes it exactly
+    (`log g` added to its logit). Plain products, and exponentials normalised only
     after the product with the values: on XLA's CPU code this is about 4 times as fast
     as `jax.nn.dot_product_attention`, with the same numbers to rounding. The softmax
     is in float32 whatever the computation dtype.
@@ -54,7 +54,7 @@ def attend(
       key_weight: None, or `[b or 1, t]` float32, at least one positive per row.
 
     Returns:
-      The attended values `[b, h, q, c]`, and a pair's worth of attention weights
+      The attended values `[b, h, q, c]`, and the attention weights
       `[b, h, q, t]` (float32, rows sum to 1; not computed under jit if unused).
     """
     product = functools.partial(jnp.einsum, preferred_element_type=wide(q.dtype))

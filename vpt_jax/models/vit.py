@@ -259,7 +259,8 @@ class ViT(nn.Module):
           `features [b, d]` and `out`, a dict of named intermediates: `embedded`
           `[b, t, d]`, and `blocks`, a list with, per layer, `tokens` `[b, t, d]` (the
           last layer of `"kv"` only holds the class token) and `prompt_attention`
-          `[b, h, q, n_i]`, the weight that each query gives to each prompt. Under jit
+          `[b, h, q, n_i]`, the weight that each query gives to each prompt; with
+          `"tokens"` also `prompts` `[b, n_i, d]`, the prompts' own outputs. Under jit
           what is not used is not computed.
 
         Raises:

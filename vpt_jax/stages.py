@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to one model of a run: start, train, release, evaluate.
+
+A unit is finished when its row lies in `results/`; a training is finished when its
+prompts lie in `prompts/`; within a training the newest checkpoint counts. Whatever a
+unit builds on (tuned prompts, scores) it reads from the workdir, or makes.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vpt_jax
+from vpt_jax import config as configs
+from vpt_jax import train
+from vpt_jax import workdir as files
+from vpt_jax.data.augment import normalise
+from vpt_jax.data.tasks import Split, Task
+
+
+class Unit(NamedTuple):
+    """One evaluated model: `stage` is linear, tune, condense, finetune or scratch."""
+
+    stage: str
+    seed: int
+    score: str | None = None
+    scope: str | None = None
+    keep_ratio: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Also its file name."""
+        parts = [f"seed{self.seed}", self.stage, self.score, self.scope]
+        if self.keep_ratio not in (0.0, 1.0):
+            parts.append(f"{100 * self.keep_ratio:g}percent")
+        return "-".join(p for p in parts if p)
+
+
+class Run(NamedTuple):
+    """What every unit of a run shares."""
+
+    config: configs.Config
+    workdir: Path
+    task: Task
+    model: vpt_jax.ViT
+    backbone: Any
+    backbone_info: dict[str, Any]
+    images: jax.Array
+    labels: jax.Array
+    log: files.Log
+
+
+def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
+    """The unit's row and seconds; from disk if it is finished."""
+    path = run.workdir / "results" / f"{unit.name}.json"
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        run.log.line(f"{prefix} {unit.name}: done before")
+        return result
+    trainable, seconds = trained(run, unit, prefix)
+    row = evaluated(run, unit, trainable)
+    result = {"row": row, "seconds": round(seconds, 3)}
+    if files.writes():
+        files.write_json(path, result)
+    run.log.line(
+        f"{prefix} {unit.name}: {sum(row['counts'])} prompts, test"
+        f" {100 * row['test_accuracy']:.2f} %, val {100 * row['val_accuracy']:.2f} %,"
+        f" {seconds:.1f} s"
+    )
+    return result
+
+
+def trained(run: Run, unit: Unit, prefix: str = "") -> tuple[dict[str, Any], float]:
+    """Prompts and head of a unit, and the seconds their training took.
+
+    Released prompts are float32 and read back exactly, so they are the record of a
+    finished training.
+    """
+    path = run.workdir / "prompts" / f"{unit.name}.safetensors"
+    if path.exists():
+        saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
+        return {"prompts": saved.prompts, "head": saved.head}, 0.0
+    trainable, seconds = starting_point(run, unit), 0.0
+    if unit.stage != "condense":
+        trainable, seconds = fit(run, unit, trainable, prefix)
+    if files.writes():
+        vpt_jax.save_prompts(
+            path,
+            trainable["prompts"],
+            trainable["head"],
+            model=run.model,
+            backbone=run.backbone_info["hash"],
+            backbone_name=run.backbone_info["name"],
+            normalisation=run.backbone_info["normalisation"],
+            class_names=run.task.class_names,
+            deep=run.config.prompts.deep,
+        )
+    return trainable, seconds
+
+
+def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
+    """Prompts and head before the unit's training."""
+    settings = run.config.prompts
+    if unit.stage in ("condense", "finetune"):
+        assert unit.score and unit.scope  # as plan makes them
+        tuned, _ = trained(run, Unit("tune", unit.seed))
+        scores = scores_of(run, unit.seed, unit.score)
+        mask = vpt_jax.keep_mask(scores, keep_ratio=unit.keep_ratio, scope=unit.scope)
+        return {**tuned, "prompts": vpt_jax.condense(tuned["prompts"], mask)}
+    prompt_key, head_key = jax.random.split(jax.random.key(unit.seed))
+    prompts = vpt_jax.init_prompts(
+        prompt_key, run.model, settings.num_prompts, deep=settings.deep
+    )
+    if unit.stage == "linear":
+        prompts = tuple(p[:0] for p in prompts)
+    if unit.stage == "scratch":
+        # The same share of every layer, as VPT with fewer prompts would have.
+        even = tuple(jnp.zeros(n) for n in vpt_jax.counts(prompts))
+        mask = vpt_jax.keep_mask(even, keep_ratio=unit.keep_ratio, scope="layer")
+        prompts = vpt_jax.condense(prompts, mask)
+    head = vpt_jax.init_head(head_key, run.model.width, len(run.task.class_names))
+    return {"prompts": prompts, "head": head}
+
+
+def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
+    """Importance of the tuned prompts over the training set; kept in `scores/`."""
+    path = run.workdir / "scores" / f"seed{seed}-{score}.json"
+    if path.exists():
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        return tuple(jnp.asarray(s, jnp.float32) for s in layers)
+    tuned, _ = trained(run, Unit("tune", seed))
+    settings, num = run.config.score, len(run.labels)
+    steps = math.ceil(num / settings.batch_size)
+
+    def batches():
+        for start in range(0, num, settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            image = normalise(run.images[part], run.backbone_info["normalisation"])
+            yield {"image": image, "label": run.labels[part]}
+
+    start = time.perf_counter()
+    scores = vpt_jax.importance(
+        run.model,
+        run.backbone,
+        tuned,
+        batches(),
+        score=score,
+        reduction=(settings.reduction or None) if score == settings.score else None,
+        deep=run.config.prompts.deep,
+        key=jax.random.fold_in(jax.random.key(seed), 1),
+        progress=lambda done: run.log.progress(f"score {score}: {done}/{steps}"),
+    )
+    seconds = time.perf_counter() - start
+    if files.writes():
+        layers = [np.asarray(s).tolist() for s in scores]
+        files.write_json(path, {"score": score, "seed": seed, "layers": layers})
+    run.log.line(f"seed{seed}-score-{score}: {seconds:.1f} s")
+    return scores
+
+
+def fit(
+    run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
+) -> tuple[dict[str, Any], float]:
+    """Trains a unit, from its newest checkpoint if there is one; with its seconds."""
+    stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
+    settings: configs.TrainConfig = getattr(run.config, stage)
+    recipe = make_recipe(run, settings, unit.stage)
+    model, images = run.model, run.images
+    if unit.stage == "linear":  # frozen features never change: computed once
+        model, images = None, features_of(run)
+    num = len(run.labels)
+    steps = math.ceil(num / settings.batch_size)
+    rates = train.learning_rates(
+        train.scaled_lr(settings.base_lr, settings.batch_size),
+        settings.epochs,
+        settings.warmup_epochs,
+        steps,
+        per=settings.schedule,
+    )
+    directory = run.workdir / "checkpoints" / unit.name
+    saved = {"state": train.init_state(trainable, recipe), "seconds": np.zeros(())}
+    first = 0
+    if newest := files.newest_checkpoint(directory):
+        first, path = newest
+        saved = files.restore_checkpoint(path, saved)
+        run.log.line(f"{prefix} {unit.name}: continuing after epoch {first}")
+    state = jax.tree.map(jnp.asarray, saved["state"])
+    seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
+    for epoch in range(first, settings.epochs):
+        start = time.perf_counter()
+        order, mask = train.epoch_order(unit.seed, epoch, num, settings.batch_size)
+        state, metrics = train.train_epoch(
+            state,
+            run.backbone,
+            images,
+            run.labels,
+            order,
+            mask,
+            rates[epoch],
+            jnp.float32(settings.weight_decay),
+            key,
+            model=model,
+            recipe=recipe,
+        )
+        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics["seconds"] = time.perf_counter() - start
+        seconds += metrics["seconds"]
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"{unit.name}: loss is {metrics['loss']} in epoch {epoch + 1} at rate"
+                f" {rates[epoch].max():g}; lower config.{stage}.base_lr"
+                f" ({settings.base_lr}). Earlier checkpoints are in {directory}."
+            )
+        run.log.epoch(unit.name, epoch + 1, settings.epochs, num, metrics, prefix)
+        last = epoch + 1 == settings.epochs
+        if last or (epoch + 1) % run.config.checkpoint_every == 0:
+            saved = {"state": state, "seconds": np.asarray(seconds)}
+            files.save_checkpoint(directory / str(epoch + 1), saved)
+            files.remove_checkpoints(directory, keep=1)
+    return state.trainable, seconds
+
+
+def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:
+    """What is fixed at compile time; only fine-tuning may freeze the head."""
+    return train.Recipe(
+        optimizer=settings.optimizer,
+        dropout=run.config.prompts.dropout,
+        deep=run.config.prompts.deep,
+        normalisation=run.backbone_info["normalisation"],
+        train_head=settings.head or stage != "finetune",
+    )
+
+
+def features_of(run: Run) -> jax.Array:
+    """Features of the training set without prompts, `[n, d]`."""
+    return jnp.asarray(
+        train.extract_features(
+            run.backbone,
+            run.task.train.images,
+            model=run.model,
+            normalisation=run.backbone_info["normalisation"],
+            batch_size=run.config.eval_batch_size,
+        )
+    )
+
+
+def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]:
+    """The unit's row of the report."""
+    deep, counts = run.config.prompts.deep, vpt_jax.counts(trainable["prompts"])
+    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
+    ready = trainable
+    if deep:
+        kv = vpt_jax.prefill(run.model, run.backbone, trainable["prompts"])
+        ready = {**trainable, "prompts": kv}
+    size = run.config.eval_batch_size
+
+    def accuracy(split: Split) -> float:
+        return train.evaluate(
+            ready,
+            run.backbone,
+            split.images,
+            split.labels,
+            model=run.model,
+            recipe=recipe,
+            batch_size=size,
+        )
+
+    tuned = jax.tree.leaves(trainable)
+    return {
+        "stage": unit.stage,
+        "score": unit.score,
+        "scope": unit.scope,
+        "keep_ratio": unit.keep_ratio,
+        "counts": list(counts),
+        "val_accuracy": accuracy(run.task.val),
+        "test_accuracy": accuracy(run.task.test),
+        "macs": vpt_jax.macs(run.model, counts, deep=deep),
+        "macs_reference": vpt_jax.macs(
+            run.model, counts, deep=deep, formulation="tokens"
+        ),
+        "latency_ms": latency(run, ready, recipe),
+        "tuned_params": sum(x.size for x in tuned),
+        "seed": unit.seed,
+    }
+
+
+def latency(run: Run, ready: dict[str, Any], recipe: train.Recipe) -> float:
+    """Milliseconds per picture of the compiled forward pass, median of 9 batches."""
+    size = run.config.eval_batch_size
+    index = np.arange(size) % len(run.task.test.labels)
+    # On the device before the clock starts: the model is timed, not the copy.
+    batch = jax.device_put(
+        (run.task.test.images[index], run.task.test.labels[index], np.ones(size, bool))
+    )
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        train.eval_step(
+            ready, run.backbone, *batch, model=run.model, recipe=recipe
+        ).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return round(float(np.median(times[1:])) / size * 1000, 5)
