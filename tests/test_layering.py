@@ -27,6 +27,7 @@ ORDER = (
     "figures",
     "rows",
     "stages",
+    "cli",
     "config",
     "train",
     "workdir",

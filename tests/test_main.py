@@ -14,8 +14,8 @@ import pytest
 from conftest import randomised
 
 import vpt_jax
+from vpt_jax import cli, main, train
 from vpt_jax import config as configs
-from vpt_jax import main, train
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import save_backbone
 
@@ -389,8 +389,8 @@ def test_config_arguments_that_do_not_exist():
 
 
 def test_default_workdirs_are_told_apart():
-    assert main.default_workdir("configs/demo.py") == "out/demo"
+    assert cli.default_workdir("configs/demo.py") == "out/demo"
     assert (
-        main.default_workdir("configs/demo.py:digits,seeds=5")
+        cli.default_workdir("configs/demo.py:digits,seeds=5")
         == "out/demo-digits-seeds5"
     )

@@ -14,7 +14,7 @@ of the softmax. So the default score is the gradient with respect to a gate on t
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,7 +23,14 @@ import numpy as np
 from jax.core import Tracer
 
 from vpt_jax.models.layers import wide
-from vpt_jax.prompts import Importance, Mask, Prompts, apply_head, counts
+from vpt_jax.prompts import (
+    Importance,
+    Mask,
+    Prompts,
+    apply_head,
+    check_choice,
+    counts,
+)
 
 SCORES = (
     "key_gate",
@@ -183,14 +190,6 @@ def pad_batch(batch: Batch, size: int) -> Batch:
     padded = jax.tree.map(lambda x: x[index], batch)
     padded["mask"] = padded["mask"] & (jnp.arange(size) < n)
     return padded
-
-
-def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Raises ValueError unless `value` is one of `known`."""
-    if value not in known:
-        raise ValueError(
-            f"unknown {name} {value!r}; choose one of {', '.join(map(repr, known))}."
-        )
 
 
 def _data_free(prompts: Prompts, key: jax.Array | None) -> Importance:

@@ -12,10 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES, check_choice
+from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
-from vpt_jax.train import OPTIMIZERS
+from vpt_jax.prompts import check_choice
+from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
 BASELINES = ("linear", "random", "scratch")
 
@@ -88,7 +89,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(epochs=self.epochs, base_lr=self.base_lr, batch_size=self.batch_size)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("schedule", self.schedule, ("epoch", "step"))
+        check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it"

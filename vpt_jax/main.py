@@ -14,33 +14,22 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import shlex
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 import vpt_jax
+from vpt_jax import cli, report
 from vpt_jax import config as configs
-from vpt_jax import report
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import read_card
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data.tasks import load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where results are kept; by default out/ and the config's name."
-)
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
 
 
 def plan(config: configs.Config) -> list[Unit]:
@@ -175,51 +164,12 @@ def make_report(
     }
 
 
-def default_workdir(filename: str) -> str:
-    """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`."""
-    path, _, arg = filename.partition(":")
-    words = [Path(path).stem, *arg.replace("=", "").split(",")]
-    return "/".join(("out", "-".join(w for w in words if w)))
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses as absl does, but a config key or value that is wrong is one line."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if "--traceback" in argv:
-            raise
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        fail(f"cannot read --config: {text}")
-
-
-def fail(error: Any) -> NoReturn:
-    """Prints one line and exits with 2, as command lines do for bad input."""
-    print(f"error: {error} (--traceback shows where)", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(argv: list[str]) -> None:
-    """Reads the flags, runs, prints the table and where the report lies."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = Path(WORKDIR.value or default_workdir(filename))
-    command = shlex.join(["python", "-m", "vpt_jax.main", *sys.argv[1:]])
-    try:
-        content = run(configs.parse(CONFIG.value), workdir, command)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues here", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, FloatingPointError) as error:
-        if TRACEBACK.value:
-            raise
-        fail(error)
+def main(values: ConfigDict, workdir: Path, command: str) -> None:
+    """Runs, prints the table and where the report lies."""
+    content = run(configs.parse(values), workdir, command)
     report.print_table(content)
     print(f"report: {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    cli.start(main)

@@ -9,8 +9,10 @@ stages. Saves a checkpoint per epoch and continues from the newest one; at the e
 writes `backbone.safetensors` (float16) and `model_card.json` into the workdir.
 """
 
+import contextlib
 import functools
 import io
+import json
 import time
 import zipfile
 from pathlib import Path
@@ -20,20 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
-from ml_collections import FrozenConfigDict, config_flags
+from ml_collections import FrozenConfigDict
 
+from vpt_jax import cli
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import backbone_hash, save_backbone
 from vpt_jax.data.augment import crop_and_flip, normalise, resize
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import apply_head, init_head
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", "out/pretrain", "Where checkpoints are kept.")
 
 
 class State(NamedTuple):
@@ -163,6 +160,7 @@ def resized_state(state: State, grid: int) -> State:
 def run(config: Any, workdir: Path) -> dict[str, Any]:
     """Trains, or continues, and writes the weights with their model card."""
     train, test = read_zip(config.data, "train"), read_zip(config.data, "test")
+    log = files.Log(workdir / "log.txt", workdir / "events")
     classes = train[2]
     per_epoch = len(train[1]) // config.batch_size
     tx = optimiser(config, per_epoch)
@@ -185,41 +183,39 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
         done, path = newest
         like = jax.eval_shape(functools.partial(fresh, sides[done - 1]))
         state = jax.tree.map(jnp.asarray, files.restore_checkpoint(path, like))
-        logging.info("continuing after epoch %d of %d", done, len(sides))
+        log.line(f"continuing after epoch {done} of {len(sides)}")
     images, labels = jnp.asarray(train[0]), jnp.asarray(train[1])
-    for epoch in range(done, len(sides)):
-        model = models[sides[epoch]]
-        state = resized_state(state, model.image_size // model.patch)
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(labels))
-        order = order[: per_epoch * config.batch_size].reshape(per_epoch, -1)
-        start = time.perf_counter()
-        for first in range(0, per_epoch, config.steps_per_call):
-            part = order[first : first + config.steps_per_call]
-            state, loss = train_steps(
-                state, images, labels, part, model=model, tx=tx, config=static
-            )
-            seen = (first + len(part)) * config.batch_size
-            rate = seen / (time.perf_counter() - start)
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss is {loss} before step {int(state.step)}; lower"
-                    f" config.learning_rate ({config.learning_rate})."
+    with contextlib.closing(log):
+        for epoch in range(done, len(sides)):
+            model, start = models[sides[epoch]], time.perf_counter()
+            state = resized_state(state, model.image_size // model.patch)
+            order = np.random.default_rng((config.seed, epoch)).permutation(len(labels))
+            order = order[: per_epoch * config.batch_size].reshape(per_epoch, -1)
+            name, losses = f"epoch {epoch + 1}/{len(sides)}, {model.image_size} px", []
+            for first in range(0, per_epoch, config.steps_per_call):
+                part = order[first : first + config.steps_per_call]
+                state, loss = train_steps(
+                    state, images, labels, part, model=model, tx=tx, config=static
                 )
-            logging.info(
-                "epoch %d/%d  %d px  %d/%d  loss %.3f  %.0f images/s",
-                *(epoch + 1, len(sides), model.image_size, seen, order.size),
-                *(loss, rate),
-            )
-        files.save_checkpoint(workdir / "checkpoints" / str(epoch + 1), state)
-        files.remove_checkpoints(workdir / "checkpoints", keep=2)
-        if (epoch + 1) % 5 == 0 or epoch + 1 == len(sides):
-            score = accuracy(state.params, test, model, config.normalisation)
-            logging.info("epoch %d: test accuracy %.4f", epoch + 1, score)
-    return export(config, workdir, state, models[sides[-1]], test)
+                losses.append(float(loss))
+                if not np.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"{name}: loss is {loss} before step {int(state.step)}; lower"
+                        f" config.learning_rate ({config.learning_rate})."
+                    )
+                done_share = (first + len(part)) / per_epoch
+                rate = order.size * done_share / (time.perf_counter() - start)
+                text = f"{name}: loss {losses[-1]:.3f}, {rate:.0f} images/s"
+                log.progress(f"{text}, {100 * done_share:.0f} %")
+            files.save_checkpoint(workdir / "checkpoints" / str(epoch + 1), state)
+            files.remove_checkpoints(workdir / "checkpoints", keep=2)
+            seconds = time.perf_counter() - start
+            log.line(f"{name}: mean loss {np.mean(losses):.3f}, {seconds:.0f} s")
+        return export(config, workdir, state, models[sides[-1]], test, log)
 
 
 def export(
-    config: Any, workdir: Path, state: State, model: ViT, test: tuple
+    config: Any, workdir: Path, state: State, model: ViT, test: tuple, log: files.Log
 ) -> dict[str, Any]:
     """Writes float16 weights and a card with the accuracy of those very weights."""
     half = jax.tree.map(lambda x: np.asarray(x, np.float16), state.params["backbone"])
@@ -233,24 +229,24 @@ def export(
         "normalisation": config.normalisation,
         "data": "CIFAR-10 (JPEG copy): 50,000 training pictures",
         "classes": test[2],
-        "recipe": config.to_dict(),
+        # As JSON has it; where the zip lay is nobody's business.
+        "recipe": json.loads(config.to_json()) | {"data": Path(config.data).name},
         "test_accuracy": accuracy(params, test, model, config.normalisation),
         "parameters": sum(x.size for x in jax.tree.leaves(half)),
         "hash": backbone_hash(params["backbone"]),
     }
     save_backbone(workdir / "backbone.safetensors", half, card)
     files.write_json(workdir / "model_card.json", card)
-    logging.info("test accuracy of the float16 weights: %.4f", card["test_accuracy"])
+    log.line(f"test accuracy of the float16 weights: {card['test_accuracy']:.4f}")
     return card
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags and trains."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    run(CONFIG.value, Path(WORKDIR.value))
+def main(config: Any, workdir: Path, command: str) -> None:
+    """Trains and says where the weights lie."""
+    card = run(config, workdir)
+    print(f"test accuracy {100 * card['test_accuracy']:.2f} % ({command})")
+    print(f"weights: {workdir / 'backbone.safetensors'}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.start(main)

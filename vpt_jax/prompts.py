@@ -156,3 +156,11 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
     """Logits `features @ kernel + bias`, `[b, k]`, in the head's dtype (float32)."""
     kernel, bias = head["kernel"], head["bias"]
     return features.astype(kernel.dtype) @ kernel + bias[None]
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raises ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(
+            f"unknown {name} {value!r}; choose one of {', '.join(map(repr, known))}."
+        )

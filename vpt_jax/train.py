@@ -21,9 +21,10 @@ import optax
 
 from vpt_jax.condense import cross_entropy
 from vpt_jax.data.augment import normalise
-from vpt_jax.prompts import apply_head, prompt_dropout
+from vpt_jax.prompts import apply_head, check_choice, prompt_dropout
 
 OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("epoch", "step")  # how often the learning rate moves
 
 
 class Recipe(NamedTuple):
@@ -57,10 +58,7 @@ def make_optimizer(
     Raises:
       ValueError: If the recipe's optimiser is unknown.
     """
-    if recipe.optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"unknown optimizer {recipe.optimizer!r}; choose one of {OPTIMIZERS}."
-        )
+    check_choice("optimizer", recipe.optimizer, OPTIMIZERS)
 
     def learn(decay: Any) -> optax.GradientTransformation:
         if recipe.optimizer == "adamw":
@@ -250,8 +248,7 @@ def learning_rates(
     Raises:
       ValueError: If `per` is unknown or the warm-up is not shorter than the training.
     """
-    if per not in ("epoch", "step"):
-        raise ValueError(f"unknown schedule {per!r}; choose 'epoch' or 'step'.")
+    check_choice("schedule", per, SCHEDULES)
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(
             f"warmup_epochs is {warmup_epochs} of {epochs} epochs; it must be at least"

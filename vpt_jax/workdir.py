@@ -110,6 +110,7 @@ class Log:
             return
         from tensorboardX import SummaryWriter
 
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._events = SummaryWriter(str(events))
 

@@ -8,6 +8,8 @@ Pictures live on the device as uint8; every function here is pure JAX on a batch
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.prompts import check_choice
+
 NORMALISATIONS = {
     # name: (mean, std) per channel of pictures scaled to [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
@@ -22,10 +24,7 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
     Raises:
       ValueError: If `name` is not one of `NORMALISATIONS`.
     """
-    if name not in NORMALISATIONS:
-        raise ValueError(
-            f"unknown normalisation {name!r}; choose one of {sorted(NORMALISATIONS)}."
-        )
+    check_choice("normalisation", name, tuple(NORMALISATIONS))
     mean, std = (
         jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in NORMALISATIONS[name]
     )

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax.prompts import check_choice
+
 RESIZES = ("corner_aligned", "half_pixel")
 
 
@@ -33,10 +35,7 @@ def resize_pos_embedding(
             f"position table has shape {tuple(table.shape)}; expected [1, 1 + n * n, d]"
             " (a class token and a square grid)."
         )
-    if method not in RESIZES:
-        raise ValueError(
-            f"unknown method {method!r}; choose 'corner_aligned' or 'half_pixel'."
-        )
+    check_choice("method", method, RESIZES)
     cls, square = table[:, :1], table[0, 1:].reshape(old, old, -1)
     if method == "half_pixel":
         square = jax.image.resize(

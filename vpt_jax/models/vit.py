@@ -30,6 +30,7 @@ from vpt_jax.models.layers import (
     batched,
     wide,
 )
+from vpt_jax.prompts import check_choice
 
 FORMULATIONS = ("kv", "tokens")
 
@@ -273,10 +274,7 @@ class ViT(nn.Module):
                 f" [b, {side}, {side}, 3]; resize them, or build the model with"
                 " image_size= (load_backbone resizes the position table)."
             )
-        if formulation not in FORMULATIONS:
-            raise ValueError(
-                f"unknown formulation {formulation!r}; choose 'kv' or 'tokens'."
-            )
+        check_choice("formulation", formulation, FORMULATIONS)
         x = self.embedding(images)
         # zeros_like keeps the batch sharding under explicit meshes.
         cls = jnp.zeros_like(x[:, :1]) + self.cls.astype(x.dtype)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import json
+import shutil
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from test_main import load_config
+
+import vpt_jax
+from vpt_jax import pretrain
+
+
+@pytest.fixture(autouse=True)
+def optax_mixes_float_and_int():
+    """In Adam's bias correction; the strictness is for our own code."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A zip in the layout of the real one: two classes, noise."""
+    path = tmp_path_factory.mktemp("zip") / "pictures.zip"
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as out:
+        for split, num in (("train", 8), ("test", 3)):
+            for name in ("cat", "dog"):
+                for i in range(num):
+                    picture = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                    data = io.BytesIO()
+                    Image.fromarray(picture).save(data, "JPEG")
+                    out.writestr(f"{split}/{name}/{i:04d}.jpg", data.getvalue())
+    return path
+
+
+def smoke(archive) -> ConfigDict:
+    config = load_config("configs/pretrain_demo.py", "smoke")
+    config.data = str(archive)
+    return config
+
+
+def test_pretraining_writes_weights_that_load_and_resumes_exactly(archive, tmp_path):
+    card = pretrain.run(smoke(archive), tmp_path / "a")
+    model, backbone = vpt_jax.load_backbone(
+        "demo/4", tmp_path / "a" / "backbone.safetensors"
+    )
+    assert model.image_size == 32  # the position table of the last stage
+    assert card["hash"] == vpt_jax.backbone_hash(backbone)
+    assert card == json.loads((tmp_path / "a" / "model_card.json").read_text())
+    assert 0 <= card["test_accuracy"] <= 1
+    # Stopped after the first epoch: only its checkpoint is there.
+    source = tmp_path / "a" / "checkpoints" / "1"
+    shutil.copytree(source, tmp_path / "b" / "checkpoints" / "1")
+    assert pretrain.run(smoke(archive), tmp_path / "b")["hash"] == card["hash"]
+
+
+def test_the_state_is_resized_with_its_moments(archive):
+    config = smoke(archive)
+    tx = pretrain.optimiser(config, 2)
+    model = vpt_jax.ViT("demo/4", image_size=16)
+
+    def fresh():
+        params = {
+            "backbone": model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))[
+                "params"
+            ]
+        }
+        return pretrain.State(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    state = jax.eval_shape(lambda: pretrain.resized_state(fresh(), 8))
+    tables = [x.shape for x in jax.tree.leaves(state) if x.shape[1:2] == (65,)]
+    assert tables == [(1, 65, 128)] * 3  # parameter, first and second moment
+
+
+def test_a_missing_or_empty_zip_says_what_to_pass(tmp_path):
+    with pytest.raises(ValueError, match="pass --config.data=ZIP"):
+        pretrain.read_zip(tmp_path / "absent.zip", "train")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match="holds no pictures"):
+        pretrain.read_zip(tmp_path / "empty.zip", "train")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line that the package's programs share: flags, errors, exit codes.
+
+Bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130; a traceback
+is shown for what is a bug of ours, or when asked for (`--traceback`).
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results are kept; by default out/ and the config's name."
+)
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
+
+
+def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
+    """Parses the flags and calls `main(config, workdir, command)`; does not return."""
+    program = sys.modules["__main__"].__spec__
+    name = program.name if program else sys.argv[0]
+
+    def run(argv: list[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected arguments: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
+        filename = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = Path(WORKDIR.value or default_workdir(filename))
+        command = shlex.join(["python", "-m", name, *sys.argv[1:]])
+        try:
+            main(CONFIG.value, workdir, command)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues here", file=sys.stderr)
+            sys.exit(130)
+        except (ValueError, FloatingPointError) as error:
+            if TRACEBACK.value:
+                raise
+            fail(error)
+
+    flags.mark_flag_as_required("config")
+    app.run(run, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses as absl does, but a config key or value that is wrong is one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if "--traceback" in argv:
+            raise
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        fail(f"cannot read --config: {text}")
+
+
+def fail(error: Any) -> NoReturn:
+    """Prints one line and exits with 2, as command lines do for bad input."""
+    print(f"error: {error} (--traceback shows where)", file=sys.stderr)
+    sys.exit(2)
+
+
+def default_workdir(filename: str) -> str:
+    """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`."""
+    path, _, arg = filename.partition(":")
+    words = [Path(path).stem, *arg.replace("=", "").split(",")]
+    return "/".join(("out", "-".join(w for w in words if w)))
