@@ -42,7 +42,8 @@ def plan(config: configs.Config) -> list[Unit]:
         units.append(Unit("tune", seed))
         for ratio in config.condense.keep_ratios:
             for scope in config.condense.scopes:
-                units.append(Unit("condense", seed, score, scope, ratio))
+                if scope == "global":  # what fine-tuning buys is shown once
+                    units.append(Unit("condense", seed, score, scope, ratio))
                 units.append(Unit("finetune", seed, score, scope, ratio))
             if "random" in config.baselines and score != "random":
                 units.append(Unit("finetune", seed, "random", "global", ratio))
