@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.parameter_overview import get_parameter_overview
 
 import vpt_jax
 from vpt_jax import config as configs
 from vpt_jax import train
 from vpt_jax import workdir as files
+from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import normalise
 from vpt_jax.data.tasks import Split, Task
 
@@ -190,6 +192,8 @@ def fit(
         first, path = newest
         saved = files.restore_checkpoint(path, saved)
         run.log.line(f"{prefix} {unit.name}: continuing after epoch {first}")
+    overview = get_parameter_overview(flatten(trainable), include_stats=False)
+    run.log.note(f"{unit.name} trains\n{overview}")
     state = jax.tree.map(jnp.asarray, saved["state"])
     seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
     for epoch in range(first, settings.epochs):

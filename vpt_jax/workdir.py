@@ -122,6 +122,11 @@ class Log:
         print(f"{time.perf_counter() - self._start:7.1f} s  {text}", flush=True)
         self._write(text)
 
+    def note(self, text: str) -> None:
+        """Something long, for the file alone."""
+        if not self._quiet:
+            self._write(text)
+
     def progress(self, text: str) -> None:
         """Replaces the terminal's progress line; nothing where there is none."""
         if not self._quiet and sys.stderr.isatty():
