@@ -17,6 +17,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module")
+def standard_promotion():
+    """For tests that run optax's Adam: its bias correction mixes float and int."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh random key at every call."""

@@ -20,6 +20,7 @@ from vpt_jax import workdir as files
 from vpt_jax.checkpoint import save_backbone
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def end_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
+def finished(checkpoint, standard_promotion, tmp_path_factory):
     """A whole undisturbed run: `(config, workdir, report)`."""
     config = smoke(checkpoint)
     workdir = tmp_path_factory.mktemp("run")

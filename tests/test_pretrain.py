@@ -15,12 +15,7 @@ from test_main import load_config
 import vpt_jax
 from vpt_jax import pretrain
 
-
-@pytest.fixture(autouse=True)
-def optax_mixes_float_and_int():
-    """In Adam's bias correction; the strictness is for our own code."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
