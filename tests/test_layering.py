@@ -39,6 +39,7 @@ ORDER = (
     "condense",
     "models.vit",
     "models.posemb",
+    "models.inputs",
     "models.layers",
     "prompts",
 )

@@ -9,7 +9,7 @@ these as "GFLOPs"; one multiply-accumulate is two FLOP.
 from collections.abc import Sequence
 from typing import Any
 
-from vpt_jax.models.vit import FORMULATIONS
+from vpt_jax.models.inputs import FORMULATIONS
 from vpt_jax.prompts import check_choice
 
 

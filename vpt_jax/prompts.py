@@ -53,11 +53,12 @@ def init_prompts(
     """Draws prompts as the reference does, uniform in `(-v, v)`.
 
     `v = sqrt(6 / (3 * patch**2 + d))`, the Xavier bound of the patch embedding
-    (VPT's released code; 0.0625 for ViT-B/16).
+    (VPT's released code; 0.0625 for ViT-B/16). `d` is the width of the first layer for
+    all layers, wider Swin stages included (0.18464 for Swin-B).
 
     Args:
       key: A JAX random key.
-      model: The Linen model that will take the prompts; `width`, `depth` and
+      model: The model that will take the prompts; `widths` (one per layer) and
         `patch` are read from it.
       num_prompts: Prompts per layer: one number for all layers, or one per layer.
         With `deep=False` a single number is the count of the first layer.
@@ -72,7 +73,7 @@ def init_prompts(
       ValueError: If a count is negative, their number is not the model's depth, or a
         shallow model is given prompts in a later layer.
     """
-    depth, width = model.depth, model.width
+    depth = len(model.widths)
     if isinstance(num_prompts, int):
         per_layer = [num_prompts] * depth if deep else [num_prompts] + [0] * (depth - 1)
     else:
@@ -89,11 +90,11 @@ def init_prompts(
             f"num_prompts is {tuple(per_layer)} with deep=False; shallow prompts are"
             " inserted before the first layer only, so later counts must be 0."
         )
-    bound = math.sqrt(6 / (3 * model.patch**2 + width))
+    bound = math.sqrt(6 / (3 * model.patch**2 + model.widths[0]))
     keys = jax.random.split(key, depth)
     return tuple(
         jax.random.uniform(k, (n, width), dtype, -bound, bound)
-        for k, n in zip(keys, per_layer, strict=True)
+        for k, n, width in zip(keys, per_layer, model.widths, strict=True)
     )
 
 

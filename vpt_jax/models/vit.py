@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.models.inputs import Inputs, check_prompts, prepare
 from vpt_jax.models.layers import (
     AddPositionEmbs,
     Block,
@@ -28,11 +29,7 @@ from vpt_jax.models.layers import (
     LayerNorm,
     PatchEmbedding,
     batched,
-    wide,
 )
-from vpt_jax.prompts import check_choice
-
-FORMULATIONS = ("kv", "tokens")
 
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.
@@ -92,25 +89,17 @@ class Encoder(nn.Module):
             for block, p in zip(self.encoderblock, prompts, strict=True)
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        prompts: Sequence[Any],
-        weights: Sequence[jax.Array | None],
-        deep: bool,
-        formulation: str,
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(self, x: jax.Array, given: Inputs) -> tuple[jax.Array, dict[str, Any]]:
         x = self.posembed_input(x)
         out: dict[str, Any] = {"embedded": x, "blocks": []}
-        run = self._as_tokens if formulation == "tokens" else self._as_keys
-        x = run(x, prompts, weights, deep, out["blocks"])
+        run = self._as_tokens if given.formulation == "tokens" else self._as_keys
+        x = run(x, given, out["blocks"])
         return self.encoder_norm(x[:, :1])[:, 0], out
 
-    def _as_keys(self, x, prompts, weights, deep, out) -> jax.Array:
-        del deep  # always deep: shallow prompts need the token formulation
+    def _as_keys(self, x: jax.Array, given: Inputs, out: list) -> jax.Array:
         t = x.shape[1]
         for i, (block, p, w) in enumerate(
-            zip(self.encoderblock, prompts, weights, strict=True)
+            zip(self.encoderblock, given.prompts, given.weights, strict=True)
         ):
             # Only the class token of the last block is read.
             queries = 1 if i == self.depth - 1 else None
@@ -120,12 +109,12 @@ class Encoder(nn.Module):
             out.append({"tokens": x, "prompt_attention": attention[..., t:]})
         return x
 
-    def _as_tokens(self, x, prompts, weights, deep, out) -> jax.Array:
+    def _as_tokens(self, x: jax.Array, given: Inputs, out: list) -> jax.Array:
         num = 0
         for i, (block, p, w) in enumerate(
-            zip(self.encoderblock, prompts, weights, strict=True)
+            zip(self.encoderblock, given.prompts, given.weights, strict=True)
         ):
-            if deep or i == 0:
+            if given.deep or i == 0:
                 num = p.shape[-2]
                 x = insert(x, p.astype(x.dtype))
             if w is not None:
@@ -145,7 +134,7 @@ class Encoder(nn.Module):
                     )[..., 1 : 1 + num],
                 }
             )
-            if deep:
+            if given.deep:
                 x = drop(x, num)
         return x
 
@@ -214,6 +203,11 @@ class ViT(nn.Module):
             )
         super().__post_init__()
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the prompts that each layer takes."""
+        return (self.width,) * self.depth
+
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embedding = PatchEmbedding(self.width, self.patch, **kinds)
@@ -227,7 +221,7 @@ class ViT(nn.Module):
 
         They do not depend on the image: compute them once, pass them as `prompts=`.
         """
-        check_prompts(prompts, self.depth, self.width)
+        check_prompts(prompts, self.widths)
         return self.Transformer.prefill([p.astype(self.dtype) for p in prompts])
 
     def __call__(
@@ -274,99 +268,20 @@ class ViT(nn.Module):
                 f" [b, {side}, {side}, 3]; resize them, or build the model with"
                 " image_size= (load_backbone resizes the position table)."
             )
-        check_choice("formulation", formulation, FORMULATIONS)
+        given = prepare(
+            prompts,
+            prompt_mask,
+            prompt_gate,
+            widths=self.widths,
+            deep=deep,
+            formulation=formulation,
+            dtype=self.dtype,
+        )
         x = self.embedding(images)
         # zeros_like keeps the batch sharding under explicit meshes.
         cls = jnp.zeros_like(x[:, :1]) + self.cls.astype(x.dtype)
         x = jnp.concatenate([cls, x], axis=1)
-        weights: Sequence[jax.Array | None] = [None] * self.depth
-        if prompts is None:
-            prompts = [None] * self.depth
-            formulation, deep = "kv", True
-            if prompt_mask is not None or prompt_gate is not None:
-                raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
-        else:
-            num = check_prompts(prompts, self.depth, self.width)
-            weights = key_weights(prompt_mask, prompt_gate, num)
-            prefilled = isinstance(prompts[0], KeyValue)
-            if not deep:
-                if any(num[1:]):
-                    raise ValueError(
-                        f"prompts have counts {num} with deep=False; shallow prompts"
-                        " belong to the first layer only, later counts must be 0."
-                    )
-                weights = [weights[0]] * self.depth
-                formulation = "tokens"
-            if prefilled and formulation == "tokens":
-                raise ValueError(
-                    "prefilled keys and values only exist in the 'kv' formulation of"
-                    " deep prompts; pass the prompts themselves."
-                )
-            if not prefilled:
-                prompts = [p.astype(self.dtype) for p in prompts]
-            if formulation == "kv":  # a layer without prompts is the plain block
-                prompts = [p if n else None for p, n in zip(prompts, num, strict=True)]
-        return self.Transformer(x, prompts, weights, deep, formulation)
-
-
-def check_prompts(prompts: Sequence[Any], depth: int, width: int) -> tuple[int, ...]:
-    """Raises ValueError unless there is one array of the right width per layer.
-
-    Returns:
-      The counts.
-    """
-    if len(prompts) != depth:
-        raise ValueError(
-            f"prompts have {len(prompts)} layers but the model has depth {depth}; pass"
-            f" one array per layer (an empty [0, {width}] array for none)."
-        )
-    num = []
-    for i, p in enumerate(prompts):
-        if isinstance(p, KeyValue):
-            h, n, c = p.key.shape[-3:]
-            got = h * c
-        else:
-            n, got = p.shape[-2:] if p.ndim in (2, 3) else (0, -1)
-        if got != width:
-            shape = tuple(jnp.shape(p.key if isinstance(p, KeyValue) else p))
-            raise ValueError(
-                f"prompts[{i}] has shape {shape} but the model has width {width};"
-                f" expected [n, {width}] (or [b, n, {width}]). Were these prompts made"
-                " for another backbone?"
-            )
-        num.append(n)
-    return tuple(num)
-
-
-def key_weights(
-    mask: Sequence[jax.Array] | None,
-    gate: Sequence[jax.Array] | None,
-    num: tuple[int, ...],
-) -> list[jax.Array | None]:
-    """Mask times gate as float32 `[b or 1, n_i]` per layer; None where neither is."""
-    for name, given in (("prompt_mask", mask), ("prompt_gate", gate)):
-        if given is None:
-            continue
-        got = tuple(int(g.shape[-1]) for g in given)
-        if got != num:
-            raise ValueError(
-                f"{name} has {got} entries per layer but the prompts have {num}; pass"
-                " one entry per prompt, layer by layer."
-            )
-    result: list[jax.Array | None] = []
-    for i, n in enumerate(num):
-        weight = None
-        if n and gate is not None:
-            weight = batched(gate[i], 2).astype(wide(gate[i].dtype))
-        if n and mask is not None:
-            keep = batched(mask[i], 2)
-            weight = (
-                keep.astype(jnp.float32)
-                if weight is None
-                else jnp.where(keep, weight, jnp.zeros((), weight.dtype))
-            )
-        result.append(weight)
-    return result
+        return self.Transformer(x, given)
 
 
 def prefill(model: ViT, backbone: Any, prompts: Sequence[jax.Array]):

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model checks of its prompts, masks and gates; the same for every model."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vpt_jax.models.layers import KeyValue, batched, wide
+from vpt_jax.prompts import check_choice
+
+FORMULATIONS = ("kv", "tokens")
+
+
+class Inputs(NamedTuple):
+    """Checked arguments of a forward pass, one entry per layer."""
+
+    prompts: list[Any]  # None where a layer has none
+    weights: list[jax.Array | None]  # of the prompts' keys, [b or 1, n_i]
+    deep: bool
+    formulation: str
+
+
+def prepare(
+    prompts: Sequence[Any] | None,
+    mask: Sequence[jax.Array] | None,
+    gate: Sequence[jax.Array] | None,
+    *,
+    widths: tuple[int, ...],
+    deep: bool,
+    formulation: str,
+    dtype: Any,
+) -> Inputs:
+    """Checks the arguments that every model of this package takes.
+
+    Shallow prompts always run as tokens; a model without prompts as the plain network.
+
+    Raises:
+      ValueError: If something does not fit, with got, expected and what to do.
+    """
+    check_choice("formulation", formulation, FORMULATIONS)
+    depth = len(widths)
+    if prompts is None:
+        if mask is not None or gate is not None:
+            raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
+        return Inputs([None] * depth, [None] * depth, True, "kv")
+    num = check_prompts(prompts, widths)
+    weights = key_weights(mask, gate, num)
+    prefilled = any(isinstance(p, KeyValue) for p in prompts)
+    if not deep:
+        if any(num[1:]):
+            raise ValueError(
+                f"prompts have counts {num} with deep=False; shallow prompts belong to"
+                " the first layer only, later counts must be 0."
+            )
+        weights, formulation = [weights[0]] * depth, "tokens"
+    if prefilled and formulation == "tokens":
+        raise ValueError(
+            "prefilled keys and values only exist in the 'kv' formulation of deep"
+            " prompts; pass the prompts themselves."
+        )
+    cast = [p if isinstance(p, KeyValue) else p.astype(dtype) for p in prompts]
+    if formulation == "kv":  # a layer without prompts is the plain block
+        cast = [p if n else None for p, n in zip(cast, num, strict=True)]
+    return Inputs(cast, weights, deep, formulation)
+
+
+def check_prompts(prompts: Sequence[Any], widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Raises ValueError unless there is one array of the right width per layer.
+
+    Returns:
+      The counts.
+    """
+    if len(prompts) != len(widths):
+        raise ValueError(
+            f"prompts have {len(prompts)} layers but the model has depth {len(widths)};"
+            f" pass one array per layer (an empty [0, {widths[0]}] array for none)."
+        )
+    num = []
+    for i, (p, width) in enumerate(zip(prompts, widths, strict=True)):
+        if isinstance(p, KeyValue):
+            h, n, c = p.key.shape[-3:]
+            got = h * c
+        else:
+            n, got = p.shape[-2:] if p.ndim in (2, 3) else (0, -1)
+        if got != width:
+            shape = tuple(jnp.shape(p.key if isinstance(p, KeyValue) else p))
+            raise ValueError(
+                f"prompts[{i}] has shape {shape} but that layer has width {width};"
+                f" expected [n, {width}] (or [b, n, {width}]). Were these prompts made"
+                " for another backbone?"
+            )
+        num.append(n)
+    return tuple(num)
+
+
+def key_weights(
+    mask: Sequence[jax.Array] | None,
+    gate: Sequence[jax.Array] | None,
+    num: tuple[int, ...],
+) -> list[jax.Array | None]:
+    """Mask times gate as float32 `[b or 1, n_i]` per layer; None where neither is."""
+    for name, given in (("prompt_mask", mask), ("prompt_gate", gate)):
+        if given is None:
+            continue
+        got = tuple(int(g.shape[-1]) for g in given)
+        if got != num:
+            raise ValueError(
+                f"{name} has {got} entries per layer but the prompts have {num}; pass"
+                " one entry per prompt, layer by layer."
+            )
+    result: list[jax.Array | None] = []
+    for i, n in enumerate(num):
+        weight = None
+        if n and gate is not None:
+            weight = batched(gate[i], 2).astype(wide(gate[i].dtype))
+        if n and mask is not None:
+            keep = batched(mask[i], 2)
+            weight = (
+                keep.astype(jnp.float32)
+                if weight is None
+                else jnp.where(keep, weight, jnp.zeros((), weight.dtype))
+            )
+        result.append(weight)
+    return result
