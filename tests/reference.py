@@ -32,31 +32,70 @@ def attention(x, p):
 
 def mlp(x, p):
     x = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
-    x = x * 0.5 * (1 + erf(x / np.sqrt(2)))
+    hidden = p["Dense_1"]["kernel"].shape[0]
+    if x.shape[-1] == 2 * hidden:  # SwiGLU
+        x = x[:, :hidden] / (1 + np.exp(-x[:, :hidden])) * x[:, hidden:]
+    else:
+        x = x * 0.5 * (1 + erf(x / np.sqrt(2)))
     return x @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
 
 
-def features(params, image, prompts=None, deep=True):
-    """Class token `[d]` after the final norm, of one `[s, s, 3]` picture."""
+def patches_of(params, image):
     kernel = params["embedding"]["kernel"]
     patch, side = kernel.shape[0], image.shape[0]
-    tokens = [params["cls"][0, 0]]
+    tokens = []
     for i in range(0, side, patch):
         for j in range(0, side, patch):
             cut = image[i : i + patch, j : j + patch]
             tokens.append((cut[..., None] * kernel).sum((0, 1, 2)))
             tokens[-1] = tokens[-1] + params["embedding"]["bias"]
+    return np.stack(tokens)
+
+
+def sincos(grid, width):
+    table = np.zeros((grid, grid, width))
+    count = width // 4
+    for i in range(grid):
+        for j in range(grid):
+            for f in range(count):
+                slow = 10000 ** (f / (count - 1))
+                waves = [np.sin(j / slow), np.cos(j / slow)]
+                waves += [np.sin(i / slow), np.cos(i / slow)]
+                for part, wave in enumerate(waves):
+                    table[i, j, part * count + f] = wave
+    return table.reshape(grid * grid, width)
+
+
+def features(params, image, prompts=None, deep=True, readout="cls", norm="before"):
+    """Features `[d]` of one `[s, s, 3]` picture, by default the class token's."""
     encoder = params["Transformer"]
-    x = np.stack(tokens) + encoder["posembed_input"]["pos_embedding"][0]
+    x = patches_of(params, image)
+    has_cls = "cls" in params
+    if has_cls:
+        x = np.concatenate([params["cls"][0], x])
+    if "posembed_input" in encoder:
+        x = x + encoder["posembed_input"]["pos_embedding"][0]
+    else:
+        side = round((len(x) - has_cls) ** 0.5)
+        x[has_cls:] += sincos(side, x.shape[1])
+    first = int(has_cls)
+    if "registers" in params:
+        x = np.concatenate([x[:first], params["registers"][0], x[first:]])
+        first += len(params["registers"][0])
     depth = sum(name.startswith("encoderblock_") for name in encoder)
     n = 0
     for i in range(depth):
         if prompts is not None and (deep or i == 0):
-            x = np.concatenate([x[:1], prompts[i], x[1 + n :]])
+            x = np.concatenate([x[:first], prompts[i], x[first + n :]])
             n = len(prompts[i])
         p = encoder[f"encoderblock_{i}"]
-        x = x + attention(
+        scales = [p.get(f"LayerScale_{k}", {"gamma": 1.0})["gamma"] for k in (0, 1)]
+        x = x + scales[0] * attention(
             layer_norm(x, p["LayerNorm_0"]), p["MultiHeadDotProductAttention_0"]
         )
-        x = x + mlp(layer_norm(x, p["LayerNorm_1"]), p["MlpBlock_0"])
-    return layer_norm(x, encoder["encoder_norm"])[0]
+        x = x + scales[1] * mlp(layer_norm(x, p["LayerNorm_1"]), p["MlpBlock_0"])
+    start = {"cls": 0, "mean": first + n, "mean_with_prompts": first}[readout]
+    read = x[:1] if readout == "cls" else x[start:]
+    if norm == "after":
+        return layer_norm(read.mean(0), encoder["encoder_norm"])
+    return layer_norm(read, encoder["encoder_norm"]).mean(0)

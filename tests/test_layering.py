@@ -38,9 +38,9 @@ ORDER = (
     "macs",
     "condense",
     "models.vit",
-    "models.posemb",
     "models.inputs",
     "models.layers",
+    "models.posemb",
     "prompts",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]

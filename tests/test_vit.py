@@ -480,8 +480,8 @@ def test_prefilled_prompts_are_not_tokens(tiny):
             r"\(1, 4, 2\); expected \[1, 1 \+ n \* n, d\]",
         ),
         (
-            lambda m: vpt_jax.resize_pos_embedding(jnp.zeros((1, 5, 2)), 2, "bicubic"),
-            "unknown method 'bicubic'",
+            lambda m: vpt_jax.resize_pos_embedding(jnp.zeros((1, 5, 2)), 2, "cubic"),
+            "unknown method 'cubic'",
         ),
     ],
 )

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vpt_jax.models.posemb import grid_side, sincos_table
+
 
 class KeyValue(NamedTuple):
     """A layer's prompts after the key and value projections, ready for inference."""
@@ -76,14 +78,16 @@ def attend(
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation, epsilon 1e-6; statistics in float32 whatever the dtype.
+    """Layer normalisation; statistics in float32 whatever the dtype.
 
     The variance is the mean of squared differences, as in the reference, not
-    `E[x^2] - E[x]^2`, which cancels when the mean is large.
+    `E[x^2] - E[x]^2`, which cancels when the mean is large. `epsilon` is 1e-6 in ViTs
+    and 1e-5 in Swin.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -96,7 +100,7 @@ class LayerNorm(nn.Module):
         )
         x = x.astype(kind)
         x = x - x.mean(axis=-1, keepdims=True)
-        x = x * lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
+        x = x * lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -188,9 +192,14 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with exact GELU between them."""
+    """Two dense layers with exact GELU between them, or SwiGLU.
+
+    `swiglu` (Shazeer, arXiv 2002.05202; DINOv2-g): the first layer makes two halves of
+    `mlp_dim` columns, `silu(first) * second` goes on.
+    """
 
     mlp_dim: int
+    swiglu: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -203,15 +212,39 @@ class MlpBlock(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
         )
-        y = gelu(dense(self.mlp_dim, name="Dense_0")(x))
+        y = dense(self.mlp_dim * (2 if self.swiglu else 1), name="Dense_0")(x)
+        if self.swiglu:
+            gate, y = jnp.split(y, 2, axis=-1)
+            y = jax.nn.silu(gate) * y
+        else:
+            y = gelu(y)
         return dense(x.shape[-1], name="Dense_1")(y)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., arXiv 2103.17239; DINOv2)."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param(
+            "gamma", nn.initializers.constant(1e-5), (x.shape[-1],), self.param_dtype
+        )
+        return x * jnp.expand_dims(gamma.astype(self.dtype), range(x.ndim - 1))
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`."""
+    """Pre-norm transformer block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
+
+    With `layer_scale` both branches are multiplied by a learned factor per channel.
+    """
 
     num_heads: int
     mlp_dim: int
+    layer_scale: bool = False
+    swiglu: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -220,7 +253,10 @@ class Block(nn.Module):
         self.LayerNorm_0 = LayerNorm(**kinds)
         self.MultiHeadDotProductAttention_0 = Attention(self.num_heads, **kinds)
         self.LayerNorm_1 = LayerNorm(**kinds)
-        self.MlpBlock_0 = MlpBlock(self.mlp_dim, **kinds)
+        self.MlpBlock_0 = MlpBlock(self.mlp_dim, self.swiglu, **kinds)
+        if self.layer_scale:
+            self.LayerScale_0 = LayerScale(**kinds)
+            self.LayerScale_1 = LayerScale(**kinds)
 
     def prefill(self, prompts: jax.Array) -> KeyValue:
         """Keys and values `[(b,) h, n, d / h]` of prompts `[(b,) n, d]`."""
@@ -231,7 +267,7 @@ class Block(nn.Module):
         x: jax.Array,
         prompts: jax.Array | KeyValue | None = None,
         key_weight: jax.Array | None = None,
-        num_queries: int | None = None,
+        read: slice = slice(None),
     ) -> tuple[jax.Array, jax.Array]:
         """One block.
 
@@ -239,29 +275,43 @@ class Block(nn.Module):
           x: Tokens `[b, t, d]`.
           prompts: None, `[n, d]`, `[b, n, d]`, or what `prefill` made of them.
           key_weight: None or `[b or 1, t + n]`, see `attend`.
-          num_queries: Only the first so many tokens are computed and returned; the
-            others are keys and values alone. None computes all.
+          read: Only these `q` tokens are computed and returned; the others are keys and
+            values alone.
 
         Returns:
-          Tokens `[b, num_queries or t, d]` and attention weights `[b, h, q, t + n]`.
+          Tokens `[b, q, d]` and attention weights `[b, h, q, t + n]`.
         """
         y = self.LayerNorm_0(x)
         if prompts is not None and not isinstance(prompts, KeyValue):
             prompts = self.prefill(prompts)
         attended, weights = self.MultiHeadDotProductAttention_0(
-            y[:, :num_queries], y, prompts, key_weight
+            y[:, read], y, prompts, key_weight
         )
-        x = x[:, :num_queries] + attended
-        return x + self.MlpBlock_0(self.LayerNorm_1(x)), weights
+        if self.layer_scale:
+            attended = self.LayerScale_0(attended)
+        x = x[:, read] + attended
+        y = self.MlpBlock_0(self.LayerNorm_1(x))
+        if self.layer_scale:
+            y = self.LayerScale_1(y)
+        return x + y, weights
 
 
 class AddPositionEmbs(nn.Module):
-    """Adds the learned position table, one row per token."""
+    """Adds the position table, one row per token: learned, or fixed sines (`sincos`).
 
+    The fixed table has no row for the class token: nothing is added there.
+    """
+
+    posemb: str = "learned"
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, class_token: bool = True) -> jax.Array:
+        first = int(class_token)
+        if self.posemb == "sincos":
+            grid = grid_side((1, *x.shape[1:]), class_token)
+            table = jnp.asarray(sincos_table(grid, x.shape[2]), x.dtype)
+            return jnp.concatenate([x[:, :first], x[:, first:] + table], axis=1)
         table = self.param(
             "pos_embedding",
             nn.initializers.normal(0.02),

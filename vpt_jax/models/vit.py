@@ -10,10 +10,12 @@ on the network only as one more key and value of its layer's attention. Queries,
 projection and MLP of prompt tokens are work without effect and are not computed. The
 reference formulation, prompts as tokens through every block, is kept as
 `formulation="tokens"`: the oracle in tests, the peer in benchmarks, and what
-VPT-Shallow needs, where prompts evolve from layer to layer.
+VPT-Shallow needs, where prompts evolve from layer to layer. A read-out that averages
+over the prompts' outputs needs it too, in the last block only.
+
+Tokens lie as class token, registers, prompts, patches.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     batched,
 )
+from vpt_jax.prompts import check_choice
 
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.
@@ -38,6 +41,14 @@ VARIANTS = {
     "B": {"width": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
     "L": {"width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
     "H": {"width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120},
+    # Oquab et al., arXiv 2304.07193 (DINOv2): SwiGLU, so `mlp_dim` is 8/3 of the width.
+    "g": {
+        "width": 1536,
+        "depth": 40,
+        "num_heads": 24,
+        "mlp_dim": 4096,
+        "swiglu": True,
+    },
     # The small backbone that ships with the package (32x32 pictures).
     "demo": {
         "width": 128,
@@ -47,10 +58,13 @@ VARIANTS = {
         "image_size": 32,
     },
 }
-NAMED_VARIANTS = ("Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14", "demo/4")
+NAMED_VARIANTS = ("Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14", "g/14", "demo/4")
+READOUTS = ("cls", "mean", "mean_with_prompts")
+NORMS = ("before", "after")
+POSEMBS = ("learned", "sincos")
 
 
-def decode_variant(variant: str) -> dict[str, int]:
+def decode_variant(variant: str) -> dict[str, Any]:
     """Sizes of a variant string such as `"B/16"` (size, then patch in pixels).
 
     Raises:
@@ -67,104 +81,182 @@ def decode_variant(variant: str) -> dict[str, int]:
 
 
 class Encoder(nn.Module):
-    """Position table, blocks, final norm; `prompts` in one of two formulations."""
+    """Position table, registers, blocks, final norm; see `ViT` for the attributes."""
 
     depth: int
     num_heads: int
     mlp_dim: int
+    class_token: bool
+    registers: int
+    readout: str
+    norm: str
+    posemb: str
+    layer_scale: bool
+    swiglu: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.posembed_input = AddPositionEmbs(self.param_dtype)
+        self.posembed_input = AddPositionEmbs(self.posemb, self.param_dtype)
         self.encoderblock = [
-            Block(self.num_heads, self.mlp_dim, **kinds) for _ in range(self.depth)
+            Block(self.num_heads, self.mlp_dim, self.layer_scale, self.swiglu, **kinds)
+            for _ in range(self.depth)
         ]
         self.encoder_norm = LayerNorm(**kinds)
 
-    def prefill(self, prompts: Sequence[jax.Array]) -> tuple[KeyValue, ...]:
-        return tuple(
+    @property
+    def prefix(self) -> int:
+        """Tokens before the prompts: class token and registers."""
+        return int(self.class_token) + self.registers
+
+    def prefill(self, prompts: Sequence[jax.Array]) -> tuple[Any, ...]:
+        ready: list[Any] = [
             block.prefill(p)
             for block, p in zip(self.encoderblock, prompts, strict=True)
-        )
+        ]
+        if self.readout == "mean_with_prompts":
+            ready[-1] = prompts[-1]  # their outputs are read: they are tokens there
+        return tuple(ready)
 
-    def __call__(self, x: jax.Array, given: Inputs) -> tuple[jax.Array, dict[str, Any]]:
-        x = self.posembed_input(x)
+    def __call__(
+        self, x: jax.Array, registers: jax.Array | None, given: Inputs
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        x = self.posembed_input(x, self.class_token)
+        if registers is not None:
+            x = insert(x, registers, int(self.class_token))
         out: dict[str, Any] = {"embedded": x, "blocks": []}
         run = self._as_tokens if given.formulation == "tokens" else self._as_keys
-        x = run(x, given, out["blocks"])
-        return self.encoder_norm(x[:, :1])[:, 0], out
+        # `x` holds the tokens that the read-out averages, `num` of them prompts.
+        x, num = run(x, given, out["blocks"])
+        return self._read(x, num, given.weights[-1]), out
 
-    def _as_keys(self, x: jax.Array, given: Inputs, out: list) -> jax.Array:
-        t = x.shape[1]
+    @property
+    def _last(self) -> slice:
+        """Tokens of the last block that are read."""
+        return slice(0, 1) if self.readout == "cls" else slice(self.prefix, None)
+
+    def _as_keys(
+        self, x: jax.Array, given: Inputs, out: list[Any]
+    ) -> tuple[jax.Array, int]:
+        t, num = x.shape[1], 0
         for i, (block, p, w) in enumerate(
             zip(self.encoderblock, given.prompts, given.weights, strict=True)
         ):
-            # Only the class token of the last block is read.
-            queries = 1 if i == self.depth - 1 else None
-            if w is not None:
-                w = jnp.concatenate([jnp.ones((w.shape[0], t), w.dtype), w], axis=1)
-            x, attention = block(x, p, w, queries)
-            out.append({"tokens": x, "prompt_attention": attention[..., t:]})
-        return x
+            last = i == self.depth - 1
+            read = self._last if last else slice(None)
+            if last and self.readout == "mean_with_prompts" and p is not None:
+                num = p.shape[-2]
+                x = insert(x, p, self.prefix)
+                x, attention = block(
+                    x, None, _spread(w, self.prefix, t - self.prefix), read
+                )
+                attention = attention[..., self.prefix : self.prefix + num]
+                out.append(
+                    {
+                        "tokens": x[:, num:],
+                        "prompts": x[:, :num],
+                        "prompt_attention": attention[:, :, num:],
+                    }
+                )
+            else:
+                x, attention = block(x, p, _spread(w, t, 0), read)
+                out.append({"tokens": x, "prompt_attention": attention[..., t:]})
+        return x, num
 
-    def _as_tokens(self, x: jax.Array, given: Inputs, out: list) -> jax.Array:
-        num = 0
+    def _as_tokens(
+        self, x: jax.Array, given: Inputs, out: list[Any]
+    ) -> tuple[jax.Array, int]:
+        t, first, num = x.shape[1], self.prefix, 0
         for i, (block, p, w) in enumerate(
             zip(self.encoderblock, given.prompts, given.weights, strict=True)
         ):
+            if given.deep and i:  # the previous layer's prompt outputs end here
+                x = drop(x, num, first)
             if given.deep or i == 0:
                 num = p.shape[-2]
-                x = insert(x, p.astype(x.dtype))
-            if w is not None:
-                ones = functools.partial(jnp.ones, dtype=w.dtype)
-                patches = x.shape[1] - 1 - num
-                w = jnp.concatenate(
-                    [ones((w.shape[0], 1)), w, ones((w.shape[0], patches))], axis=1
-                )
-            x, attention = block(x, None, w)
+                x = insert(x, p, first)
+            x, attention = block(x, None, _spread(w, first, t - first))
             out.append(
                 {
-                    "tokens": drop(x, num),
-                    "prompts": x[:, 1 : 1 + num],
-                    # Rows: class token and patches, as in the other formulation.
-                    "prompt_attention": jnp.concatenate(
-                        [attention[:, :, :1], attention[:, :, 1 + num :]], axis=2
-                    )[..., 1 : 1 + num],
+                    "tokens": drop(x, num, first),
+                    "prompts": x[:, first : first + num],
+                    # Rows: the model's own tokens, as in the other formulation.
+                    "prompt_attention": drop(attention, num, first, axis=2)[
+                        ..., first : first + num
+                    ],
                 }
             )
-            if given.deep:
-                x = drop(x, num)
-        return x
+        if self.readout != "mean_with_prompts":
+            x, num = drop(x, num, first), 0
+        return x[:, self._last], num
+
+    def _read(self, x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
+        """Features `[b, d]` of the tokens that are read; `num` prompts come first."""
+        if self.norm == "before":
+            x = self.encoder_norm(x)
+        x = x[:, 0] if self.readout == "cls" else mean_tokens(x, num, weight)
+        return self.encoder_norm(x) if self.norm == "after" else x
 
 
-def insert(x: jax.Array, prompts: jax.Array) -> jax.Array:
-    """Puts prompts `[n, d]` or `[b, n, d]` between class token and patches."""
+def mean_tokens(x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
+    """Mean over tokens `[b, t, d]`, of which the first `num` are prompts.
+
+    A prompt that is masked or gated out of attention leaves the mean in the same
+    measure, so that removing it is the same network: `weight [b or 1, num]` or None.
+    """
+    if weight is None or not num:
+        return x.mean(axis=1)
+    prompts = x[:, :num].astype(weight.dtype) * weight[..., None]
+    total = prompts.sum(axis=1) + x[:, num:].astype(weight.dtype).sum(axis=1)
+    count = weight.sum(axis=1, keepdims=True) + (x.shape[1] - num)
+    return (total / count).astype(x.dtype)
+
+
+def insert(x: jax.Array, tokens: jax.Array, at: int) -> jax.Array:
+    """Puts tokens `[n, d]` or `[b, n, d]` into `x [b, t, d]` before token `at`."""
     # zeros_like instead of broadcast_to keeps x's batch sharding (explicit meshes).
-    return jnp.concatenate(
-        [x[:, :1], jnp.zeros_like(x[:, :1]) + batched(prompts, 3), x[:, 1:]], 1
-    )
+    new = jnp.zeros_like(x[:, :1]) + batched(tokens.astype(x.dtype), 3)
+    return jnp.concatenate([x[:, :at], new, x[:, at:]], axis=1)
 
 
-def drop(x: jax.Array, num: int) -> jax.Array:
-    """Removes `num` prompts again; the inverse of `insert`."""
-    return jnp.concatenate([x[:, :1], x[:, 1 + num :]], axis=1)
+def drop(x: jax.Array, num: int, at: int, axis: int = 1) -> jax.Array:
+    """Removes `num` tokens from place `at` on; the inverse of `insert`."""
+    parts = (slice(0, at), slice(at + num, None))
+    before = (slice(None),) * axis
+    return jnp.concatenate([x[(*before, part)] for part in parts], axis)
+
+
+def _spread(weight: jax.Array | None, before: int, after: int) -> jax.Array | None:
+    """The prompts' key weights among those of other tokens, which are 1."""
+    if weight is None:
+        return None
+    ones = [jnp.ones((weight.shape[0], n), weight.dtype) for n in (before, after)]
+    return jnp.concatenate([ones[0], weight, ones[1]], axis=1)
 
 
 class ViT(nn.Module):
-    """Vision transformer with a class token, pre-norm blocks and prompts as input.
+    """Vision transformer with pre-norm blocks that takes prompts as input.
 
     Attributes:
-      variant: `"Ti/16" "S/16" "B/16" "B/32" "L/16" "H/14"`, or `"demo/4"`, the small
-        backbone of the package. Empty for free sizes; a size given beside a variant
-        overrides it.
+      variant: `"Ti/16" "S/16" "B/16" "B/32" "L/16" "H/14"` and other patch sizes,
+        `"g/14"` (DINOv2's giant), or `"demo/4"`, the small backbone of the package.
+        Empty for free sizes; a size given beside a variant overrides it.
       width: Token width `d`.
       depth: Number of blocks.
       num_heads: Attention heads; divides `width`.
       mlp_dim: Width of the MLP.
       patch: Side of a patch in pixels.
       image_size: Side of the square input in pixels; a multiple of `patch`.
+      class_token: Whether there is one; without it, `readout` must be a mean.
+      registers: Learned tokens without position (Darcet et al., arXiv 2309.16588).
+      readout: `"cls"` the class token; `"mean"` of the patches; `"mean_with_prompts"`
+        of prompts and patches, as the reference reads MAE.
+      norm: The final norm `"before"` or `"after"` the read-out; makes no difference to
+        `"cls"`.
+      posemb: `"learned"`, or `"sincos"`, a fixed table (see `sincos_table`).
+      layer_scale: A learned factor per channel after attention and MLP (DINOv2).
+      swiglu: SwiGLU instead of GELU in the MLP (DINOv2's giant).
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
@@ -177,13 +269,21 @@ class ViT(nn.Module):
     mlp_dim: int = 0
     patch: int = 0
     image_size: int = 0
+    class_token: bool = True
+    registers: int = 0
+    readout: str = "cls"
+    norm: str = "before"
+    posemb: str = "learned"
+    layer_scale: bool = False
+    swiglu: bool | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         sizes = decode_variant(self.variant) if self.variant else {"image_size": 224}
+        sizes = {"swiglu": False, **sizes}
         for name, size in sizes.items():
-            if not getattr(self, name):
+            if getattr(self, name) in (0, None):
                 object.__setattr__(self, name, size)
         names = ("width", "depth", "num_heads", "mlp_dim", "patch", "image_size")
         missing = [n for n in names if getattr(self, n) < 1]
@@ -201,6 +301,14 @@ class ViT(nn.Module):
                 f"image_size {self.image_size} is not a multiple of patch {self.patch};"
                 f" the next smaller is {self.image_size // self.patch * self.patch}."
             )
+        check_choice("readout", self.readout, READOUTS)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("posemb", self.posemb, POSEMBS)
+        if self.readout == "cls" and not self.class_token:
+            raise ValueError(
+                "readout 'cls' needs class_token=True; a model without a class token is"
+                " read by 'mean'."
+            )
         super().__post_init__()
 
     @property
@@ -211,15 +319,37 @@ class ViT(nn.Module):
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embedding = PatchEmbedding(self.width, self.patch, **kinds)
-        self.cls = self.param(
-            "cls", nn.initializers.zeros, (1, 1, self.width), self.param_dtype
+        if self.class_token:
+            self.cls = self.param(
+                "cls", nn.initializers.zeros, (1, 1, self.width), self.param_dtype
+            )
+        self.register_tokens = None
+        if self.registers:
+            self.register_tokens = self.param(
+                "registers",
+                nn.initializers.normal(0.02),
+                (1, self.registers, self.width),
+                self.param_dtype,
+            )
+        self.Transformer = Encoder(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            class_token=self.class_token,
+            registers=self.registers,
+            readout=self.readout,
+            norm=self.norm,
+            posemb=self.posemb,
+            layer_scale=self.layer_scale,
+            swiglu=bool(self.swiglu),
+            **kinds,
         )
-        self.Transformer = Encoder(self.depth, self.num_heads, self.mlp_dim, **kinds)
 
     def prefill(self, prompts: Sequence[jax.Array]) -> tuple[KeyValue, ...]:
         """Keys and values of deep prompts: one `KeyValue` of `[h, n_i, d/h]` a layer.
 
         They do not depend on the image: compute them once, pass them as `prompts=`.
+        With `readout="mean_with_prompts"` the last layer's stay as they are.
         """
         check_prompts(prompts, self.widths)
         return self.Transformer.prefill([p.astype(self.dtype) for p in prompts])
@@ -234,7 +364,7 @@ class ViT(nn.Module):
         deep: bool = True,
         formulation: str = "kv",
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Features of the class token after the final norm.
+        """Features: the class token after the final norm, or as `readout` says.
 
         Args:
           images: `[b, s, s, 3]` with `s = image_size`, normalised as the backbone
@@ -253,9 +383,9 @@ class ViT(nn.Module):
         Returns:
           `features [b, d]` and `out`, a dict of named intermediates: `embedded`
           `[b, t, d]`, and `blocks`, a list with, per layer, `tokens` `[b, t, d]` (the
-          last layer of `"kv"` only holds the class token) and `prompt_attention`
-          `[b, h, q, n_i]`, the weight that each query gives to each prompt; with
-          `"tokens"` also `prompts` `[b, n_i, d]`, the prompts' own outputs. Under jit
+          last layer of `"kv"` only holds those that are read) and `prompt_attention`
+          `[b, h, q, n_i]`, the weight that each of them gives to each prompt; where
+          prompts are tokens also `prompts` `[b, n_i, d]`, their own outputs. Under jit
           what is not used is not computed.
 
         Raises:
@@ -278,10 +408,9 @@ class ViT(nn.Module):
             dtype=self.dtype,
         )
         x = self.embedding(images)
-        # zeros_like keeps the batch sharding under explicit meshes.
-        cls = jnp.zeros_like(x[:, :1]) + self.cls.astype(x.dtype)
-        x = jnp.concatenate([cls, x], axis=1)
-        return self.Transformer(x, given)
+        if self.class_token:
+            x = insert(x, self.cls, 0)
+        return self.Transformer(x, self.register_tokens, given)
 
 
 def prefill(model: ViT, backbone: Any, prompts: Sequence[jax.Array]):
