@@ -37,6 +37,8 @@ ORDER = (
     "checkpoint",
     "macs",
     "condense",
+    "models.swin",
+    "models.windows",
     "models.vit",
     "models.inputs",
     "models.layers",

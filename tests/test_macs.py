@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import vpt_jax
+from vpt_jax.models.swin import Swin
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,73 @@ def test_agrees_with_xlas_own_count(formulation, prompts):
     flops = compiled.cost_analysis()["flops"] / batch
     counted = 2 * vpt_jax.macs(
         model, (prompts,) * 12, formulation=formulation, prompt_batch=batch
+    )
+    assert 1 <= flops / counted < 1.03
+
+
+@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"readout": "mean", "registers": 4},
+        {"readout": "mean_with_prompts", "swiglu": True},
+        {"readout": "mean", "class_token": False},
+    ],
+)
+def test_other_backbones_agree_with_xlas_own_count(options, formulation):
+    """As above, on two layers, with a prompt in every fourth token."""
+    sizes = {"width": 768, "depth": 2, "num_heads": 12, "mlp_dim": 3072, "patch": 16}
+    model, batch, num = vpt_jax.ViT(**sizes, **options), 4, 49
+    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    tokens = (jax.ShapeDtypeStruct((num, 768), jnp.float32),) * 2
+
+    def features(params, images, tokens):
+        return model.apply(params, images, prompts=tokens, formulation=formulation)[0]
+
+    compiled = jax.jit(features).lower(params, images, tokens).compile()
+    flops = compiled.cost_analysis()["flops"] / batch
+    counted = 2 * vpt_jax.macs(
+        model, (num,) * 2, formulation=formulation, prompt_batch=batch
+    )
+    # The reference computes the last block whole; XLA leaves out what is not read.
+    low = 1 if formulation == "kv" else 0.98
+    assert low <= flops / counted < 1.03
+
+
+@pytest.mark.parametrize(
+    ("variant", "giga"), [("T", 4.5), ("S", 8.7), ("B", 15.4), ("L", 34.5)]
+)
+def test_swin_gives_the_numbers_of_its_paper(variant, giga):
+    model = Swin(variant)  # Liu et al., table 1, at 224; L: their repository
+    assert round(vpt_jax.macs(model, (0,) * model.depth) / 1e9, 1) == giga
+
+
+@pytest.mark.parametrize("readout", ["mean", "mean_with_prompts"])
+@pytest.mark.parametrize(
+    ("prompts", "formulation", "deep"),
+    [(0, "kv", True), (50, "kv", True), (50, "tokens", True), (50, "tokens", False)],
+)
+def test_swin_agrees_with_xlas_own_count(readout, prompts, formulation, deep):
+    """Within 3 %, as for the ViT, at the widths of Swin-B's first two stages."""
+    model = Swin("B", depths=(1, 2), num_heads=(4, 8), image_size=112, readout=readout)
+    batch, counts = 2, (prompts,) * 3 if deep else (prompts, 0, 0)
+    images = jax.ShapeDtypeStruct((batch, 112, 112, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    tokens = tuple(
+        jax.ShapeDtypeStruct((n, width), jnp.float32)
+        for n, width in zip(counts, model.widths, strict=True)
+    )
+
+    def features(params, images, tokens):
+        return model.apply(
+            params, images, prompts=tokens, formulation=formulation, deep=deep
+        )[0]
+
+    compiled = jax.jit(features).lower(params, images, tokens).compile()
+    flops = compiled.cost_analysis()["flops"] / batch
+    counted = 2 * vpt_jax.macs(
+        model, counts, formulation=formulation, deep=deep, prompt_batch=batch
     )
     assert 1 <= flops / counted < 1.03
 

@@ -10,9 +10,11 @@ from vpt_jax.checkpoint import (
 )
 from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
 from vpt_jax.macs import macs
+from vpt_jax.models.inputs import prefill
 from vpt_jax.models.layers import KeyValue
 from vpt_jax.models.posemb import resize_pos_embedding
-from vpt_jax.models.vit import ViT, prefill
+from vpt_jax.models.swin import Swin
+from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import (
     apply_head,
     counts,
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KeyValue",
     "PromptFile",
+    "Swin",
     "ViT",
     "apply_head",
     "backbone_hash",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiply-accumulates of a prompted ViT, counted analytically.
+"""Multiply-accumulates of a prompted ViT or Swin, counted analytically.
 
 Matrix products only (patch embedding, projections, attention, MLP), as papers count;
 elementwise work (normalisation, softmax, GELU) is left out. The paper's table 1 prints
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vpt_jax.models.inputs import FORMULATIONS
+from vpt_jax.models.swin import Swin
+from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import check_choice
 
 
@@ -24,11 +26,11 @@ def macs(
     """Multiply-accumulates of one picture's forward pass, without the head.
 
     Args:
-      model: A `ViT` (its sizes are read).
+      model: A `ViT` or `Swin` (its sizes are read).
       counts: Prompts per layer.
       formulation: `"kv"`, what this package computes for deep prompts: prompts are keys
-        and values, the last block computes the class token alone. `"tokens"`, what the
-        reference computes and papers count: prompts are tokens of every block.
+        and values, the last block computes only the tokens that are read. `"tokens"`,
+        what the reference computes and papers count: prompts are tokens of every block.
       deep: False counts shallow prompts (always as tokens).
       prompt_batch: For `"kv"`: how many pictures share one projection of the prompts
         to keys and values. None: projected beforehand (`prefill`), nothing to count.
@@ -44,19 +46,70 @@ def macs(
         raise ValueError(
             f"counts has {len(counts)} entries but the model has depth {model.depth}."
         )
-    d, m = model.width, model.mlp_dim
+    if isinstance(model, Swin):
+        return _swin_macs(model, counts, formulation, deep, prompt_batch)
+    return _vit_macs(model, counts, formulation, deep, prompt_batch)
+
+
+def _vit_macs(
+    model: ViT,
+    counts: Sequence[int],
+    formulation: str,
+    deep: bool,
+    prompt_batch: int | None,
+) -> int:
+    d = model.width
+    mlp = (3 if model.swiglu else 2) * d * model.mlp_dim  # per token
     patches = (model.image_size // model.patch) ** 2
-    tokens = 1 + patches
+    tokens = int(model.class_token) + model.registers + patches
     total = patches * 3 * model.patch**2 * d
     for i in range(model.depth):
         n = counts[i] if deep else counts[0]
         if formulation == "tokens" or not deep:
             t = tokens + n
-            total += t * (4 * d * d + 2 * d * m) + 2 * t * t * d
-        else:
-            q = 1 if i == model.depth - 1 else tokens
-            # queries, output projection, MLP; keys, values; logits, weighted sum
-            total += q * (2 * d * d + 2 * d * m) + 2 * tokens * d * d
-            total += 2 * q * (tokens + n) * d
-            total += 2 * n * d * d // prompt_batch if prompt_batch else 0
+            total += t * (4 * d * d + mlp) + 2 * t * t * d
+            continue
+        queries, prompts_read = tokens, False
+        if i == model.depth - 1:  # only what is read is computed
+            prompts_read = model.readout == "mean_with_prompts"
+            queries = 1 if model.readout == "cls" else patches + prompts_read * n
+        # queries, output projection, MLP; keys, values; logits, weighted sum
+        total += queries * (2 * d * d + mlp) + 2 * tokens * d * d
+        total += 2 * queries * (tokens + n) * d
+        if prompts_read:  # tokens of this block, in every picture
+            total += 2 * n * d * d
+        elif prompt_batch:
+            total += 2 * n * d * d // prompt_batch
+    return total
+
+
+def _swin_macs(
+    model: Swin,
+    counts: Sequence[int],
+    formulation: str,
+    deep: bool,
+    prompt_batch: int | None,
+) -> int:
+    side = model.image_size // model.patch
+    total = side**2 * 3 * model.patch**2 * model.embed_dim
+    last, layer = model.depth - 1, 0
+    for i, depth in enumerate(model.depths):
+        d = model.embed_dim * 2**i
+        m = int(d * model.mlp_ratio)
+        t = (side // 2**i) ** 2
+        area = min(t, model.window**2)
+        for _ in range(depth):
+            n = counts[layer] if deep else counts[0]
+            read = layer == last and model.readout == "mean_with_prompts"
+            if formulation == "tokens" or not deep or read:
+                # A copy of the prompts in front of every window; one in the MLP.
+                copied = area + n
+                total += t // area * (copied * 4 * d * d + 2 * copied * copied * d)
+                total += (t + n) * 2 * d * m
+            else:
+                total += t * (4 * d * d + 2 * d * m) + 2 * t * (area + n) * d
+                total += 2 * n * d * d // prompt_batch if prompt_batch else 0
+            layer += 1
+        if layer <= last:  # merging; deep prompts do not pass it
+            total += (t // 4 + (0 if deep else counts[0])) * 8 * d * d
     return total

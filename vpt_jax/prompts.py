@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-Prompts = PyTree[Float[Array, "_ d"]]
-"""One `[n_i, d]` array per layer (a tuple), `n_i >= 0`."""
+Prompts = PyTree[Float[Array, "_ _"]]
+"""One `[n_i, d]` array per layer (a tuple), `n_i >= 0`; in Swin `d` grows."""
 
 Importance = PyTree[Float[Array, "_"]]
 """One `[n_i]` array per layer (a tuple); larger means more important."""
@@ -100,7 +100,7 @@ def init_prompts(
 
 def prompt_dropout(
     key: jax.Array, prompts: Prompts, rate: float, batch_size: int
-) -> PyTree[Float[Array, "b _ d"]]:
+) -> PyTree[Float[Array, "b _ _"]]:
     """Drops prompt elements independently for every example of a batch.
 
     The reference drops after expanding the prompts to the batch, so each example

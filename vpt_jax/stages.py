@@ -50,7 +50,7 @@ class Run(NamedTuple):
     config: configs.Config
     workdir: Path
     task: Task
-    model: vpt_jax.ViT
+    model: vpt_jax.ViT | vpt_jax.Swin
     backbone: Any
     backbone_info: dict[str, Any]
     images: jax.Array

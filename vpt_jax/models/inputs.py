@@ -124,3 +124,18 @@ def key_weights(
             )
         result.append(weight)
     return result
+
+
+def prefill(model: Any, backbone: Any, prompts: Sequence[jax.Array]) -> Any:
+    """The prompts' keys and values for inference, computed once.
+
+    Args:
+      model: The model that will take them.
+      backbone: Its parameters.
+      prompts: One `[n_i, d]` array per layer (deep prompts).
+
+    Returns:
+      One `KeyValue` per layer (the last layer's prompts stay as they are where the
+      read-out averages over their outputs); pass it as `prompts=` in their place.
+    """
+    return model.apply({"params": backbone}, prompts, method="prefill")

@@ -77,6 +77,20 @@ def attend(
     return (out / total).astype(v.dtype), weights / total
 
 
+def mean_tokens(x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
+    """Mean over tokens `[b, t, d]`, of which the first `num` are prompts.
+
+    A prompt that is masked or gated out of attention leaves the mean in the same
+    measure, so that removing it is the same network: `weight [b or 1, num]` or None.
+    """
+    if weight is None or not num:
+        return x.mean(axis=1)
+    prompts = x[:, :num].astype(weight.dtype) * weight[..., None]
+    total = prompts.sum(axis=1) + x[:, num:].astype(weight.dtype).sum(axis=1)
+    count = weight.sum(axis=1, keepdims=True) + (x.shape[1] - num)
+    return (total / count).astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation; statistics in float32 whatever the dtype.
 

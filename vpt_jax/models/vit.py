@@ -27,10 +27,10 @@ from vpt_jax.models.inputs import Inputs, check_prompts, prepare
 from vpt_jax.models.layers import (
     AddPositionEmbs,
     Block,
-    KeyValue,
     LayerNorm,
     PatchEmbedding,
     batched,
+    mean_tokens,
 )
 from vpt_jax.prompts import check_choice
 
@@ -199,20 +199,6 @@ class Encoder(nn.Module):
         return self.encoder_norm(x) if self.norm == "after" else x
 
 
-def mean_tokens(x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
-    """Mean over tokens `[b, t, d]`, of which the first `num` are prompts.
-
-    A prompt that is masked or gated out of attention leaves the mean in the same
-    measure, so that removing it is the same network: `weight [b or 1, num]` or None.
-    """
-    if weight is None or not num:
-        return x.mean(axis=1)
-    prompts = x[:, :num].astype(weight.dtype) * weight[..., None]
-    total = prompts.sum(axis=1) + x[:, num:].astype(weight.dtype).sum(axis=1)
-    count = weight.sum(axis=1, keepdims=True) + (x.shape[1] - num)
-    return (total / count).astype(x.dtype)
-
-
 def insert(x: jax.Array, tokens: jax.Array, at: int) -> jax.Array:
     """Puts tokens `[n, d]` or `[b, n, d]` into `x [b, t, d]` before token `at`."""
     # zeros_like instead of broadcast_to keeps x's batch sharding (explicit meshes).
@@ -345,7 +331,7 @@ class ViT(nn.Module):
             **kinds,
         )
 
-    def prefill(self, prompts: Sequence[jax.Array]) -> tuple[KeyValue, ...]:
+    def prefill(self, prompts: Sequence[jax.Array]) -> tuple[Any, ...]:
         """Keys and values of deep prompts: one `KeyValue` of `[h, n_i, d/h]` a layer.
 
         They do not depend on the image: compute them once, pass them as `prompts=`.
@@ -411,17 +397,3 @@ class ViT(nn.Module):
         if self.class_token:
             x = insert(x, self.cls, 0)
         return self.Transformer(x, self.register_tokens, given)
-
-
-def prefill(model: ViT, backbone: Any, prompts: Sequence[jax.Array]):
-    """The prompts' keys and values for inference, computed once.
-
-    Args:
-      model: The model that will take them.
-      backbone: Its parameters.
-      prompts: One `[n_i, d]` array per layer (deep prompts).
-
-    Returns:
-      One `KeyValue` per layer; pass it as `prompts=` in place of the prompts.
-    """
-    return model.apply({"params": backbone}, prompts, method="prefill")
