@@ -43,8 +43,12 @@ def get_config(arg: str = "") -> ConfigDict:
             "variant": "demo/4",
             "checkpoint": "",  # the weights in the package
             "image_size": 0,
-            "resize": "corner_aligned",
-            "normalisation": "",  # the backbone's own
+            # Empty: what is known of the backbone.
+            "readout": "",
+            "norm": "",
+            "resize": "",
+            "skip": (),
+            "normalisation": "",
             "dtype": "float32",
         }
     )

@@ -10,7 +10,9 @@ from safetensors.numpy import save_file
 
 import vpt_jax
 from vpt_jax import workdir as files
-from vpt_jax.checkpoint import flatten, read_arrays, save_backbone, unflatten
+from vpt_jax.checkpoint import flatten, save_backbone
+from vpt_jax.naming import unflatten
+from vpt_jax.readers import read_arrays
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,7 @@ def test_prompts_come_back_bit_for_bit_with_their_header(small, tmp_path):
         "backbone_hash": vpt_jax.backbone_hash(small[1]),
         "variant": "demo/16",
         "image_size": 32,
+        "readout": "cls",
         "normalisation": "half",
         "class_names": ["cat", "dog"],
         "counts": [3, 0, 2, 0, 0, 1],
@@ -183,19 +186,22 @@ def test_class_names_must_fit_the_head(small, tmp_path):
 def test_wrong_backbone_files(small, tmp_path):
     flat = flatten(small[1])
     np.savez(tmp_path / "whole.npz", **flat)
-    missing = {n: a for n, a in flat.items() if n != "cls"}
+    missing = {n: a for n, a in flat.items() if n != "embedding/bias"}
     np.savez(tmp_path / "missing.npz", **missing)
+    np.savez(tmp_path / "headless.npz", **{n: flat[n] for n in flat if n != "cls"})
     np.savez(tmp_path / "unused.npz", **flat, extra=np.zeros(1))
-    np.savez(tmp_path / "pickled.npz", **missing, cls=np.array([{}], dtype=object))
+    hidden = {"embedding/bias": np.array([{}], dtype=object)}
+    np.savez(tmp_path / "pickled.npz", **missing, **hidden)
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
     (tmp_path / "weights.pth").write_bytes(b"")
     for variant, name, message in [
-        ("demo/16", "missing.npz", "missing cls"),
+        ("demo/16", "missing.npz", "missing embedding/bias"),
+        ("demo/16", "headless.npz", "no class token"),
         ("demo/16", "unused.npz", "unused extra"),
-        ("S/16", "whole.npz", "the file has width 128, depth 6, patch 16"),
+        ("S/16", "whole.npz", "holds a 'demo/16', not 'S/16'"),
         ("demo/16", "pickled.npz", "cannot be read as .npz"),
         ("demo/16", "broken.npz", "cannot be read as .npz"),
-        ("demo/16", "weights.pth", "expected .npz or .safetensors"),
+        ("demo/16", "weights.pth", "empty"),
         ("demo/16", "absent.npz", "no such file"),
         ("B/17x", "whole.npz", "unknown variant 'B/17x'"),
     ]:

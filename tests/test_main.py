@@ -394,3 +394,36 @@ def test_default_workdirs_are_told_apart():
         cli.default_workdir("configs/demo.py:digits,seeds=5")
         == "out/demo-digits-seeds5"
     )
+
+
+def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
+    """Prompts of different widths, and a read-out over the last layer's outputs."""
+    swin = vpt_jax.Swin(
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(2, 2),
+        window=4,
+        image_size=32,
+        readout="mean_with_prompts",
+    )
+    params = swin.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    loaded = (swin, randomised(params, scale=0.05))
+    monkeypatch.setattr(vpt_jax, "load_backbone", lambda *_, **__: loaded)
+    config = smoke(checkpoint, baselines=(), condense__scopes=("global",))
+    report = main.run(config, tmp_path)
+    rows = {r["stage"]: r for r in report["rows"]}
+    assert list(rows) == ["tune", "condense", "finetune"]
+    assert rows["tune"]["counts"] == [4, 4]
+    assert sum(rows["finetune"]["counts"]) == 2  # 30 % of 8
+    assert rows["tune"]["tuned_params"] == 4 * 16 + 4 * 32 + 32 * 10 + 10
+    assert rows["tune"]["macs"] < rows["tune"]["macs_reference"]
+    assert report["backbone"]["readout"] == "mean_with_prompts"
+
+
+def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
+    weights = vpt_jax.load_backbone("demo/16", checkpoint)[1]
+    np.savez(tmp_path / "mine.npz", **vpt_jax.checkpoint.flatten(weights))
+    config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
+    with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):
+        main.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

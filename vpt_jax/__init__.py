@@ -6,6 +6,7 @@ from vpt_jax.checkpoint import (
     backbone_hash,
     load_backbone,
     load_prompts,
+    read_card,
     save_prompts,
 )
 from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
@@ -22,10 +23,12 @@ from vpt_jax.prompts import (
     init_prompts,
     prompt_dropout,
 )
+from vpt_jax.readers import CheckpointError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "KeyValue",
     "PromptFile",
     "Swin",
@@ -44,6 +47,7 @@ __all__ = [
     "macs",
     "prefill",
     "prompt_dropout",
+    "read_card",
     "resize_pos_embedding",
     "save_prompts",
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights in, prompts in and out. No pickle anywhere.
+"""Pretrained weights in, prompts in and out.
 
-Backbones come as `.npz` with Google's names (original ViT, AugReg) or as
-`.safetensors` with the same names; the demo backbone ships with the package. Prompts
+Backbones come in any format that `readers` knows, under any names that `naming` knows;
+the demo backbone ships with the package. What does not fit exactly is an error. Prompts
 are released as one safetensors file with their head and a header that says which
 backbone they belong to.
 """
@@ -10,32 +10,27 @@ backbone they belong to.
 import hashlib
 import json
 import os
-import re
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax.backbones import known_backbone
+from vpt_jax.matching import match_swin, match_vit, parameters
+from vpt_jax.models.layers import wide
 from vpt_jax.models.posemb import resize_pos_embedding
+from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
+from vpt_jax.naming import named_leaves, read_names
 from vpt_jax.prompts import Head, Prompts, counts
+from vpt_jax.readers import open_arrays, read_arrays
+from vpt_jax.remote import local_path
 
 DEMO_BACKBONE = Path(__file__).parent / "assets" / "demo_vit.safetensors"
 FORMAT_VERSION = 1
-
-# Pre-Linen Flax numbered all submodules of a block in one sequence; Google's files
-# still carry those names. Linen numbers each kind on its own.
-_PRE_LINEN = (
-    ("MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"),
-    ("LayerNorm_2/", "LayerNorm_1/"),
-    ("MlpBlock_3/", "MlpBlock_0/"),
-)
-_NOT_BACKBONE = re.compile(r"(head|pre_logits)/")
 
 
 class PromptFile(NamedTuple):
@@ -47,23 +42,8 @@ class PromptFile(NamedTuple):
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """A nested tree as `{'a/b/c': array}`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten` for trees of dicts."""
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    """A nested tree as `{'a/b/c': NumPy array}`."""
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
 
 
 def backbone_hash(backbone: Any) -> str:
@@ -80,20 +60,37 @@ def load_backbone(
     path: str | os.PathLike = "",
     *,
     image_size: int = 0,
-    resize: str = "corner_aligned",
+    readout: str = "",
+    norm: str = "",
+    posemb: str = "learned",
+    resize: str = "",
+    skip: Sequence[str] = (),
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-) -> tuple[ViT, Any]:
-    """Loads a pretrained ViT.
+) -> tuple[ViT | Swin, Any]:
+    """Loads a pretrained ViT or Swin.
+
+    Empty arguments take what is known of the file (`read_card`), else the default given
+    here.
 
     Args:
-      variant: E.g. `"B/16"`; `"demo/4"` is the small backbone of the package.
-      path: `.npz` (Google's ViT and AugReg files) or `.safetensors` with the same
-        parameter names. Empty loads the shipped weights of `"demo/4"`. Heads in the
-        file are ignored.
+      variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`; `"demo/4"` is the
+        small backbone of the package.
+      path: `.npz`, `.safetensors` or a PyTorch file, local or remote (`hf://`, `gs://`;
+        see `remote.local_path`). Empty loads the shipped weights of `"demo/4"`. Heads
+        in the file are ignored.
       image_size: Side of the pictures in pixels; 0 takes the file's own. The position
         table is resized when it differs.
-      resize: How, see `resize_pos_embedding`.
+      readout: `"cls"`, `"mean"` or `"mean_with_prompts"`, see `ViT`. Default: the class
+        token if there is one, else the mean.
+      norm: Final norm `"before"` or `"after"` the read-out (ViT). Default: before,
+        unless the file was trained the other way (`fc_norm`). After pooling, a norm
+        that was trained on tokens is not used: scale 1, bias 0, as MAE and VPT do.
+      posemb: `"sincos"` for files without a position table.
+      resize: How to resize the table, see `resize_pos_embedding`. Default:
+        `"corner_aligned"`, VPT's rule.
+      skip: Names, or successive parts of them such as `"encoder_norm"`, ours or the
+        file's, of parameters not to load; ours then have their initial values.
       dtype: Of the computation.
       param_dtype: Of the loaded parameters.
 
@@ -101,38 +98,67 @@ def load_backbone(
       The model and its parameters.
 
     Raises:
-      ValueError: If the file is absent or damaged, or its parameters are not exactly
-        the variant's; the message names what is missing, unused or of another shape.
+      ValueError: If the file is absent, damaged or not to be trusted, or its parameters
+        are not exactly the variant's; the message names the variant that the file is,
+        or what is missing, unused or of another shape.
     """
-    own = ViT(variant)  # an unknown variant is the first thing to hear of
-    if not path and variant == "demo/4":
-        path = DEMO_BACKBONE
+    # An unknown variant is the first thing to hear of.
+    kind = Swin if variant.lower().startswith("swin") else ViT
+    wanted: Any = kind(variant, dtype=dtype, param_dtype=param_dtype)
+    path = path or (DEMO_BACKBONE if variant == "demo/4" else "")
     if not path:
         raise ValueError(
-            f"no checkpoint given for {variant!r}; pass the path of a .npz or"
-            " .safetensors file. Only 'demo/4' ships with the package."
+            f"no checkpoint given for {variant!r}; pass the path of a .npz,"
+            " .safetensors or PyTorch file. Only 'demo/4' ships with the package."
         )
-    flat, _ = read_arrays(path)
-    flat = {_linen_name(n): a for n, a in flat.items() if not _NOT_BACKBONE.match(n)}
-    table = flat.get("Transformer/posembed_input/pos_embedding")
-    side = _grid(table, path) * own.patch if table is not None else own.image_size
-    model = ViT(variant, image_size=side, dtype=dtype, param_dtype=param_dtype)
-    _check_same(flat, model, path)
-    if image_size and image_size != side:
+    card = read_card(path)
+    readout, norm, resize = (
+        given or card.get(name, "")
+        for name, given in (("readout", readout), ("norm", norm), ("resize", resize))
+    )
+    with open_arrays(local_path(path)) as file:
+        named = read_names(file.arrays, path, skip)
+        if kind is Swin:
+            model = match_swin(
+                wanted, named, path, readout=readout, image_size=image_size
+            )
+        else:
+            model = match_vit(
+                wanted, named, path, readout=readout, norm=norm, posemb=posemb
+            )
+        tree = parameters(named, model, path, skip, param_dtype)
+    if image_size and image_size != model.image_size:
         model = model.clone(image_size=image_size)
-        resized = resize_pos_embedding(
-            jnp.asarray(table, jnp.float32), image_size // model.patch, resize
-        )
-        flat["Transformer/posembed_input/pos_embedding"] = np.asarray(resized)
-    return model, unflatten({n: jnp.asarray(a, param_dtype) for n, a in flat.items()})
+        if posemb == "learned":
+            place = tree["Transformer"]["posembed_input"]
+            place["pos_embedding"] = resize_pos_embedding(
+                place["pos_embedding"].astype(wide(param_dtype)),
+                image_size // model.patch,
+                resize or "corner_aligned",
+                model.class_token,
+            ).astype(param_dtype)
+    return model, tree
 
 
 def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
-    """The model card in a safetensors file's header; `{}` where there is none."""
-    path = Path(path or DEMO_BACKBONE)
-    if path.suffix != ".safetensors":
-        return {}
-    return json.loads(read_arrays(path)[1].get("model_card", "{}"))
+    """What is known of a file of weights beside the weights.
+
+    Its own model card (safetensors written by `save_backbone`), else the row of
+    `backbones.BACKBONES` that its name belongs to.
+
+    Returns:
+      `normalisation`, `readout`, `norm`, `resize`, `name`, `licence` and more, as far
+      as known; `{}` for a file that nobody knows.
+
+    Raises:
+      ValueError: If the file cannot be read.
+    """
+    path = path or DEMO_BACKBONE
+    if known := known_backbone(path):
+        return known.card()
+    with open_arrays(local_path(path)) as file:
+        card = json.loads(file.metadata.get("model_card", "{}"))
+    return card if isinstance(card, dict) else {}
 
 
 def save_backbone(path: str | os.PathLike, backbone: Any, card: dict[str, Any]) -> None:
@@ -145,7 +171,7 @@ def save_prompts(
     prompts: Prompts,
     head: Head,
     *,
-    model: ViT,
+    model: ViT | Swin,
     backbone: Any,
     backbone_name: str,
     normalisation: str,
@@ -180,6 +206,7 @@ def save_prompts(
         "backbone_hash": backbone if known else backbone_hash(backbone),
         "variant": model.variant,
         "image_size": model.image_size,
+        "readout": model.readout,
         "normalisation": normalisation,
         "class_names": list(class_names),
         "counts": list(counts(prompts)),
@@ -241,35 +268,6 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     return PromptFile(prompts, head, header)
 
 
-def read_arrays(
-    path: str | os.PathLike,
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and metadata of a `.npz` (no pickle) or `.safetensors` file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}.")
-    if path.suffix == ".npz":
-        try:
-            with open(path, "rb") as f, np.load(f, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}, {}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read as .npz: {error}.") from error
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as archive:
-                arrays = {n: archive.get_tensor(n) for n in archive.keys()}
-                return arrays, archive.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as .safetensors: {error}."
-            ) from error
-    raise ValueError(
-        f"{path} has ending {path.suffix!r}; expected .npz or .safetensors."
-    )
-
-
 def _write_safetensors(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
@@ -289,49 +287,3 @@ def _write_safetensors(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _linen_name(name: str) -> str:
-    for old, new in _PRE_LINEN:
-        name = name.replace(old, new)
-    return name
-
-
-def _grid(table: np.ndarray, path: Any) -> int:
-    grid = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 else 0
-    if grid < 1 or grid * grid + 1 != table.shape[1]:
-        raise ValueError(
-            f"{path}: the position table has shape {table.shape}; expected"
-            " [1, 1 + n * n, d], a class token and a square grid."
-        )
-    return grid
-
-
-def _check_same(flat: dict[str, np.ndarray], model: ViT, path: Any) -> None:
-    """Raises unless names and shapes are exactly the model's."""
-    side = model.image_size
-    abstract = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
-    )["params"]
-    expected = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape
-        for p, leaf in jax.tree_util.tree_leaves_with_path(abstract)
-    }
-    problems = [f"missing {n}" for n in sorted(set(expected) - set(flat))]
-    problems += [f"unused {n}" for n in sorted(set(flat) - set(expected))]
-    problems += [
-        f"{n} has shape {flat[n].shape}, expected {expected[n]}"
-        for n in sorted(set(flat) & set(expected))
-        if flat[n].shape != expected[n]
-    ]
-    if problems:
-        shown = "; ".join(problems[:6])
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        kernel = flat.get("embedding/kernel", np.zeros((0, 0, 0, 0)))
-        blocks = {n.split("/")[1] for n in flat if "/encoderblock_" in n}
-        raise ValueError(
-            f"{path} does not fit {model.variant!r} (width {model.width}, depth"
-            f" {model.depth}, patch {model.patch}); the file has width"
-            f" {kernel.shape[-1]}, depth {len(blocks)}, patch {kernel.shape[0]}:"
-            f" {shown}{more}."
-        )

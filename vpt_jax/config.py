@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
+from vpt_jax.models.vit import NORMS, READOUTS
 from vpt_jax.prompts import check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
@@ -38,17 +39,25 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Pretrained weights. Empty fields take what the checkpoint says."""
+    """Pretrained weights, see `load_backbone`.
+
+    Empty fields take what is known of the checkpoint.
+    """
 
     variant: str
     checkpoint: str = ""
     image_size: int = 0
-    resize: str = "corner_aligned"
+    readout: str = ""
+    norm: str = ""
+    resize: str = ""
+    skip: tuple[str, ...] = ()
     normalisation: str = ""
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_choice("backbone.resize", self.resize, RESIZES)
+        check_choice("backbone.readout", self.readout, ("", *READOUTS))
+        check_choice("backbone.norm", self.norm, ("", *NORMS))
+        check_choice("backbone.resize", self.resize, ("", *RESIZES))
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)
         check_choice("backbone.normalisation", self.normalisation, known)

@@ -26,7 +26,6 @@ import vpt_jax
 from vpt_jax import cli, report
 from vpt_jax import config as configs
 from vpt_jax import workdir as files
-from vpt_jax.checkpoint import read_card
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data.tasks import load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
@@ -76,17 +75,27 @@ def prepare(config: configs.Config, workdir: Path) -> Run:
         settings.variant,
         settings.checkpoint,
         image_size=settings.image_size,
+        readout=settings.readout,
+        norm=settings.norm,
         resize=settings.resize,
+        skip=settings.skip,
         dtype=jnp.dtype(settings.dtype),
     )
-    card = read_card(settings.checkpoint)
-    normalisation = settings.normalisation or card.get("normalisation", "half")
+    card = vpt_jax.read_card(settings.checkpoint)
+    normalisation = settings.normalisation or card.get("normalisation")
+    if not normalisation:
+        raise ValueError(
+            f"how pictures are normalised for {settings.checkpoint} is not known; set"
+            " --config.backbone.normalisation=half (Google's ViT), imagenet (most"
+            " PyTorch models) or none. docs/backbones.md lists the files that we know."
+        )
     info = {
         "name": Path(settings.checkpoint).name or "demo",
         "variant": settings.variant,
         "hash": vpt_jax.backbone_hash(backbone),
         "parameters": sum(x.size for x in jax.tree.leaves(backbone)),
         "normalisation": normalisation,
+        "readout": model.readout,
     }
     # Fails here, not after hours, if counts do not fit the model.
     vpt_jax.init_prompts(

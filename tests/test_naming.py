@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files with other people's names load as the same network, or say what is wrong."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vpt_jax
+from vpt_jax.backbones import BACKBONES, known_backbone
+from vpt_jax.checkpoint import flatten
+from vpt_jax.data.augment import NORMALISATIONS
+from vpt_jax.matching import match_swin, match_vit, parameters
+from vpt_jax.models.posemb import RESIZES
+from vpt_jax.models.vit import NORMS, READOUTS
+from vpt_jax.naming import read_names
+from vpt_jax.readers import Lazy
+
+ATTENTION = "MultiHeadDotProductAttention_0"
+
+
+def random_parameters(model):
+    """Random parameters, flat, by our names; `init` would be slower."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+    leaves, treedef = jax.tree.flatten(shapes)
+    arrays = [rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    return flatten(jax.tree.unflatten(treedef, arrays))
+
+
+def flat_vit(**options):
+    """The demo's architecture with larger patches."""
+    return random_parameters(vpt_jax.ViT("demo/16", **options))
+
+
+@pytest.fixture(scope="module")
+def flat():
+    return flat_vit()
+
+
+@pytest.fixture(scope="module")
+def flat_dinov2():
+    return flat_vit(registers=4, layer_scale=True)
+
+
+# Names as each project writes them: (norms, attention, mlp, scales, top level).
+NAMES = {
+    "timm": {
+        "block": "blocks.{}.",
+        "LayerNorm_0": "norm1",
+        "LayerNorm_1": "norm2",
+        "qkv": "attn.qkv",
+        "out": "attn.proj",
+        "Dense_0": "mlp.fc1",
+        "Dense_1": "mlp.fc2",
+        "LayerScale_0": "ls1.gamma",
+        "LayerScale_1": "ls2.gamma",
+        "cls": "cls_token",
+        "registers": "reg_token",
+        "positions": "pos_embed",
+        "patches": "patch_embed.proj",
+        "norm": "norm",
+    },
+    "transformers": {
+        "block": "encoder.layer.{}.",
+        "LayerNorm_0": "layernorm_before",
+        "LayerNorm_1": "layernorm_after",
+        "query": "attention.attention.query",
+        "key": "attention.attention.key",
+        "value": "attention.attention.value",
+        "out": "attention.output.dense",
+        "Dense_0": "intermediate.dense",
+        "Dense_1": "output.dense",
+        "cls": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "patches": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    },
+    "Dinov2Model": {
+        "block": "encoder.layer.{}.",
+        "LayerNorm_0": "norm1",
+        "LayerNorm_1": "norm2",
+        "query": "attention.attention.query",
+        "key": "attention.attention.key",
+        "value": "attention.attention.value",
+        "out": "attention.output.dense",
+        "Dense_0": "mlp.fc1",
+        "Dense_1": "mlp.fc2",
+        "LayerScale_0": "layer_scale1.lambda1",
+        "LayerScale_1": "layer_scale2.lambda1",
+        "cls": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "positions": "embeddings.position_embeddings",
+        "patches": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    },
+    "VPT": {
+        "block": "encoder.layer.{}.",
+        "LayerNorm_0": "attention_norm",
+        "LayerNorm_1": "ffn_norm",
+        "query": "attn.query",
+        "key": "attn.key",
+        "value": "attn.value",
+        "out": "attn.out",
+        "Dense_0": "ffn.fc1",
+        "Dense_1": "ffn.fc2",
+        "cls": "embeddings.cls_token",
+        "positions": "embeddings.position_embeddings",
+        "patches": "embeddings.patch_embeddings",
+        "norm": "encoder.encoder_norm",
+    },
+}
+NAMES["in memory"] = NAMES["transformers"] | {
+    "block": "layers.{}.",
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "out": "attention.o_proj",
+    "Dense_0": "mlp.fc1",
+    "Dense_1": "mlp.fc2",
+}
+
+
+def pytorch(flat, names, prefix=""):
+    """Our parameters as a PyTorch project would have saved them."""
+    result = {}
+    if "cls" in flat:
+        result[names["cls"]] = flat["cls"]
+    if "registers" in flat:
+        result[names["registers"]] = flat["registers"]
+    result[names["positions"]] = flat["Transformer/posembed_input/pos_embedding"]
+    result[names["patches"] + ".weight"] = flat["embedding/kernel"].transpose(
+        3, 2, 0, 1
+    )
+    result[names["patches"] + ".bias"] = flat["embedding/bias"]
+    result[names["norm"] + ".weight"] = flat["Transformer/encoder_norm/scale"]
+    result[names["norm"] + ".bias"] = flat["Transformer/encoder_norm/bias"]
+    for i in range(6):
+        here, there = f"Transformer/encoderblock_{i}/", names["block"].format(i)
+        for n in ("LayerNorm_0", "LayerNorm_1"):
+            result[f"{there}{names[n]}.weight"] = flat[f"{here}{n}/scale"]
+            result[f"{there}{names[n]}.bias"] = flat[f"{here}{n}/bias"]
+        for n in ("Dense_0", "Dense_1"):
+            result[f"{there}{names[n]}.weight"] = flat[f"{here}MlpBlock_0/{n}/kernel"].T
+            result[f"{there}{names[n]}.bias"] = flat[f"{here}MlpBlock_0/{n}/bias"]
+        kernels, biases = {}, {}
+        for n in ("query", "key", "value", "out"):
+            shape = (128, 128)
+            kernels[n] = flat[f"{here}{ATTENTION}/{n}/kernel"].reshape(shape).T
+            biases[n] = flat[f"{here}{ATTENTION}/{n}/bias"].reshape(-1)
+        if "qkv" in names:
+            parts = ("query", "key", "value")
+            kernels["qkv"] = np.concatenate([kernels.pop(n) for n in parts])
+            biases["qkv"] = np.concatenate([biases.pop(n) for n in parts])
+        for n in kernels:
+            result[f"{there}{names[n]}.weight"] = kernels[n]
+            result[f"{there}{names[n]}.bias"] = biases[n]
+        for n in ("LayerScale_0", "LayerScale_1"):
+            if f"{here}{n}/gamma" in flat:
+                result[there + names[n]] = flat[f"{here}{n}/gamma"]
+    return {prefix + n: a for n, a in result.items()}
+
+
+def load(tmp_path, arrays, variant="demo/16", **options):
+    np.savez(tmp_path / "file.npz", **arrays)
+    return vpt_jax.load_backbone(variant, tmp_path / "file.npz", **options)
+
+
+def assert_same(backbone, flat):
+    loaded = flatten(backbone)
+    assert loaded.keys() == flat.keys()
+    for name, array in flat.items():
+        np.testing.assert_array_equal(loaded[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("prefix", ["", "vit.", "module.base_encoder."])
+@pytest.mark.parametrize("names", ["timm", "transformers", "in memory", "VPT"])
+def test_names_of_pytorch_projects(flat, tmp_path, names, prefix):
+    arrays = pytorch(flat, NAMES[names], prefix)
+    # What a head, a tuned prompt or a second network would leave in the file.
+    arrays |= {f"{prefix}head.weight": np.zeros((3, 128)), "epoch": np.zeros(())}
+    arrays |= {f"{prefix}prompt_embeddings": np.zeros((1, 5, 128))}
+    arrays |= {f"module.momentum_encoder.{n}": a for n, a in flat.items()}
+    if not prefix:
+        arrays = {
+            n: a for n, a in arrays.items() if "momentum" not in n and n != "epoch"
+        }
+    model, backbone = load(tmp_path, arrays)
+    assert (model.registers, model.layer_scale, model.image_size) == (0, False, 32)
+    assert_same(backbone, flat)
+
+
+@pytest.mark.parametrize("names", ["timm", "Dinov2Model"])
+def test_dinov2(flat_dinov2, tmp_path, names):
+    arrays = pytorch(flat_dinov2, NAMES[names])
+    arrays["mask_token" if names == "timm" else "embeddings.mask_token"] = np.zeros(1)
+    model, backbone = load(tmp_path, arrays)
+    assert (model.registers, model.layer_scale) == (4, True)
+    assert_same(backbone, flat_dinov2)
+
+
+def test_a_table_without_a_row_for_the_class_token_gets_zeros(flat, tmp_path):
+    arrays = pytorch(flat, NAMES["timm"])
+    arrays["pos_embed"] = arrays["pos_embed"][:, 1:]
+    model, backbone = load(tmp_path, arrays)
+    table = backbone["Transformer"]["posembed_input"]["pos_embedding"]
+    assert float(jnp.abs(table[:, 0]).max()) == 0
+    np.testing.assert_array_equal(table[:, 1:], arrays["pos_embed"])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("place", ["pos_embedding", "Transformer/pos_embedding"])
+def test_big_visions_names(flat, tmp_path, scan, place):
+    arrays = {n: a for n, a in flat.items() if n != "cls"}
+    table = arrays.pop("Transformer/posembed_input/pos_embedding")
+    arrays[place] = table[:, 1:]
+    if scan:
+        blocks = [
+            {
+                n.partition(f"_{i}/")[2]: a
+                for n, a in arrays.items()
+                if f"block_{i}/" in n
+            }
+            for i in range(6)
+        ]
+        arrays = {n: a for n, a in arrays.items() if "encoderblock" not in n}
+        for n in blocks[0]:
+            stacked = np.stack([b[n] for b in blocks])
+            arrays[f"Transformer/encoderblock/{n}"] = stacked
+    arrays["head/kernel"] = np.zeros((128, 3))
+    arrays = {f"params/{n}": a for n, a in arrays.items()}
+    model, backbone = load(tmp_path, arrays)
+    assert (model.class_token, model.readout, model.norm) == (False, "mean", "before")
+    expected = {n: a for n, a in flat.items() if n != "cls"}
+    expected["Transformer/posembed_input/pos_embedding"] = table[:, 1:]
+    assert_same(backbone, expected)
+
+
+def test_a_file_without_a_table_needs_to_be_told_so(flat, tmp_path):
+    place = "Transformer/posembed_input/pos_embedding"
+    arrays = {n: a for n, a in flat.items() if n not in ("cls", place)}
+    with pytest.raises(vpt_jax.CheckpointError, match=f"missing {place}"):
+        load(tmp_path, arrays)
+    model, backbone = load(tmp_path, arrays, posemb="sincos", image_size=48)
+    assert (model.posemb, model.image_size) == ("sincos", 48)
+    assert_same(backbone, arrays)
+
+
+def test_read_out_and_norm(flat, tmp_path):
+    timm = pytorch(flat, NAMES["timm"])
+    model, backbone = load(tmp_path, timm, readout="mean")
+    assert (model.readout, model.norm) == ("mean", "before")
+    assert_same(backbone, flat)
+    # After pooling, a norm that was trained on tokens is not used.
+    model, backbone = load(tmp_path, timm, readout="mean", norm="after")
+    norm = backbone["Transformer"]["encoder_norm"]
+    assert (float(norm["scale"].min()), float(norm["scale"].max())) == (1.0, 1.0)
+    assert float(jnp.abs(norm["bias"]).max()) == 0
+    # One that was trained after pooling is.
+    pooled = {
+        n.replace("norm.", "fc_norm.", n.startswith("norm.")): a
+        for n, a in timm.items()
+    }
+    model, backbone = load(tmp_path, pooled)
+    assert (model.readout, model.norm) == ("mean", "after")
+    assert_same(backbone, flat)
+
+
+@pytest.fixture(scope="module")
+def flat_swin():
+    return random_parameters(vpt_jax.Swin("T"))
+
+
+def swin_names(flat, late):
+    """Names of timm (`late`: merging starts a stage) or of the original code."""
+    result = {}
+    for name, a in flat.items():
+        parts = name.split("/")
+        leaf = {"kernel": "weight", "scale": "weight"}.get(parts[-1], parts[-1])
+        if parts[0] in ("patch_embed", "patch_norm", "norm"):
+            where = {
+                "patch_embed": "patch_embed.proj",
+                "patch_norm": "patch_embed.norm",
+                "norm": "norm",
+            }
+            a = a.transpose(3, 2, 0, 1) if a.ndim == 4 else a
+            result[f"{where[parts[0]]}.{leaf}"] = a
+        elif parts[0].startswith("merging"):
+            stage = int(parts[0][-1]) + late
+            result[f"layers.{stage}.downsample.{parts[1]}.{leaf}"] = a.T
+        else:
+            _, stage, block = parts[0].split("_")
+            here = f"layers.{stage}.blocks.{block}"
+            if parts[1] == "attention" and parts[2] in ("query", "key", "value"):
+                if parts[2] != "query":
+                    continue
+                three = [
+                    flat[name.replace("query", n)] for n in ("query", "key", "value")
+                ]
+                d = a.size if a.ndim == 2 else a.shape[0]
+                shape = (d, d) if a.ndim == 3 else (d,)
+                qkv = np.concatenate([x.reshape(shape).T for x in three])
+                result[f"{here}.attn.qkv.{leaf}"] = qkv
+            elif parts[2:3] == ["out"]:
+                a = a.reshape(a.shape[-1], -1).T if a.ndim == 3 else a
+                result[f"{here}.attn.proj.{leaf}"] = a
+            elif parts[-1] == "relative_position_bias_table":
+                result[f"{here}.attn.relative_position_bias_table"] = a
+            else:
+                where = {
+                    "LayerNorm_0": "norm1",
+                    "LayerNorm_1": "norm2",
+                    "Dense_0": "mlp.fc1",
+                    "Dense_1": "mlp.fc2",
+                }[parts[-2]]
+                result[f"{here}.{where}.{leaf}"] = a.T
+    return result
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_swin(flat_swin, tmp_path, late):
+    arrays = swin_names(flat_swin, late)
+    arrays["layers.0.blocks.1.attn_mask"] = np.zeros((64, 49, 49))
+    arrays["layers.0.blocks.1.attn.relative_position_index"] = np.zeros((49, 49))
+    arrays["head.weight"] = np.zeros((10, 768))
+    model, backbone = load(tmp_path, arrays, "Swin-T", readout="mean_with_prompts")
+    assert (model.window, model.image_size) == (7, 224)
+    assert model.readout == "mean_with_prompts"
+    assert_same(backbone, flat_swin)
+
+
+def test_wrong_variants_say_what_the_file_is(flat, flat_swin, tmp_path):
+    timm = pytorch(flat, NAMES["timm"])
+    for variant, arrays, message in [
+        ("B/16", timm, "holds a 'demo/16', not 'B/16'"),
+        ("demo/8", timm, "holds a 'demo/16', not 'demo/8'"),
+        ("Swin-T", timm, "holds a 'demo/16', not 'Swin-T'"),
+        ("B/16", swin_names(flat_swin, True), "holds a 'Swin-T' with window 7"),
+        ("Swin-S", swin_names(flat_swin, True), "holds a 'Swin-T' with window 7"),
+        (
+            "B/16",
+            {n: a for n, a in timm.items() if "s.5." not in n},
+            "depth 5.*none of",
+        ),
+        ("B/33x", timm, "unknown variant 'B/33x'"),
+        ("Swin-X", timm, "unknown variant 'Swin-X'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, arrays, variant)
+
+
+def test_what_does_not_fit_is_named(flat, tmp_path):
+    timm = pytorch(flat, NAMES["timm"])
+    fused = timm["blocks.2.attn.qkv.weight"]
+    three = timm["pos_embed"][:, :3]
+    for change, options, message in [
+        ({"norm.bias": None}, {}, "missing Transformer/encoder_norm/bias"),
+        ({"blocks.0.extra.weight": fused}, {}, "unused blocks.0.extra.weight"),
+        (
+            {"blocks.2.attn.qkv.weight": fused[1:]},
+            {},
+            "unused blocks.2.attn.qkv.weight",
+        ),
+        (
+            {"norm.bias": fused[0, :5]},
+            {},
+            r"norm.bias has shape \(5,\), expected \(128,",
+        ),
+        ({"norm.bias": fused[0][None]}, {}, r"norm.bias has shape \(1, 128\)"),
+        ({"pos_embed": three}, {}, "expected .1, n . n, d. or .1, 1"),
+        ({"cls_token": None}, {}, "the file has no class token"),
+        ({"fc_norm.bias": fused[0]}, {}, "twice, as norm.bias and fc_norm.bias"),
+        ({}, {"skip": ("nrom",)}, "skip names 'nrom', which is neither"),
+        (
+            {f"a.{n}": a for n, a in timm.items()},
+            {},
+            "holds 2 networks, below '', 'a.'",
+        ),
+        (dict.fromkeys(timm) | {"x": fused}, {}, "holds no ViT or Swin.*1 arrays: x"),
+    ]:
+        arrays = {n: a for n, a in (timm | change).items() if a is not None}
+        with pytest.raises(vpt_jax.CheckpointError, match=message):
+            load(tmp_path, arrays, **options)
+
+
+def test_skipped_parameters(flat, tmp_path):
+    timm = pytorch(flat, NAMES["timm"])
+    timm["blocks.0.extra.weight"] = timm.pop("norm.weight")
+    _, backbone = load(tmp_path, timm, skip=("extra", "encoder_norm"))
+    expected = dict(flat)
+    expected["Transformer/encoder_norm/scale"] = np.ones(128, np.float32)
+    expected["Transformer/encoder_norm/bias"] = np.zeros(128, np.float32)
+    assert_same(backbone, expected)
+
+
+def test_other_dtypes_in_file_and_out(flat, tmp_path):
+    half = {n: a.astype(np.float16) for n, a in flat.items()}
+    _, backbone = load(tmp_path, half)
+    assert_same(backbone, {n: a.astype(np.float32) for n, a in half.items()})
+    _, backbone = load(tmp_path, flat, param_dtype=jnp.bfloat16, image_size=64)
+    assert {x.dtype for x in jax.tree.leaves(backbone)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "normalisation", "readout"),
+    [
+        ("gs://vit_models/imagenet21k/ViT-B_16.npz", "ViT, ", "half", "cls"),
+        ("imagenet21k_ViT-B_16.npz", "ViT, ImageNet-21k (orig", "half", "cls"),
+        ("a/B_16-i21k-300ep-lr_0.001-aug_medium1.npz", "ViT, Im", "half", "cls"),
+        (
+            "hf://timm/vit_base_patch16_224.augreg_in21k@main/model.safetensors",
+            "ViT, ImageNet-21k (Aug",
+            "half",
+            "cls",
+        ),
+        ("vit_small_patch16_224.dino/model.safetensors", "DINO,", "imagenet", "cls"),
+        ("dinov2_vits14_reg4_pretrain.pth", "DINOv2 with", "imagenet", "cls"),
+        ("hf://facebook/dinov2-base/model.safetensors", "DINOv2,", "imagenet", "cls"),
+        ("deit_small_patch16_224-cd65a155.pth", "DeiT", "imagenet", "cls"),
+        ("mae_pretrain_vit_base.pth", "MAE", "imagenet", "mean_with_prompts"),
+        ("mocov3_linear-vit-b-300ep.pth.tar", "MoCo", "imagenet", "cls"),
+        (
+            "swin_base_patch4_window7_224_22k.pth",
+            "Swin",
+            "imagenet",
+            "mean_with_prompts",
+        ),
+    ],
+)
+def test_known_files(path, start, normalisation, readout):
+    known = known_backbone(path)
+    assert known is not None and known.name.startswith(start)
+    assert (known.normalisation, known.readout) == (normalisation, readout)
+    assert vpt_jax.read_card(path)["normalisation"] == normalisation
+
+
+def test_the_table_of_backbones_is_consistent():
+    assert known_backbone("mae_pretrain_vit_base.pth/mine.npz") is not None
+    assert known_backbone("mae_pretrain_vit_base.pth/run/mine.npz") is None
+    assert known_backbone("weights.npz") is None
+    for row in BACKBONES:
+        assert row.normalisation in NORMALISATIONS
+        assert row.readout in READOUTS and row.norm in NORMS
+        assert row.resize in RESIZES
+
+
+@pytest.mark.parametrize("kind", ["google", "timm", "Dinov2Model", "swin", "scan"])
+def test_hostile_names_and_shapes_are_our_error(kind, flat_dinov2, flat_swin):
+    """Whatever names and shapes a file claims: an error of ours, or a model."""
+    arrays = {
+        "google": lambda: flat_dinov2,
+        "timm": lambda: pytorch(flat_dinov2, NAMES["timm"]),
+        "Dinov2Model": lambda: pytorch(flat_dinov2, NAMES["Dinov2Model"]),
+        "swin": lambda: swin_names(flat_swin, True),
+        "scan": lambda: {
+            "embedding/kernel": flat_dinov2["embedding/kernel"],
+            "Transformer/encoderblock/LayerNorm_0/bias": np.zeros((6, 128)),
+        },
+    }[kind]()
+    shapes = {name: a.shape for name, a in arrays.items()}
+    wanted = vpt_jax.Swin("T") if kind == "swin" else vpt_jax.ViT("demo/16")
+    rng, errors = np.random.default_rng(0), 0
+    sizes = (0, 1, 2, 3, 4, 5, 16, 128, 384, 2**20, 2**40)
+    for _ in range(60):
+        changed = dict(shapes)
+        for name in rng.choice(list(shapes), rng.integers(1, 4)):
+            shape = list(changed.pop(name, (1,)))
+            how = rng.integers(5)
+            if how == 0 and shape:
+                shape[rng.integers(len(shape))] = int(rng.choice(sizes))
+            elif how == 1:
+                shape = [int(n) for n in rng.choice(sizes, rng.integers(0, 6))]
+            elif how == 2:
+                name = name.replace(*rng.choice(list("abcdeknt/._012"), 2))
+            elif how == 3:
+                name = "".join(rng.permutation(list(name)))
+            if how < 4:
+                changed[name] = tuple(shape)
+        lazy = {n: Lazy(s, np.dtype(np.float32), unread) for n, s in changed.items()}
+        try:
+            named = read_names(lazy, "file", ())
+            if kind == "swin":
+                model = match_swin(wanted, named, "file", readout="", image_size=0)
+            else:
+                model = match_vit(
+                    wanted, named, "file", readout="", norm="", posemb="learned"
+                )
+            parameters(named, model, "file", (), jnp.float32)
+        except vpt_jax.CheckpointError:
+            errors += 1
+        except Unread:  # names and shapes fit after all
+            pass
+    assert errors > 30
+
+
+class Unread(Exception):
+    """Raised in place of reading an array."""
+
+
+def unread():
+    raise Unread
+
+
+def test_the_docs_print_the_table():
+    docs = Path(__file__).parent.parent / "docs" / "backbones.md"
+    text = docs.read_text(encoding="utf-8")
+    for row in BACKBONES:
+        assert row.row() in text
