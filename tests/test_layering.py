@@ -42,6 +42,7 @@ ORDER = (
     "torch_files",
     "backbones",
     "macs",
+    "intercept",
     "condense",
     "models.swin",
     "models.windows",

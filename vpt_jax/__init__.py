@@ -10,6 +10,7 @@ from vpt_jax.checkpoint import (
     save_prompts,
 )
 from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
+from vpt_jax.intercept import PromptedModel, prompted
 from vpt_jax.macs import macs
 from vpt_jax.models.inputs import prefill
 from vpt_jax.models.layers import KeyValue
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "KeyValue",
     "PromptFile",
+    "PromptedModel",
     "Swin",
     "ViT",
     "apply_head",
@@ -47,6 +49,7 @@ __all__ = [
     "macs",
     "prefill",
     "prompt_dropout",
+    "prompted",
     "read_card",
     "resize_pos_embedding",
     "save_prompts",

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small stand-ins for Linen vision transformers that others wrote.
+
+Module names, parameter paths and calls are those of vit_jax's `VisionTransformer` and
+of big_vision's `vit._Model`; what prompts do not meet is left out. GELU and variance
+are exact (those models take Flax's defaults, the tanh form and `E[x^2] - E[x]^2`), so
+that `vpt_jax.ViT` with the same parameters is an oracle. Nothing here knows of prompts.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+gelu = functools.partial(nn.gelu, approximate=False)
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
+
+
+class MlpBlock(nn.Module):
+    mlp_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        y = gelu(nn.Dense(self.mlp_dim)(x))
+        y = nn.Dropout(self.dropout)(y, deterministic)
+        return nn.Dense(x.shape[-1])(y)
+
+
+class AddPositionEmbs(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(0.02)
+        return x + self.param("pos_embedding", init, (1, *x.shape[1:]))
+
+
+# --- vit_jax ------------------------------------------------------------------------
+
+
+class VitJaxBlock(nn.Module):
+    """Returns an array; takes `deterministic` by keyword only."""
+
+    mlp_dim: int
+    num_heads: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs, *, deterministic):
+        x = LayerNorm()(inputs)
+        x = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads,
+            broadcast_dropout=False,
+            deterministic=deterministic,
+            dropout_rate=self.dropout,
+        )(x, x)
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic) + inputs
+        y = LayerNorm()(x)
+        return x + MlpBlock(self.mlp_dim, self.dropout)(y, deterministic)
+
+
+class VitJaxEncoder(nn.Module):
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    dropout: float = 0.0
+    block: Any = VitJaxBlock
+    by_keyword: str = ""  # name of the block's argument, where it is called by name
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = AddPositionEmbs(name="posembed_input")(x)
+        for i in range(self.depth):
+            block = self.block(
+                self.mlp_dim, self.num_heads, self.dropout, name=f"encoderblock_{i}"
+            )
+            args, kwargs = ((), {self.by_keyword: x}) if self.by_keyword else ((x,), {})
+            x = block(*args, deterministic=not train, **kwargs)
+        return LayerNorm(name="encoder_norm")(x)
+
+
+class VitJax(nn.Module):
+    """Class token, position table over class token and patches, features `[b, d]`."""
+
+    width: int = 16
+    depth: int = 3
+    num_heads: int = 2
+    mlp_dim: int = 24
+    patch: int = 4
+    num_classes: int | None = None
+    dropout: float = 0.0
+    block: Any = VitJaxBlock
+    by_keyword: str = ""
+
+    @nn.compact
+    def __call__(self, inputs, *, train):
+        p = (self.patch, self.patch)
+        x = nn.Conv(self.width, p, p, padding="VALID", name="embedding")(inputs)
+        x = x.reshape(x.shape[0], -1, self.width)
+        cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+        x = jnp.concatenate([jnp.tile(cls, [x.shape[0], 1, 1]), x], axis=1)
+        x = VitJaxEncoder(
+            self.depth,
+            self.mlp_dim,
+            self.num_heads,
+            self.dropout,
+            self.block,
+            self.by_keyword,
+            name="Transformer",
+        )(x, train=train)[:, 0]
+        if self.num_classes:
+            x = nn.Dense(self.num_classes, name="head")(x)
+        return x
+
+
+# --- big_vision ---------------------------------------------------------------------
+
+
+class BigVisionBlock(nn.Module):
+    """Returns tokens and a dict of what happened on the way."""
+
+    mlp_dim: int
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        out = {}
+        y = LayerNorm()(x)
+        y = out["sa"] = nn.MultiHeadDotProductAttention(
+            num_heads=self.num_heads, deterministic=deterministic
+        )(y, y)
+        x = out["+sa"] = x + y
+        y = LayerNorm()(x)
+        y = out["mlp"] = MlpBlock(self.mlp_dim)(y, deterministic)
+        return x + y, out
+
+
+class BigVisionEncoder(nn.Module):
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        out = {}
+        sizes = {"mlp_dim": self.mlp_dim, "num_heads": self.num_heads}
+        block: Any = BigVisionBlock
+        if self.scan or self.remat:
+            # Argument 2 counts from self.
+            block = nn.remat(block, prevent_cse=False, static_argnums=(2,))
+        if self.scan:
+            x, scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+            )(name="encoderblock", **sizes)(x, deterministic)
+            for i in range(self.depth):
+                out[f"block{i:02d}"] = jax.tree.map(lambda o, i=i: o[i], scanned)
+        else:
+            for i in range(self.depth):
+                name = f"encoderblock_{i}"
+                x, out[f"block{i:02d}"] = block(name=name, **sizes)(x, deterministic)
+            out["pre_ln"] = x
+        return LayerNorm(name="encoder_norm")(x), out
+
+
+class BigVision(nn.Module):
+    """Position table at the top, over patches only; returns `(x, out)`."""
+
+    width: int = 16
+    depth: int = 3
+    num_heads: int = 2
+    mlp_dim: int = 24
+    patch: int = 4
+    num_classes: int | None = None
+    pool_type: str = "gap"
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        out = {}
+        p = (self.patch, self.patch)
+        x = nn.Conv(self.width, p, p, padding="VALID", name="embedding")(image)
+        n, h, w, c = x.shape
+        x = x.reshape(n, h * w, c)
+        init = nn.initializers.normal(c**-0.5)
+        x = x + self.param("pos_embedding", init, (1, h * w, c))
+        if self.pool_type == "tok":
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, c))
+            x = jnp.concatenate([jnp.tile(cls, [n, 1, 1]), x], axis=1)
+        x, out["encoder"] = BigVisionEncoder(
+            self.depth,
+            self.mlp_dim,
+            self.num_heads,
+            self.scan,
+            self.remat,
+            name="Transformer",
+        )(x, deterministic=not train)
+        out["encoded"] = x
+        x = x[:, 0] if self.pool_type == "tok" else x.mean(axis=1)
+        patches = out["encoded"][:, int(self.pool_type == "tok") :]
+        out["pre_logits_2d"] = patches.reshape(n, h, w, c)
+        out["pre_logits"] = x
+        if self.num_classes:
+            x = out["logits"] = nn.Dense(self.num_classes, name="head")(x)
+        return x, out
+
+
+def to_vit(params: Any) -> Any:
+    """big_vision's parameters in the places of vit_jax's, which are `vpt_jax.ViT`'s."""
+    params = dict(params)
+    table = params.pop("pos_embedding")
+    if "cls" in params:  # the class token has no position there
+        table = jnp.concatenate([jnp.zeros_like(params["cls"]), table], axis=1)
+    encoder = {**params["Transformer"], "posembed_input": {"pos_embedding": table}}
+    return {**params, "Transformer": encoder}
+
+
+def to_scan(params: Any) -> Any:
+    """One tree for all blocks, stacked, as `scan=True` has it."""
+    encoder = dict(params["Transformer"])
+    names = sorted(name for name in encoder if name.startswith("encoderblock_"))
+    blocks = [encoder.pop(name) for name in names]
+    encoder["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    return {**params, "Transformer": encoder}

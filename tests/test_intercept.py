@@ -1,0 +1,803 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts in models that are not ours.
+
+The oracle is `vpt_jax.ViT` with `formulation="tokens"` on the same parameters, which
+`test_vit.py` checks against NumPy. Most of it runs without jit: operations are compiled
+once for all tests, where every jitted model would compile by itself.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import flax.linen as nn
+import foreign
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from foreign import BigVision, BigVisionBlock, LayerNorm, VitJax, VitJaxBlock
+
+import vpt_jax
+from vpt_jax.condense import _batch_sums, example_values
+from vpt_jax.intercept import (
+    ATTENTION,
+    PromptedModel,
+    _under_jit,
+    first,
+    prompted,
+)
+
+WIDTH, DEPTH, BATCH = 16, 3, 4
+NUM, SHALLOW = (3, 0, 3), (3, 0, 0)
+# Without a class token: as many tokens as the others, nothing new to compile.
+GAP_NUM = (4, 1, 4)
+IMAGES = jax.random.normal(jax.random.key(3), (BATCH, 8, 8, 3))
+SIZES = {
+    "width": WIDTH,
+    "depth": DEPTH,
+    "num_heads": 2,
+    "mlp_dim": 24,
+    "patch": 4,
+    "image_size": 8,
+}
+# What stands beside the prompts.
+CASES = ("deep", "shallow", "masked", "gated", "shallow masked gated")
+MODELS = {
+    "vit_jax": VitJax(),
+    "big_vision tok": BigVision(pool_type="tok"),
+    "big_vision gap": BigVision(pool_type="gap"),
+    "big_vision remat": BigVision(pool_type="tok", remat=True),
+}
+
+
+def random_params(module, x):
+    """Parameters in the places of a module's own, and no initial value among them."""
+    init = functools.partial(module.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), x).get("params", {})
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(0, 0.4, s.shape), s.dtype), shapes
+    )
+
+
+@functools.cache
+def setting(name):
+    """`(foreign module, its parameters, our model, its parameters)`."""
+    module = MODELS[name]
+    params = random_params(module, IMAGES)
+    if name == "vit_jax":
+        return module, params, vpt_jax.ViT(**SIZES), params
+    gap = {"class_token": False, "readout": "mean"} if "gap" in name else {}
+    return module, params, vpt_jax.ViT(**SIZES, **gap), foreign.to_vit(params)
+
+
+def make_prompts(num=NUM, seed=1):
+    """Prompts large enough to change the answer visibly."""
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=(n, WIDTH)), jnp.float32) for n in num)
+
+
+def some_mask(prompts):
+    return tuple(jnp.arange(len(p)) % 2 == 0 for p in prompts)
+
+
+def make_case(case, num=NUM):
+    """Keyword arguments of a prompted call, prompts included."""
+    deep = "shallow" not in case
+    prompts = make_prompts(num if deep else SHALLOW)
+    given: dict[str, Any] = {"prompts": prompts, "deep": deep}
+    if "masked" in case:
+        given["prompt_mask"] = some_mask(prompts)
+    if "gated" in case:
+        rng = np.random.default_rng(2)
+        given["prompt_gate"] = tuple(
+            jnp.asarray(rng.uniform(0.1, 2, (BATCH, len(p))), jnp.float32)
+            for p in prompts
+        )
+    return given
+
+
+def run(module, params, images=IMAGES, *, prompts, **kwargs):
+    """What the module returns, with prompts."""
+    with prompted(prompts, **kwargs):
+        return module.apply({"params": params}, images, train=False)
+
+
+def features(*args, **kwargs):
+    return first(run(*args, **kwargs))
+
+
+def plain(module, params, images=IMAGES):
+    return first(module.apply({"params": params}, images, train=False))
+
+
+def check(*args, **kwargs):
+    """Runs it without numbers: what is wrong is wrong when it is traced."""
+    return jax.eval_shape(lambda: features(*args, **kwargs))
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+class AsTokens:
+    """Our model as the others run: prompts are tokens."""
+
+    def __init__(self, model):
+        self.apply = functools.partial(model.apply, formulation="tokens")
+
+
+def adapter(module, **kwargs):
+    return PromptedModel(module, depth=DEPTH, width=WIDTH, patch=4, **kwargs)
+
+
+# --- the same network as ours ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("vit_jax", case) for case in CASES]
+    + [
+        ("big_vision remat", "shallow"),
+        ("big_vision remat", "gated"),
+        ("big_vision gap", "gated"),
+    ],
+)
+def test_agrees_with_our_model_forward_and_gradient(name, case):
+    module, params, vit, vit_params = setting(name)
+    given = make_case(case, GAP_NUM if "gap" in name else NUM)
+    fixed = {k: given.pop(k) for k in ("deep", "prompt_mask") if k in given}
+
+    def theirs(given):
+        return features(module, params, **fixed, **given)
+
+    def ours(given):
+        variables = {"params": vit_params}
+        return AsTokens(vit).apply(variables, IMAGES, **fixed, **given)[0]
+
+    def grad(function):
+        def loss(given):
+            out = function(given)
+            return jnp.sin(out).sum(), out
+
+        return jax.grad(loss, has_aux=True)(given)
+
+    (got, a), (expected, b) = grad(theirs), grad(ours)
+    assert relative(a, b) < 1e-5
+    assert relative(a, plain(module, params)) > 1e-2
+    assert got.keys() == expected.keys()
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if x.size:
+            assert np.abs(y).max() > 0
+            assert relative(x, y) < 1e-5
+
+
+@functools.cache
+def problem(name="vit_jax"):
+    module, params, vit, vit_params = setting(name)
+    head = vpt_jax.init_head(jax.random.key(4), WIDTH, 4)
+    batch = {"image": IMAGES, "label": jnp.arange(BATCH) % 4}
+    return adapter(module), params, vit, vit_params, head, batch
+
+
+@pytest.mark.parametrize(
+    ("score", "deep"),
+    [
+        ("key_gate", True),
+        ("key_gate", False),
+        ("signed", True),
+        ("attention", True),
+        ("attention", False),
+        ("leave_one_out", True),
+        # Deep prompts have no Taylor score: it would be rounding against rounding.
+        ("taylor", False),
+        ("grad_norm", True),
+    ],
+)
+def test_importance_agrees_with_our_model(score, deep, monkeypatch):
+    model, params, vit, vit_params, head, batch = problem()
+    prompts = make_prompts(NUM if deep else SHALLOW)
+    trainable = {"prompts": prompts, "head": head}
+    score_of = functools.partial(vpt_jax.importance, score=score, deep=deep)
+    module = sys.modules["vpt_jax.condense"]  # the name in vpt_jax is the function
+    monkeypatch.setattr(module, "_batch_sums", _batch_sums.__wrapped__)
+    got = score_of(model, params, trainable, [batch])
+    expected = score_of(AsTokens(vit), vit_params, trainable, [batch])
+    assert [s.shape[0] for s in got] == list(vpt_jax.counts(prompts))
+    assert relative(np.concatenate(got), np.concatenate(expected)) < 1e-4
+
+
+def test_scoring_selecting_and_condensing_work_unchanged():
+    model, params, *_, head, batch = problem("big_vision gap")
+    prompts = vpt_jax.init_prompts(jax.random.key(5), model, GAP_NUM)
+    trainable = {"prompts": prompts, "head": head}
+    scores = vpt_jax.importance(model, params, trainable, [batch])
+    mask = vpt_jax.keep_mask(scores, keep_ratio=0.3)
+    small = vpt_jax.condense(prompts, mask)
+    assert sum(vpt_jax.counts(small)) == 3
+    variables = {"params": params}
+    masked, _ = model.apply(variables, IMAGES, prompts=prompts, prompt_mask=mask)
+    removed, _ = model.apply(variables, IMAGES, prompts=small)
+    assert relative(masked, removed) < 1e-5
+
+
+# --- masks and gates ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_mask_equals_condense_and_gates_of_zero_and_one_are_its_ends(deep):
+    module, params, *_ = setting("vit_jax")
+    prompts = make_prompts(NUM if deep else SHALLOW)
+    mask = some_mask(prompts)
+    call = functools.partial(features, module, params, deep=deep)
+    condensed = call(prompts=vpt_jax.condense(prompts, mask))
+    gate = tuple(m.astype(jnp.float32) for m in mask)
+    ones = tuple(jnp.ones((BATCH, len(p))) for p in prompts)
+    assert relative(call(prompts=prompts, prompt_mask=mask), condensed) < 1e-5
+    assert relative(call(prompts=prompts, prompt_gate=gate), condensed) < 1e-5
+    assert relative(call(prompts=prompts), condensed) > 1e-2
+    whole = call(prompts=prompts, prompt_gate=ones)
+    np.testing.assert_array_equal(whole, call(prompts=prompts))
+
+
+def test_removed_prompts_get_attention_of_exactly_zero():
+    module, params, *_ = setting("big_vision remat")
+    prompts, mask = make_prompts(), some_mask(make_prompts())
+    with prompted(prompts, mask):
+        _, state = module.apply(
+            {"params": params}, IMAGES, train=False, mutable=[ATTENTION]
+        )
+    weights = jax.tree.leaves(state)
+    assert [w.shape for w in weights] == [(BATCH, 2, 5, n) for n in NUM]
+    for w, m in zip(weights, mask, strict=True):
+        np.testing.assert_array_equal(w[..., ~m], 0)
+        assert w[..., m].size == 0 or w[..., m].min() > 0
+
+
+@pytest.mark.parametrize("name", ["vit_jax", "big_vision remat"])
+def test_gradients_at_gates_of_zero_and_one_are_finite(name):
+    module, params, *_ = setting(name)
+    prompts = make_prompts()
+    gates = tuple(jnp.zeros((BATCH, len(p))).at[:, ::2].set(1.0) for p in prompts)
+
+    def loss(gates, prompts):
+        out = features(module, params, prompts=prompts, prompt_gate=gates)
+        return jnp.sin(out).sum()
+
+    for x in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(gates, prompts)):
+        assert np.isfinite(x).all()
+
+
+def test_every_example_has_its_own_gradient():
+    """What importance rests on: gates with a batch axis, the loss summed."""
+    module, params, *_ = setting("vit_jax")
+    prompts = make_prompts()
+
+    def losses(prompts, **kwargs):
+        return jnp.sin(features(module, params, prompts=prompts, **kwargs)).sum(1), {}
+
+    together = example_values("key_gate", losses, prompts)
+    shared = tuple(jnp.ones(len(p)) for p in prompts)
+    for i in range(2):
+        own = jax.grad(lambda g, i=i: losses(prompts, prompt_gate=g)[0][i])(shared)
+        for a, b in zip(together, own, strict=True):
+            np.testing.assert_allclose(a[i], -b, atol=1e-5)
+
+
+def test_examples_do_not_see_each_other_and_may_have_their_own_prompts():
+    module, params, *_ = setting("vit_jax")
+    sets = [make_prompts(seed=seed) for seed in range(BATCH)]
+    own = jax.tree.map(lambda *p: jnp.stack(p), *sets)
+    together = features(module, params, prompts=own)
+    for i, prompts in enumerate(sets):
+        others = IMAGES.at[:i].set(0.0).at[i + 1 :].set(0.0)
+        alone = features(module, params, others, prompts=prompts)
+        assert relative(together[i], alone[i]) < 1e-5
+
+
+class SelfAttentionBlock(VitJaxBlock):
+    """`nn.SelfAttention` calls its parent's `__call__`: met twice, weighted once."""
+
+    @nn.compact
+    def __call__(self, inputs, *, deterministic):
+        name = "MultiHeadDotProductAttention_0"
+        attention = nn.SelfAttention(self.num_heads, name=name)
+        x = inputs + attention(LayerNorm()(inputs), deterministic=deterministic)
+        return x + foreign.MlpBlock(self.mlp_dim)(LayerNorm()(x), deterministic)
+
+
+class NamedBlock(VitJaxBlock):
+    """Is given its tokens by keyword, not as the first of its keywords."""
+
+    @nn.compact
+    def __call__(self, tokens, *, deterministic):
+        return VitJaxBlock.__call__(self, tokens, deterministic=deterministic)
+
+
+@pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
+@pytest.mark.parametrize(
+    "module",
+    [VitJax(block=SelfAttentionBlock), VitJax(block=NamedBlock, by_keyword="tokens")],
+    ids=["self attention", "keyword"],
+)
+def test_other_ways_to_call_blocks_and_attention(module):
+    _, params, *_ = setting("vit_jax")
+    given = make_case("gated")
+    a, b = features(module, params, **given), features(VitJax(), params, **given)
+    assert relative(a, b) < 1e-5
+
+
+class CausalBlock(VitJaxBlock):
+    """Has a mask of its own, of numbers as Flax makes them."""
+
+    @nn.compact
+    def __call__(self, inputs, *, deterministic):
+        y = LayerNorm()(inputs)
+        y = nn.MultiHeadDotProductAttention(num_heads=self.num_heads)(
+            y, y, mask=nn.make_causal_mask(y[..., 0])
+        )
+        return inputs + y
+
+
+def test_a_mask_of_the_block_stays():
+    module = VitJax(block=CausalBlock)
+    params = random_params(module, IMAGES)
+    prompts = make_prompts()
+    mask = some_mask(prompts)
+    masked = features(module, params, prompts=prompts, prompt_mask=mask)
+    small = features(module, params, prompts=vpt_jax.condense(prompts, mask))
+    assert relative(masked, small) < 1e-5
+
+
+def test_a_model_may_train_with_its_own_dropout():
+    module, (_, params, *_) = VitJax(dropout=0.1), setting("vit_jax")
+
+    def call(key):
+        with prompted(**make_case("masked")):
+            variables, rngs = {"params": params}, {"dropout": key}
+            return module.apply(variables, IMAGES, train=True, rngs=rngs)
+
+    assert jax.eval_shape(call, jax.random.key(0)).shape == (BATCH, WIDTH)
+
+
+# --- what a block returns, and what stays as it was -----------------------------------
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_other_results_of_a_block_pass_and_tokens_stay_in_order(deep):
+    module, params, *_ = setting("big_vision tok")
+    num = NUM if deep else SHALLOW
+    prompts = make_prompts(num)
+    _, out = run(module, params, prompts=prompts, deep=deep)
+    for i in range(DEPTH):
+        rows = 5 + num[i if deep else 0]
+        block = out["encoder"][f"block{i:02d}"]
+        assert {k: v.shape for k, v in block.items()} == dict.fromkeys(
+            ("sa", "+sa", "mlp"), (BATCH, rows, WIDTH)
+        )
+    assert out["encoded"].shape == (BATCH, 5, WIDTH)
+    tokens = out["encoder"]["block02"]
+    n = num[2] if deep else num[0]
+    own = np.delete(tokens["+sa"] + tokens["mlp"], range(1, 1 + n), axis=1)
+    np.testing.assert_array_equal(out["encoder"]["pre_ln"], own)
+
+
+def test_no_prompts_are_the_plain_model_exactly():
+    module, params, *_ = setting("vit_jax")
+    empty = tuple(jnp.zeros((0, WIDTH)) for _ in range(DEPTH))
+    expected = plain(module, params)
+    np.testing.assert_array_equal(features(module, params, prompts=empty), expected)
+    alone, out = adapter(module).apply({"params": params}, IMAGES)
+    np.testing.assert_array_equal(alone, expected)
+    assert out["blocks"] == []
+
+
+def test_a_model_may_run_several_times_in_one_context():
+    module, params, *_ = setting("vit_jax")
+    prompts = make_prompts()
+    apply = functools.partial(module.apply, {"params": params}, train=False)
+    with prompted(prompts, some_mask(prompts)):
+        a, b = apply(IMAGES), apply(IMAGES[::-1])
+    whole = features(module, params, prompts=prompts, prompt_mask=some_mask(prompts))
+    np.testing.assert_array_equal(a, whole)
+    assert relative(b[::-1], whole) < 1e-5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_after_the_context(fails):
+    module, params, *_ = setting("vit_jax")
+    met = []
+
+    def watch(call, args, kwargs, context):
+        if isinstance(context.module, nn.MultiHeadDotProductAttention):
+            met.append(context.module)
+        return call(*args, **kwargs)
+
+    before = plain(module, params)
+    gate = make_case("gated")["prompt_gate"]
+    if fails:  # inside the attention: gates of another batch size
+        gate = tuple(g[:2] for g in gate)
+    try:
+        with nn.intercept_methods(watch):
+            features(module, params, prompts=make_prompts(), prompt_gate=gate)
+    except (TypeError, ValueError):
+        assert fails
+    assert {m.attention_fn for m in met} == {nn.dot_product_attention}
+    assert len(met) == (1 if fails else DEPTH)
+    np.testing.assert_array_equal(plain(module, params), before)
+
+
+def test_init_inside_the_context_makes_the_same_parameters():
+    module = MODELS["vit_jax"]
+    init = functools.partial(module.init, jax.random.key(0), IMAGES, train=False)
+
+    def inside():
+        with prompted(**make_case("masked")):
+            return init()
+
+    assert jax.eval_shape(inside) == jax.eval_shape(init)
+
+
+# --- jit ------------------------------------------------------------------------------
+
+
+def test_a_function_compiled_earlier_is_an_error():
+    module, params, *_ = setting("vit_jax")
+    compiled = jax.jit(lambda x: module.apply({"params": params}, x, train=False))
+    before = compiled(IMAGES)
+    with pytest.raises(ValueError, match="compiled earlier is not traced again"):
+        with prompted(make_prompts()):
+            compiled(IMAGES)
+    np.testing.assert_array_equal(compiled(IMAGES), before)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda x: jax.lax.map(f, x)])
+def test_compiling_inside_the_context_is_an_error(transform):
+    module, params, *_ = setting("vit_jax")
+    apply = transform(functools.partial(plain, module, params))
+    with pytest.raises(ValueError, match="inside the function that jax.jit compiles"):
+        with prompted(make_prompts()):
+            apply(IMAGES[None])
+
+
+def test_compiled_functions_inside_a_traced_context_do_not_keep_its_prompts():
+    module, params, *_ = setting("vit_jax")
+    inner = jax.jit(lambda x: module.apply({"params": params}, x, train=False))
+    before = inner(IMAGES)  # traced without prompts
+    a, b = make_prompts(seed=1), make_prompts(seed=2)
+
+    @jax.jit
+    def both(x):
+        results = []
+        for prompts in (a, b):
+            with prompted(prompts):
+                results.append(inner(x))
+        return results, inner(x)
+
+    results, outside = both(IMAGES)
+    for got, prompts in zip(results, (a, b), strict=True):
+        assert relative(got, features(module, params, prompts=prompts)) < 1e-5
+    assert relative(outside, before) < 1e-6
+    np.testing.assert_array_equal(inner(IMAGES), before)
+
+
+def test_a_gradient_around_the_model_is_no_compilation():
+    module, params, *_ = setting("vit_jax")
+    prompts = make_prompts()
+
+    def loss(images):
+        return jnp.sin(plain(module, params, images)).sum()
+
+    def loss_inside(images):
+        return jnp.sin(features(module, params, images, prompts=prompts)).sum()
+
+    with prompted(prompts):
+        got = jax.grad(loss)(IMAGES)
+    np.testing.assert_array_equal(got, jax.grad(loss_inside)(IMAGES))
+
+
+def test_compilation_is_told_from_other_transformations():
+    x, seen = jnp.ones(2), []
+
+    def function(x):
+        seen.append(_under_jit())
+        return x.sum()
+
+    for transform in (lambda f: f, jax.vmap, jax.grad):
+        transform(function)(x)
+    assert seen == [False] * 3
+    seen.clear()
+    for transform in (jax.jit, jax.checkpoint):
+        jax.eval_shape(transform(function), x)
+    assert seen == [True] * 2
+
+
+# --- errors: got, expected, what to do ------------------------------------------------
+
+
+class OtherNames(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(DEPTH):
+            x, _ = BigVisionBlock(24, 2, name=f"layer{i}")(x)
+        return x.mean(1)
+
+
+class Towers(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        a, _ = foreign.BigVisionEncoder(DEPTH, 24, 2, name="img")(x)
+        b, _ = foreign.BigVisionEncoder(DEPTH, 24, 2, name="txt")(x)
+        return (a + b).sum(1)
+
+
+class Stops(nn.Module):
+    """Leaves out blocks, or mixes them up."""
+
+    order: tuple[int, ...] = (0, 1)
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in self.order:
+            x, _ = BigVisionBlock(24, 2, name=f"encoderblock_{i}")(x)
+        return x.mean(1)
+
+
+class Group(nn.Module):
+    """Half of the layers: it is scanned, so a block's number is not its layer."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        for i in range(DEPTH):
+            x, _ = BigVisionBlock(24, 2, name=f"encoderblock_{i}")(x)
+        return x, None
+
+
+class Groups(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        scan = nn.scan(
+            Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        return scan(name="groups")(x, None)[0].mean(1)
+
+
+class MixerBlock(nn.Module):
+    """Mixes tokens without attention modules of Flax."""
+
+    mlp_dim: int
+    num_heads: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        weights = nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x))
+        return x + nn.Dense(WIDTH)(weights @ x)
+
+
+def bare(query, key, value):
+    return nn.dot_product_attention(query, key, value)
+
+
+class BareBlock(VitJaxBlock):
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        attention = nn.MultiHeadDotProductAttention
+        return x + attention(self.num_heads, attention_fn=bare)(x)
+
+
+class NoTokens(VitJaxBlock):
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        return {"x": x}
+
+
+class Shorter(VitJaxBlock):
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        return x[:, :1]
+
+
+TOKENS = jax.random.normal(jax.random.key(6), (BATCH, 5, WIDTH))
+ONES = tuple(jnp.ones(n) for n in NUM)
+
+
+@pytest.mark.parametrize(
+    ("module", "kwargs", "message"),
+    [
+        (VitJax(), {"prompts": make_prompts((1, 1))}, "block 2 but the prompts have 2"),
+        (
+            VitJax(),
+            {"prompts": make_prompts((1,) * 4)},
+            r"have 4 layers but only blocks 0 ... 2 were reached",
+        ),
+        (
+            VitJax(width=12),
+            {"prompts": make_prompts()},
+            r"prompts\[0\] has shape \(3, 16\).*width 12.*another backbone",
+        ),
+        (
+            VitJax(),
+            {"prompts": make_prompts(), "prompt_mask": ONES[:2]},
+            r"prompt_mask has \(3, 0\) .* have \(3, 0, 3\)",
+        ),
+        (
+            VitJax(),
+            {"prompts": make_prompts(), "deep": False},
+            r"counts \(3, 0, 3\) with deep=False",
+        ),
+        (
+            VitJax(block=MixerBlock),
+            {"prompts": make_prompts(), "prompt_gate": ONES},
+            "block 0 called no flax.linen.MultiHeadDotProductAttention",
+        ),
+        (
+            VitJax(block=BareBlock),
+            {"prompts": make_prompts(), "prompt_gate": ONES},
+            r"attention_fn of block 0 takes \('query', 'key', 'value'\)",
+        ),
+        (
+            VitJax(),
+            {"prompts": make_prompts(), "block": "encoderblock_"},
+            "has 0 groups; expected one",
+        ),
+        (
+            VitJax(),
+            {"prompts": make_prompts(), "block": r"layer(\d+)"},
+            r"no block was reached.*other modules that ran: \(the model\), embedding",
+        ),
+    ],
+)
+def test_wrong_prompts_and_models(module, kwargs, message):
+    params = random_params(module, IMAGES)
+    with pytest.raises(ValueError, match=message):
+        check(module, params, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (OtherNames(), "no block was reached.*layer0.*pass block="),
+        (Towers(), "blocks below 'img' and below 'txt'; pass block="),
+        (Stops(), "only blocks 0 ... 1 were reached"),
+        (Stops((1, 0, 2)), "block 1 was called where block 0 was due"),
+        (Groups(), "the encoder is scanned"),
+    ],
+    ids=["names", "towers", "stops", "order", "groups"],
+)
+def test_wrong_encoders(module, message):
+    params = random_params(module, TOKENS)
+    with pytest.raises(ValueError, match=message):
+        check(module, params, TOKENS, prompts=make_prompts())
+
+
+@pytest.mark.parametrize(
+    ("module", "block"),
+    [(OtherNames(), r"layer(\d+)"), (Towers(), r"txt/encoderblock_(\d+)")],
+    ids=["names", "towers"],
+)
+def test_other_names_and_one_of_several_encoders(module, block):
+    params = random_params(module, TOKENS)
+    some = features(module, params, TOKENS, block=block, prompts=make_prompts())
+    none = plain(module, params, TOKENS)
+    assert some.shape == none.shape and relative(some, none) > 1e-3
+
+
+def test_a_scanned_encoder_is_an_error():
+    _, params, *_ = setting("big_vision gap")
+    scanned = BigVision(scan=True)
+    stacked = foreign.to_scan(params)
+    assert relative(plain(scanned, stacked), plain(BigVision(), params)) < 1e-5
+    message = "'Transformer/encoderblock', runs for many layers.*scan=False"
+    with pytest.raises(ValueError, match=message):
+        check(scanned, stacked, prompts=make_prompts())
+
+
+class JitBlock(VitJaxBlock):
+    """Without keywords that are no arrays."""
+
+    @nn.compact
+    def __call__(self, inputs, *, deterministic):
+        return VitJaxBlock.__call__(self, inputs, deterministic=True)
+
+
+def test_blocks_made_by_nn_jit_are_an_error():
+    module, (_, params, *_) = VitJax(block=nn.jit(JitBlock)), setting("vit_jax")
+    with pytest.raises(ValueError, match="'encoderblock_0', made by nn.jit"):
+        run(module, params, prompts=make_prompts())
+    with pytest.raises(ValueError, match="Blocks made by nn.jit"):
+        check(module, params, prompts=make_prompts())
+
+
+def test_no_model_in_the_context_is_an_error():
+    with pytest.raises(ValueError, match="3 layers but no block was reached"):
+        with prompted(make_prompts()):
+            pass
+
+
+def test_every_pass_must_be_complete():
+    params = random_params(Stops((0, 1, 2)), TOKENS)
+
+    def two_passes():
+        with prompted(make_prompts()):
+            for order in ((0, 1, 2), (0, 1)):
+                Stops(order).apply({"params": params}, TOKENS)
+
+    with pytest.raises(ValueError, match="only blocks 0 ... 1 were reached"):
+        jax.eval_shape(two_passes)
+
+
+def test_an_error_inside_is_not_hidden():
+    with pytest.raises(KeyError, match="mine"):
+        with prompted(make_prompts()):
+            raise KeyError("mine")
+
+
+@pytest.mark.parametrize(
+    ("block", "x", "message"),
+    [
+        (NoTokens, TOKENS, "returned dict; expected an array of the same shape"),
+        (Shorter, TOKENS, r"\(4, 7, 16\) and returned \(4, 1, 16\)"),
+        (Shorter, TOKENS[0], r"given shape \(5, 16\); expected tokens"),
+    ],
+)
+def test_wrong_tokens(block, x, message):
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return block(24, 2, name="encoderblock_0")(x, deterministic=True)
+
+    with pytest.raises(ValueError, match=message):
+        with prompted(make_prompts((2,))):
+            One().apply({}, x)
+
+
+# --- the adapter ----------------------------------------------------------------------
+
+
+def test_the_adapter_returns_features_attention_and_the_models_own_result():
+    module, params, vit, vit_params = setting("big_vision tok")
+    given = make_case("masked")
+    got, out = adapter(module).apply({"params": params}, IMAGES, **given)
+    expected, ours = AsTokens(vit).apply({"params": vit_params}, IMAGES, **given)
+    assert relative(got, expected) < 1e-5
+    for a, b in zip(out["blocks"], ours["blocks"], strict=True):
+        np.testing.assert_allclose(
+            a["prompt_attention"], b["prompt_attention"], atol=1e-6
+        )
+    np.testing.assert_array_equal(out["result"][1]["pre_logits"], got)
+
+
+def test_the_adapter_finds_features_beside_a_head():
+    headless, params, *_ = setting("big_vision tok")
+    module = headless.clone(num_classes=7)
+    params = {**params, "head": {"kernel": jnp.ones((WIDTH, 7)), "bias": jnp.ones(7)}}
+    apply = functools.partial(
+        PromptedModel.apply,
+        variables={"params": params},
+        images=IMAGES,
+        prompts=make_prompts(),
+    )
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 7\); expected features \(4, 16\)"
+    ):
+        apply(adapter(module))
+    got, _ = apply(adapter(module, read=lambda result: result[1]["pre_logits"]))
+    assert relative(got, features(headless, params, prompts=make_prompts())) < 1e-6
+
+
+def test_the_adapter_says_what_it_needs():
+    module = VitJax(block=MixerBlock)
+    variables = {"params": random_params(module, IMAGES)}
+    with pytest.raises(ValueError, match="called no flax.linen.MultiHead"):
+        adapter(module).apply(variables, IMAGES, prompts=make_prompts())
+    with pytest.raises(ValueError, match="need prompts; got None"):
+        adapter(module).apply(variables, IMAGES, prompt_gate=ONES)
+
+
+def test_the_adapter_is_static_whatever_the_model_holds():
+    model = adapter(setting("vit_jax")[0], call={"train": False, "rngs": None})
+    assert model.widths == (WIDTH,) * DEPTH
+    assert hash(model) == hash(model) and model != adapter(model.model)

@@ -1,0 +1,495 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts for Linen vision transformers that were not written for them.
+
+`with prompted(prompts): model.apply(...)` puts each layer's prompts into the tokens
+that the model hands to its encoder block, and takes them out of what the block returns
+(`flax.linen.intercept_methods`; the model's code and parameters stay as they are). It
+knows blocks by name, `encoderblock_{i}` as in vit_jax, big_vision and scenic, and
+raises if a layer was not reached. `PromptedModel` gives such a model the calls of
+`vpt_jax.ViT`, so that scoring and condensing work on it unchanged.
+
+Prompts are tokens here (what `vpt_jax.ViT` calls `formulation="tokens"`): a block that
+is not ours cannot be told to use them as keys and values only.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from vpt_jax.models.inputs import Inputs, check_prompts, prepare
+from vpt_jax.models.vit import drop, insert
+
+BLOCK = r"encoderblock_(\d+)"
+"""How vit_jax, big_vision and scenic name their encoder blocks."""
+
+ATTENTION = "prompt_attention"
+"""The variable collection that holds attention weights, if it is mutable."""
+
+FIRST = 1  # Prompts stand after the class token; attention does not see where.
+
+# Part of the key under which JAX caches what it has traced: nothing that was traced
+# with prompts is used without them, or the other way round.
+_traced_with = jax.make_user_context(default_value=None)
+
+
+@contextlib.contextmanager
+def prompted(
+    prompts: Sequence[jax.Array],
+    prompt_mask: Sequence[jax.Array] | None = None,
+    prompt_gate: Sequence[jax.Array] | None = None,
+    deep: bool = True,
+    *,
+    block: str = BLOCK,
+) -> Iterator[None]:
+    r"""Inside this context, Linen vision transformers run with prompts.
+
+    Deep prompts are inserted before each block and removed after it; shallow ones are
+    inserted before the first block, evolve, and are removed after the last. They stand
+    after the first token, without position embedding. A model may be applied several
+    times, each time through all its blocks. What a block returns beside its tokens
+    passes as it is; where that has a row per token, rows `1 : 1 + n` are the prompts'.
+
+    Under `jax.jit`, write the context inside the compiled function. JAX traces a
+    function once: around a compiled function the context either does nothing or stays
+    in it for ever, so both are errors.
+
+    Masks and gates need blocks whose attention is a
+    `flax.linen.MultiHeadDotProductAttention` (or a subclass) with an `attention_fn`
+    that takes `bias` and `mask`. With `mutable=["prompt_attention"]`, `apply` also
+    returns the attention weights `[b, h, t, n_i]` that the model's own tokens give to
+    the prompts (softmax attention, no dropout).
+
+    Args:
+      prompts: One array per layer, `[n_i, d]` or (one set per example) `[b, n_i, d]`;
+        `n_i` may be 0.
+      prompt_mask: Boolean `[n_i]` per layer; False takes the prompt out of attention
+        exactly, as if it had been removed.
+      prompt_gate: Float `[n_i]` or `[b, n_i]` per layer that multiplies the prompt's
+        softmax numerator: 1 leaves it, 0 removes it (at 0 the gate's gradient is 0).
+      deep: False runs VPT-Shallow: later layers have 0 prompts.
+      block: Regular expression for the end of a block's path, with one group, the
+        layer's number from 0. Narrow it when a model has several encoders:
+        `r"img/Transformer/encoderblock_(\d+)"`.
+
+    Raises:
+      ValueError: If a layer was not reached, a block has no prompts, the encoder is
+        scanned, the context stands around a compiled function, or something does not
+        fit, with got, expected and what to do.
+
+    Example:
+      >>> class Model(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         for i in range(2):
+      ...             x += nn.MultiHeadAttention(2, name=f"encoderblock_{i}")(x)
+      ...         return x
+      >>> tokens = jnp.ones((1, 5, 8))
+      >>> variables = Model().init(jax.random.key(0), tokens)
+      >>> with prompted((jnp.ones((3, 8)), jnp.ones((1, 8)))):
+      ...     Model().apply(variables, tokens).shape
+      (1, 5, 8)
+    """
+    given = prepare(
+        prompts,
+        prompt_mask,
+        prompt_gate,
+        widths=tuple(p.shape[-1] for p in prompts),
+        deep=deep,
+        formulation="tokens",
+        dtype=jnp.result_type(float),
+    )
+    run = _Run(given, _compiled(block), _under_jit())
+    # Within a trace a key of its own costs nothing; outside, every operation would
+    # compile again, and `_Run` refuses compiled functions instead.
+    key = object() if run.traced else None
+    with _traced_with(key), nn.intercept_methods(run.intercept):
+        yield
+    run.finish()
+
+
+def first(result: Any) -> Any:
+    """The result itself, or the first entry of a tuple such as big_vision's."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptedModel:
+    """A Linen vision transformer with the calls of `vpt_jax.ViT`.
+
+    What `vpt_jax.init_prompts`, `vpt_jax.importance` and training code need of a model.
+    Hashed by identity (static under jit, whatever the model's attributes): make it
+    once, or everything compiles again.
+
+    Attributes:
+      model: The module; its read-out must be features, not logits (in vit_jax and
+        big_vision: `num_classes=None`).
+      depth: Number of its encoder blocks.
+      width: Token width `d`.
+      patch: Side of a patch in pixels; `init_prompts` reads it.
+      call: Further arguments of the module's `__call__`.
+      read: Makes features `[b, d]` of what the module returns; by default that itself,
+        or the first entry of a tuple. For a model with a head, e.g. (big_vision)
+        `lambda result: result[1]["pre_logits"]`.
+      block: See `prompted`.
+
+    Example:
+      With vit_jax and a checkpoint's parameters::
+
+        module = models_vit.VisionTransformer(num_classes=None, ...)
+        model = vpt_jax.PromptedModel(module, depth=12, width=768, patch=16)
+        prompts = vpt_jax.init_prompts(key, model, num_prompts=50)
+        trainable = {"prompts": prompts, "head": vpt_jax.init_head(key, 768, 100)}
+        scores = vpt_jax.importance(model, params, trainable, batches)
+    """
+
+    model: nn.Module
+    depth: int
+    width: int
+    patch: int = 16
+    call: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"train": False}
+    )
+    read: Callable[[Any], Any] = first
+    block: str = BLOCK
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of the prompts that each layer takes."""
+        return (self.width,) * self.depth
+
+    def apply(
+        self,
+        variables: Any,
+        images: jax.Array,
+        *,
+        prompts: Sequence[jax.Array] | None = None,
+        prompt_mask: Sequence[jax.Array] | None = None,
+        prompt_gate: Sequence[jax.Array] | None = None,
+        deep: bool = True,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Features of a batch.
+
+        Args:
+          variables: Of the module: `{"params": backbone}`.
+          images: What the module takes, batch first.
+          prompts: None runs the model as it is; else see `prompted`.
+          prompt_mask: See `prompted`.
+          prompt_gate: See `prompted`.
+          deep: See `prompted`.
+
+        Returns:
+          `features [b, d]` and `out`: `result`, what the module returned, and `blocks`,
+          a list with, per layer, `prompt_attention` `[b, h, t, n_i]`, the weight that
+          each of the model's own tokens gives to each prompt (empty without prompts).
+
+        Raises:
+          ValueError: As `prompted`; if a block has no attention module that Flax knows
+            (use `prompted` itself there); if the features have another shape.
+        """
+        run = functools.partial(self.model.apply, variables, images, **self.call)
+        if prompts is None:
+            if prompt_mask is not None or prompt_gate is not None:
+                raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
+            result, blocks = run(), []
+        else:
+            context = prompted(
+                prompts, prompt_mask, prompt_gate, deep, block=self.block
+            )
+            with context:
+                result, state = run(mutable=[ATTENTION])
+            blocks = [
+                {"prompt_attention": weights}
+                for weights in _received(state, len(prompts))
+            ]
+        features = self.read(result)
+        expected = (images.shape[0], self.width)
+        if jnp.shape(features) != expected:
+            raise ValueError(
+                f"read= returned shape {jnp.shape(features)}; expected features"
+                f" {expected}. Build the model without its head (num_classes=None), or"
+                " pass read= that finds the features in what the model returns."
+            )
+        return features, {"blocks": blocks, "result": result}
+
+
+def _received(state: Any, depth: int) -> list[jax.Array]:
+    """Sown attention weights per layer; heads of several attentions side by side."""
+    found: list[list[jax.Array]] = [[] for _ in range(depth)]
+    for path, weights in jax.tree_util.tree_leaves_with_path(state):
+        found[int(path[-2].key)].append(weights)  # path: ..., layer, position in tuple
+    for i, layer in enumerate(found):
+        if not layer:
+            raise ValueError(_no_attention(i))
+    return [jnp.concatenate(layer, axis=1) for layer in found]
+
+
+def _no_attention(layer: int) -> str:
+    return (
+        f"block {layer} called no flax.linen.MultiHeadDotProductAttention, through"
+        " which masks, gates and attention weights go. With another attention, use"
+        " `with prompted(prompts)` and condensed prompts."
+    )
+
+
+def _compiled(block: str) -> re.Pattern[str]:
+    pattern = re.compile(rf"(?:^|/)(?:{block})$")
+    if pattern.groups != 1:
+        raise ValueError(
+            f"block={block!r} has {pattern.groups} groups; expected one, around the"
+            f" layer's number, as in {BLOCK!r}."
+        )
+    return pattern
+
+
+def _under_jit() -> bool:
+    """Whether new arrays are tracers: in jit, scan or remat, not in grad or vmap."""
+    return isinstance(jnp.zeros(()), Tracer)
+
+
+def _lifted(module: nn.Module) -> str:
+    """`"Scan"` for a module of a class made by `nn.scan`, `"Jit"` by `nn.jit`, ..."""
+    kind = type(module)
+    return kind.__name__.rpartition(kind.__bases__[0].__name__)[0]
+
+
+@dataclasses.dataclass(eq=False)
+class _Run:
+    """What one `with prompted(...)` knows while the model runs."""
+
+    given: Inputs
+    pattern: re.Pattern[str]
+    traced: bool  # the context stands inside a compiled function
+    running: bool = False  # inside `apply`
+    done: int = 0  # blocks of this pass that have run
+    complete: bool = False  # some pass has run all of them
+    layer: int | None = None  # the block that is running
+    num_tokens: int = 0  # ... and its tokens, prompts included
+    weighted: bool = False  # ... and whether its attention was reached
+    in_attention: bool = False
+    encoder: str | None = None  # path of the blocks' parent
+    scanned: set[str | None] = dataclasses.field(default_factory=set)
+    others: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def intercept(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        """The interceptor: `call` is the rest of the way to the module's method."""
+        if self.running:
+            return self._dispatch(call, args, kwargs, context)
+        if not self.traced and _under_jit():
+            raise ValueError(_around_compiled("The model"))
+        self.running, self.done = True, 0
+        try:
+            result = self._dispatch(call, args, kwargs, context)
+        finally:
+            self.running = False
+        if self.done:
+            raise ValueError(self._missed())
+        return result
+
+    def _dispatch(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        lifted = _lifted(module)
+        if lifted in ("Scan", "Remat_scan"):
+            self.scanned.add(module.name)
+        if lifted == "Jit" and not self.traced:
+            raise ValueError(_around_compiled(f"{module.name!r}, made by nn.jit,"))
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        if self.layer is None:
+            layer = self._layer_of(module)
+            if layer is not None:
+                return self._block(layer, module, call, args, kwargs)
+        elif isinstance(module, nn.MultiHeadDotProductAttention):
+            return self._attention(module, call, args, kwargs)
+        return call(*args, **kwargs)
+
+    def _layer_of(self, module: nn.Module) -> int | None:
+        path = "/".join(module.path)
+        match = self.pattern.search(path)
+        if match:
+            scanned = bool(self.scanned.intersection((None, *module.path)))
+        else:  # a block's name without its number
+            scanned = any(self.pattern.search(path + n) for n in ("_0", "0") if path)
+        if scanned:
+            raise ValueError(
+                f"the encoder is scanned: one module, {path!r}, runs for many layers,"
+                " and prompts cannot differ between them. Build the model with"
+                " scan=False and unstack its parameters into one tree per layer"
+                " (big_vision: models.vit.scan_to_pyloop)."
+            )
+        if match is None:
+            self.others[path] = None
+            return None
+        parent = path[: match.start()]
+        if self.encoder not in (None, parent):
+            raise ValueError(
+                f"there are blocks below {self.encoder!r} and below {parent!r}; pass"
+                " block= with the path of the encoder that is meant, as in"
+                r' block=r"img/Transformer/encoderblock_(\d+)".'
+            )
+        self.encoder = parent
+        return int(match[1])
+
+    def _block(
+        self, layer: int, module: nn.Module, call: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        """Runs a block with its prompts among the tokens."""
+        prompts, weights, deep, _ = self.given
+        depth = len(prompts)
+        if layer >= depth:
+            raise ValueError(
+                f"the model has a block {layer} but the prompts have {depth} layers;"
+                " pass one array per layer (an empty [0, d] array for none)."
+            )
+        if layer != self.done:
+            raise ValueError(
+                f"block {layer} was called where block {self.done} was due; each apply"
+                f" must run blocks 0 ... {depth - 1} once, in order."
+            )
+        if args:
+            x, args = args[0], args[1:]
+        else:  # by the name of the first parameter after self
+            name = list(inspect.signature(type(module).__call__).parameters)[1]
+            kwargs = dict(kwargs)
+            x = kwargs.pop(name)
+        if jnp.ndim(x) != 3:
+            raise ValueError(
+                f"block {layer} was given shape {jnp.shape(x)}; expected tokens"
+                " [b, t, d]. Give the model a batch."
+            )
+        check_prompts(prompts, (x.shape[-1],) * depth)
+        if deep or layer == 0:
+            x = insert(x, prompts[layer], FIRST)
+        self.layer, self.num_tokens, self.weighted = layer, x.shape[1], False
+        try:
+            result = call(x, *args, **kwargs)
+        finally:
+            self.layer = None
+        if weights[layer] is not None and not self.weighted:
+            raise ValueError(_no_attention(layer))
+        tokens = first(result)
+        got = getattr(tokens, "shape", type(tokens).__name__)
+        if got != x.shape:
+            raise ValueError(
+                f"block {layer} was given tokens {x.shape} and returned {got}; expected"
+                " an array of the same shape, alone or as the first entry of a tuple."
+            )
+        self.done = (layer + 1) % depth
+        self.complete |= self.done == 0
+        if deep or self.done == 0:
+            tokens = drop(tokens, self._num_prompts(layer), FIRST)
+        return (tokens, *result[1:]) if isinstance(result, tuple) else tokens
+
+    def _num_prompts(self, layer: int) -> int:
+        return self.given.prompts[layer if self.given.deep else 0].shape[-2]
+
+    def _attention(
+        self, module: nn.Module, call: Callable, args: tuple, kwargs: dict
+    ) -> Any:
+        """Runs a block's attention with the weights of its prompts' keys."""
+        assert self.layer is not None
+        weight = self.given.weights[self.layer]
+        sow = module.is_mutable_collection(ATTENTION) and not module.is_initializing()
+        # A subclass that calls super().__call__ comes by twice.
+        if self.in_attention or (weight is None and not sow):
+            return call(*args, **kwargs)
+        attend: Callable = module.attention_fn  # pyright: ignore[reportAttributeAccessIssue]
+        weighted = self._weighted(attend, weight, module if sow else None)
+        # Modules are frozen; this one lives for a single apply and is put back.
+        object.__setattr__(module, "attention_fn", weighted)
+        self.in_attention = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.in_attention = False
+            object.__setattr__(module, "attention_fn", attend)
+
+    def _weighted(
+        self, attend: Callable, weight: jax.Array | None, sow_in: nn.Module | None
+    ) -> Callable:
+        """`attend` with `log weight` added to the prompts' logits.
+
+        Args:
+          attend: `nn.dot_product_attention` or what takes its `bias` and `mask`.
+          weight: None or `[b or 1, n]`; 0 removes a key.
+          sow_in: None, or the module that is to keep the attention weights.
+        """
+        layer, num_tokens = self.layer, self.num_tokens
+        num = self._num_prompts(layer or 0)
+        accepted = inspect.signature(attend).parameters
+        if weight is not None and not {"bias", "mask"} <= set(accepted):
+            raise ValueError(
+                f"the attention_fn of block {layer} takes {tuple(accepted)}; masks and"
+                " gates need one that takes bias= and mask=, as"
+                " flax.linen.dot_product_attention does."
+            )
+
+        # wraps: the module reads the signature to see what it may pass.
+        @functools.wraps(attend)
+        def weighted(
+            query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **rest
+        ) -> Any:
+            self.weighted = True
+            if key.shape[-3] != num_tokens:
+                raise ValueError(
+                    f"an attention of block {layer} has {key.shape[-3]} keys where the"
+                    f" block has {num_tokens} tokens, so it is not known which are"
+                    " prompts. (With nested contexts, masks and gates go to the inner.)"
+                )
+            if weight is not None:
+                rows, dtype = weight.shape[0], weight.dtype
+                own = jnp.ones((rows, num_tokens - num), dtype)
+                w = [own[:, :FIRST], weight, own[:, FIRST:]]
+                w = jnp.concatenate(w, axis=1)
+                w = w[:, None, None, :]
+                # Not log 0: its gradient is not finite. Masked weights are exactly 0.
+                keep = w > 0
+                log = jnp.log(jnp.where(keep, w, jnp.ones((), dtype)))
+                log = log.astype(query.dtype)
+                bias = log if bias is None else bias + log
+                mask = keep if mask is None else mask.astype(bool) & keep
+            if sow_in is not None:
+                received = nn.dot_product_attention_weights(
+                    query, key, bias, mask, deterministic=True
+                )
+                received = drop(received, num, FIRST, axis=2)
+                received = received[..., FIRST : FIRST + num]
+                sow_in.sow(ATTENTION, str(layer), received)
+            given = {"bias": bias, "mask": mask}
+            given = {name: x for name, x in given.items() if x is not None}
+            return attend(query, key, value, **given, **rest)
+
+        return weighted
+
+    def finish(self) -> None:
+        """Raises ValueError if the model has not run."""
+        if not self.complete:
+            raise ValueError(self._missed())
+
+    def _missed(self) -> str:
+        got = f"only blocks 0 ... {self.done - 1} were" if self.done else "no block was"
+        others = ", ".join(path or "(the model)" for path in list(self.others)[:8])
+        return (
+            f"the prompts have {len(self.given.prompts)} layers but {got} reached, by"
+            f" paths that end in {self.pattern.pattern!r}; other modules that ran:"
+            f" {others or 'none'}. If the blocks have other names, pass block=. A"
+            " function that jax.jit compiled earlier is not traced again and sees no"
+            " prompts: write `with prompted` inside the compiled function. Blocks made"
+            " by nn.jit are traced once for all layers: build the model without."
+        )
+
+
+def _around_compiled(what: str) -> str:
+    return (
+        f"{what} is being compiled inside `with prompted`, and the compiled function"
+        " would keep these prompts after it. Write `with prompted` inside the function"
+        " that jax.jit compiles (jax.lax.map, scan and eval_shape likewise)."
+    )
