@@ -254,3 +254,29 @@ def test_giant_dinov2s_swiglu(tmp_path):
     images = pictures(56)
     features, _ = model.apply({"params": backbone}, to_jax(images))
     assert_same(features, torch_model(images))
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (37, 16), (14, 7), (7, 37), (3, 1)])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        ("corner_aligned", CORNERS),
+        ("half_pixel", {"mode": "bilinear"}),
+        ("bicubic", {"mode": "bicubic"}),
+        ("bicubic_antialias", DINOV2),
+        ("bicubic_offset", None),  # as DINOv2's code asks for it
+    ],
+)
+def test_position_tables(method, how, old, new):
+    table = torch.randn(1, 1 + old * old, 8)
+    grid = table[:, 1:].reshape(1, old, old, 8).permute(0, 3, 1, 2)
+    if how is None:
+        scale = (new + 0.1) / old
+        grid = resize(grid, scale_factor=(scale, scale), mode="bicubic")
+    else:
+        grid = resize(grid, size=(new, new), **how)
+    expected = grid.permute(0, 2, 3, 1).reshape(new * new, 8)
+    resized = vpt_jax.resize_pos_embedding(jnp.asarray(table.numpy()), new, method)
+    np.testing.assert_array_equal(resized[:, :1], table[:, :1])
+    # PyTorch computes the places in float32, up to 1e-6 of 37 rows away.
+    np.testing.assert_allclose(resized[0, 1:], expected, rtol=0, atol=2e-5)
