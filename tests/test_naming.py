@@ -332,6 +332,26 @@ def test_swin(flat_swin, tmp_path, late):
     assert_same(backbone, flat_swin)
 
 
+def test_swin_on_pictures_smaller_than_its_window(tmp_path):
+    """Patches at the same distance keep their bias in the one smaller window."""
+    sizes = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+    flat = random_parameters(vpt_jax.Swin(**sizes, window=8, image_size=256))
+    small, backbone = load(tmp_path, swin_names(flat, True), "Swin-T", image_size=128)
+    assert (small.window, small.image_size) == (8, 128)
+    table = "attention/relative_position_bias_table"
+    loaded = flatten(backbone)
+    np.testing.assert_array_equal(
+        loaded[f"blocks_0_0/{table}"], flat[f"blocks_0_0/{table}"]
+    )
+    whole, part = flat[f"blocks_3_1/{table}"], loaded[f"blocks_3_1/{table}"]
+    assert (whole.shape, part.shape) == ((225, 24), (49, 24))
+    for down in range(-3, 4):
+        for right in range(-3, 4):
+            np.testing.assert_array_equal(
+                part[(down + 3) * 7 + right + 3], whole[(down + 7) * 15 + right + 7]
+            )
+
+
 def test_wrong_variants_say_what_the_file_is(flat, flat_swin, tmp_path):
     timm = pytorch(flat, NAMES["timm"])
     for variant, arrays, message in [

@@ -2,6 +2,7 @@
 """Which model a file of weights holds, and its parameters, exactly or not at all."""
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from vpt_jax.naming import (
 from vpt_jax.readers import CheckpointError
 
 _SHOWN = 6  # problems that a message lists
+_BIAS_TABLE = "/relative_position_bias_table"
 
 
 def match_vit(
@@ -169,6 +171,8 @@ def parameters(
             if name == POSITIONS and array.shape[1] == expected[name][1] - 1:
                 # The class token has no position: the same as a row of zeros.
                 array = np.pad(array, ((0, 0), (1, 0), (0, 0)))
+            if name.endswith(_BIAS_TABLE):
+                array = _centre(array, expected[name][0])
             flat[name] = jnp.asarray(array.reshape(expected[name]), param_dtype)
     if missing := sorted(set(expected) - set(flat)):
         first = jax.jit(lambda: {n: _init(model)[n] for n in missing})()
@@ -230,6 +234,8 @@ def _fits(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     if name == POSITIONS:
         no_class_row = (1, expected[1] - 1, expected[2])
         return got in (expected, no_class_row)
+    if name.endswith(_BIAS_TABLE) and len(got) == 2:
+        return got[1] == expected[1] and got[0] in _odd_squares(expected[0])
     # PyTorch has one axis for all heads: the same numbers in the same order.
     heads = re.search(r"/(query|key|value|out)/(kernel|bias)$", name)
     joined = len(got) == (2 if name.endswith("kernel") else 1)
@@ -239,6 +245,23 @@ def _fits(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
         rows = (inner, outer) if heads[1] != "out" else (outer, inner)
         return got == (rows if len(got) == 2 else (np.prod(expected),))
     return got == expected
+
+
+def _odd_squares(least: int) -> set[int]:
+    """Rows of bias tables of this window and larger ones, up to 64 patches."""
+    return {n * n for n in range(math.isqrt(least), 128, 2)}
+
+
+def _centre(table: np.ndarray, rows: int) -> np.ndarray:
+    """The part of a window's bias table `[(2 m - 1)**2, h]` for a smaller window.
+
+    A picture smaller than the file's window has one smaller window; patches at the same
+    distance keep their bias.
+    """
+    old, new = math.isqrt(table.shape[0]), math.isqrt(rows)
+    cut = (old - new) // 2
+    square = table.reshape(old, old, -1)[cut : cut + new, cut : cut + new]
+    return square.reshape(rows, -1)
 
 
 def _final_norm(named: Named) -> str:
