@@ -24,6 +24,13 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Compiled programs of all files together would take many GB."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that returns a fresh random key at every call."""

@@ -12,6 +12,7 @@ import types
 import urllib.error
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from vpt_jax import remote
@@ -138,7 +139,6 @@ def test_private_buckets(tmp_path, monkeypatch):
 
 
 def test_any_scheme_of_fsspec(cache):
-    fsspec = pytest.importorskip("fsspec")
     with fsspec.open("memory://folder/x.npz", "wb") as f:
         f.write(b"weights")
     path = local_path("memory://folder/x.npz")
@@ -230,7 +230,6 @@ def test_malformed_addresses(hub, rest):
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_the_real_hub_out_of_reach(offline, tmp_path):
-    pytest.importorskip("huggingface_hub")
     code = (
         "from vpt_jax.remote import local_path\n"
         "try: local_path('hf://org/name/w.npz')\n"
