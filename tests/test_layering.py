@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vpt_jax"
 HEAVY = (
+    "array_record",
     "tensorflow",
     "tensorflow_datasets",
     "orbax",
@@ -30,10 +31,17 @@ ORDER = (
     "cli",
     "config",
     "train",
-    "workdir",
     "data.tasks",
+    "data.folder",
+    "data.prepared",
+    "data.vtab",
+    "data.labels",
+    "data.records",
+    "data.pictures",
+    "data.cache",
     "data.shapes",
     "data.augment",
+    "workdir",
     "checkpoint",
     "matching",
     "naming",

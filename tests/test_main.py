@@ -306,6 +306,9 @@ def test_the_real_command_prints_the_table_without_tensorflow(checkpoint, tmp_pa
         ("configs/demo.py", "digits"),
         ("configs/demo.py", "shapes_location,seeds=5"),
         ("configs/demo.py", "smoke"),
+        ("configs/folder.py", "some/where"),
+        ("configs/vtab.py", "task=svhn"),
+        ("configs/vtab.py", "task=clevr_count,smoke"),
     ],
 )
 def test_every_config_builds_its_model_and_step(path, arg):
@@ -393,6 +396,10 @@ def test_default_workdirs_are_told_apart():
     assert (
         cli.default_workdir("configs/demo.py:digits,seeds=5")
         == "out/demo-digits-seeds5"
+    )
+    assert cli.default_workdir("configs/folder.py:../my/pets/") == "out/folder-pets"
+    assert cli.default_workdir("configs/folder.py:/x/mnist.npz") == (
+        "out/folder-mnist.npz"
     )
 
 

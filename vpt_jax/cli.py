@@ -67,7 +67,11 @@ def fail(error: Any) -> NoReturn:
 
 
 def default_workdir(filename: str) -> str:
-    """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`."""
+    """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`.
+
+    Of a word that is a path, its last part: `folder.py:my/pets` -> `out/folder-pets`.
+    """
     path, _, arg = filename.partition(":")
-    words = [Path(path).stem, *arg.replace("=", "").split(",")]
+    words = [Path(word).name for word in arg.replace("=", "").split(",")]
+    words.insert(0, Path(path).stem)
     return "/".join(("out", "-".join(w for w in words if w)))

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
+from vpt_jax.data.pictures import RULES
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
 from vpt_jax.prompts import check_choice
@@ -31,10 +32,19 @@ def positive(**values: int | float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Which data set, and where its files lie if it does not ship with the package."""
+    """Which data set, and where its files lie if it does not ship with the package.
+
+    `resize` is for VTAB and own pictures: one of `pictures.RULES`, or empty for what
+    `load_task` says. `skip_broken` leaves broken pictures of a folder out.
+    """
 
     name: str
     data_dir: str = ""
+    resize: str = ""
+    skip_broken: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("task.resize", self.resize, ("", *RULES))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,11 @@ def prepare(config: configs.Config, workdir: Path) -> Run:
         jax.random.key(0), model, config.prompts.num_prompts, deep=config.prompts.deep
     )
     task = load_task(
-        config.task.name, image_size=model.image_size, data_dir=config.task.data_dir
+        config.task.name,
+        image_size=model.image_size,
+        data_dir=config.task.data_dir,
+        resize=config.task.resize,
+        skip_broken=config.task.skip_broken,
     )
     if files.writes():
         files.write_json(workdir / "config.json", configs.to_dict(config))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small classification tasks, split as VTAB-1k does: 800 train, 200 val, rest test.
 
-Every task is three pairs of arrays in memory, the same on every machine, so that
-results can be compared. Two sources need no download (digits, shapes); Fashion-MNIST
-is read from files already on the machine. Nothing here downloads anything, and what
-happens to a picture on its way into the model is in `augment.py`.
+Every task is three pairs of arrays, the same on every machine, so that results can be
+compared. Two sources need no download (digits, shapes); Fashion-MNIST is read from
+files already on the machine; the tasks of VTAB-1k from what tensorflow-datasets
+prepared (`vtab.py`); `folder` is your own pictures (`folder.py`). Nothing here
+downloads anything, and what happens to a picture on its way into the model is in
+`augment.py`.
 """
 
 import gzip
@@ -18,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import shapes
+from vpt_jax.data import folder, prepared, shapes, vtab
+from vpt_jax.data.pictures import resize_bilinear
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
 
@@ -44,7 +47,6 @@ FASHION_NAMES = (
 )
 _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 _TFDS_HOME = "~/tensorflow_datasets"
-_CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
 
 class Split(NamedTuple):
@@ -62,60 +64,6 @@ class Task(NamedTuple):
     train: Split
     val: Split
     test: Split
-
-
-def _taps(size: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `side` outputs: two neighbours, and the weight of the second."""
-    # Pixel centres are at half-integers; what falls outside takes the edge pixel.
-    at = np.clip((np.arange(side) + 0.5) * size / side - 0.5, 0, size - 1)
-    low = np.floor(at).astype(np.intp)
-    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
-
-
-def resize_bilinear(images: np.ndarray, side: int) -> np.ndarray:
-    """Resizes pictures to `side` x `side`, bilinearly, without antialiasing.
-
-    Half-pixel centres and edge clamp, as in
-    `jax.image.resize(..., "bilinear", antialias=False)`. Halves are rounded up.
-
-    Args:
-      images: uint8 `[n, h, w, c]`.
-      side: The new height and width, at least 1.
-
-    Returns:
-      uint8 `[n, side, side, c]`; `images` itself where it has that size already.
-
-    Raises:
-      ValueError: If `images` has another shape or dtype, or no pixels, or `side` is
-        below 1.
-    """
-    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:3]:
-        raise ValueError(
-            f"got images {images.dtype} {list(images.shape)}; expected uint8 "
-            "[n, h, w, c] with h, w >= 1; convert or reshape them first."
-        )
-    if side < 1:
-        raise ValueError(
-            f"got side={side}; expected at least 1; give the picture side in px."
-        )
-    n, h, w, c = images.shape
-    if h == w == side:
-        return images
-    top, bottom, fy = _taps(h, side)
-    left, right, fx = _taps(w, side)
-    fy, fx = fy[:, None, None], fx[:, None]
-    out = np.empty((n, side, side, c), np.uint8)
-    for start in range(0, n, _CHUNK):
-        # Pictures last, so that picking rows and columns copies whole runs. No matrix
-        # product: sums in another order on another machine would round differently.
-        x = images[start : start + _CHUNK].transpose(1, 2, 0, 3)
-        x = x.reshape(h, w, -1).astype(np.float32)
-        x = x[top] * (1 - fy) + x[bottom] * fy
-        x = x[:, left] * (1 - fx) + x[:, right] * fx
-        rounded = (x + np.float32(0.5)).astype(np.uint8)  # towards zero: halves up
-        rounded = rounded.reshape(side, side, -1, c)
-        out[start : start + _CHUNK] = rounded.transpose(2, 0, 1, 3)
-    return out
 
 
 def check_task(task: Task) -> Task:
@@ -374,31 +322,80 @@ TASKS: dict[str, Callable[[int, str], Task]] = {
 }
 """Name of a task to its loader, called with `(image_size, data_dir)`."""
 
+# The fine-grained sets are trained on random crops, which are not here yet.
+VTAB = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group != "fgvc")
 
-def load_task(name: str, *, image_size: int = 32, data_dir: str = "") -> Task:
+
+def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> Task:
+    """Own pictures; the task is called as the folder is."""
+    names, splits = folder.load(
+        data_dir, image_size, rule=resize, skip_broken=skip_broken
+    )
+    name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
+    return Task(name, names, *(Split(*splits[k]) for k in folder.SPLITS))
+
+
+def _vtab(name: str, image_size: int, data_dir: str, resize: str) -> Task:
+    """One of VTAB-1k's 19 tasks: 800 train, 200 val, the whole test set."""
+    row = vtab.BENCHMARKS[name]
+    splits = (
+        prepared.arrays(
+            row, part, image_size, rule=resize or "corner", data_dir=data_dir
+        )
+        for part in ("train800", "val200", "test")
+    )
+    names = tuple(str(k) for k in range(row.classes))
+    return Task(name, names, *(Split(*split) for split in splits))
+
+
+def load_task(
+    name: str,
+    *,
+    image_size: int = 32,
+    data_dir: str = "",
+    resize: str = "",
+    skip_broken: bool = False,
+) -> Task:
     """Loads a task, resized and split; the same pictures on every machine.
 
     Args:
-      name: A key of `TASKS`.
+      name: A key of `TASKS`, one of `vtab.BENCHMARKS` that is VTAB's, or `folder`.
       image_size: Height and width of the pictures in px.
       data_dir: For `fashion_mnist`: a folder of the four idx `.gz` files, or a tfds
         folder that contains `fashion_mnist`. When empty, the Debian package's folder
-        and `~/tensorflow_datasets` are looked at.
+        and `~/tensorflow_datasets` are looked at. For VTAB: see `vtab.data_dirs`. For
+        `folder`: a folder of pictures, or an npz file, see `folder.py`.
+      resize: For VTAB and `folder`: one of `pictures.RULES`. Empty: `corner` for VTAB,
+        as VPT ran it, and the layout's own for `folder`.
+      skip_broken: For `folder`: leave out pictures that cannot be read.
 
     Returns:
-      A checked `Task`: 800 train, 200 val and up to 2,000 test pictures.
+      A checked `Task`. Of `folder` as many pictures as there are, of the others 800
+      train, 200 val and up to 2,000 test pictures, of VTAB the whole test set. Those of
+      VTAB and `folder` are memory-mapped.
 
     Raises:
-      ValueError: If `name` is unknown, `image_size` is below 1, or the files of the
-        task are missing or damaged.
+      ValueError: If `name` is unknown, `image_size` is below 1, the files of the task
+        are missing or damaged, or an option is not for this task.
     """
-    if name not in TASKS:
-        raise ValueError(
-            f"got task {name!r}; expected one of {sorted(TASKS)}; choose one."
-        )
     if image_size < 1:
         raise ValueError(
             f"got image_size={image_size}; expected at least 1; give the picture side "
             "in px."
+        )
+    if name == "folder":
+        return check_task(_folder(image_size, data_dir, resize, skip_broken))
+    if skip_broken or (resize and name in TASKS):
+        raise ValueError(
+            f"got resize={resize!r} and skip_broken={skip_broken} for task {name!r};"
+            " resize is for VTAB and 'folder', skip_broken for 'folder' alone; leave"
+            " them empty."
+        )
+    if name in VTAB:
+        return check_task(_vtab(name, image_size, data_dir, resize))
+    if name not in TASKS:
+        raise ValueError(
+            f"got task {name!r}; expected one of {sorted([*TASKS, *VTAB, 'folder'])};"
+            " choose one."
         )
     return check_task(TASKS[name](image_size, data_dir))

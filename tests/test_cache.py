@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of decoded pictures: hits, keys, damage, full disks, several builders."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vpt_jax.data import cache
+
+ROOT = Path(__file__).parent.parent
+PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), np.uint8)
+KEY = {"files": [["a.jpg", 10, 3], ["é\udcff.jpg", 2, 3]], "side": 6, "splits": (1, 2)}
+
+
+def make(write):
+    for picture in PICTURES:
+        write(picture)
+    return {"note": [1, "two"]}
+
+
+def never(write):
+    raise AssertionError("it is in the cache")
+
+
+def test_the_second_time_nothing_is_made(tmp_path):
+    folder = tmp_path / "a" / "b"
+    first, info = cache.cached(folder, KEY, 6, make)
+    second, again = cache.cached(folder, KEY, 6, never)
+    for images in (first, second):
+        assert images.dtype == np.uint8 and type(images) is np.ndarray
+        np.testing.assert_array_equal(images, PICTURES)
+        assert not images.flags.writeable
+    assert info == again == {"note": [1, "two"]}
+    assert isinstance(second.base.base, np.memmap) or "memmap" in repr(
+        type(second.base)
+    )
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_every_part_of_the_key_counts(tmp_path):
+    cache.cached(tmp_path, KEY, 6, make)
+    for change in ({"side": 7}, {"files": []}, {"new": None}, {"splits": (2, 1)}):
+        made = []
+
+        def make_again(write, made=made):
+            made.append(1)
+            return make(write)
+
+        cache.cached(tmp_path, KEY | change, 6, make_again)
+        assert made
+    cache.cached(tmp_path, dict(reversed(KEY.items())), 6, never)  # order does not
+
+
+def damages():
+    size = PICTURES.size
+    yield from ((f"flip at {at}", at) for at in (0, 1, size // 2, size - 1))
+    yield from (
+        (f"flip at {at}", at) for at in (size, size + 5, size + 60, -1, -9, -16)
+    )
+    yield from ((f"cut to {n}", n) for n in (0, 1, 15, size - 1, size, size + 40))
+
+
+@pytest.mark.parametrize(("name", "at"), list(damages()))
+def test_a_damaged_file_is_reported_and_made_again(tmp_path, name, at):
+    cache.cached(tmp_path, KEY, 6, make)
+    (path,) = tmp_path.iterdir()
+    good = data = bytearray(path.read_bytes())
+    if name.startswith("flip"):
+        data = good.copy()
+        data[at] ^= 4
+    else:
+        data = good[:at]
+    path.write_bytes(data)
+    said = []
+    images, info = cache.cached(tmp_path, KEY, 6, make, said.append)
+    np.testing.assert_array_equal(images, PICTURES)
+    assert info == {"note": [1, "two"]}
+    assert len(said) == 1 and str(path) in said[0] and "making it again" in said[0]
+    assert path.read_bytes() == good
+    cache.cached(tmp_path, KEY, 6, never)
+
+
+def test_every_flipped_bit_of_the_description_is_harmless(tmp_path):
+    """Found out, or it made no difference."""
+    cache.cached(tmp_path, KEY, 6, make)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    for at in range(PICTURES.size, len(good)):
+        data = bytearray(good)
+        data[at] ^= 1 << (at % 8)
+        path.write_bytes(data)
+        images, info = cache.cached(tmp_path, KEY, 6, make, lambda text: None)
+        np.testing.assert_array_equal(images, PICTURES)
+        path.write_bytes(good)
+
+
+def test_an_error_while_making_leaves_nothing(tmp_path):
+    def broken(write):
+        make(write)
+        raise ValueError("3 pictures cannot be read")
+
+    with pytest.raises(ValueError, match="3 pictures"):
+        cache.cached(tmp_path, KEY, 6, broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_another_shape_are_refused(tmp_path):
+    for bad in (PICTURES[0, :5], PICTURES[0].astype(int)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[6, 6, 3\]"):
+            cache.cached(tmp_path, KEY, 6, lambda write, bad=bad: write(bad))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device.*VPT_JAX_CACHE"):
+        cache.cached(tmp_path, KEY, 6, make)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
+    real = open
+    monkeypatch.setattr(
+        cache,
+        "open",
+        lambda path, mode: real("/dev/full" if mode == "wb" else path, mode),
+        raising=False,
+    )
+
+    def much(write):
+        for _ in range(2000):
+            write(PICTURES[0])
+
+    with pytest.raises(ValueError, match="No space left on device"):
+        cache.cached(tmp_path, KEY, 6, much)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write .*VPT_JAX_CACHE"):
+        cache.cached(tmp_path / "file" / "pictures", KEY, 6, make)
+
+
+def test_no_pictures_at_all(tmp_path):
+    for maker in (lambda write: "none", never):
+        images, info = cache.cached(tmp_path, KEY, 6, maker)
+        assert images.shape == (0, 6, 6, 3) and info == "none"
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    cache.cached(tmp_path, KEY, 6, make)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    old, new = (tmp_path / f".{path.name}.{x}" for x in ("old", "new"))
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    cache.cached(tmp_path, KEY, 6, make)
+    assert set(tmp_path.iterdir()) == {path, new}  # another process may be at it
+
+
+def test_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("VPT_JAX_CACHE", str(tmp_path))
+    assert cache.default_folder() == tmp_path / "pictures"
+    monkeypatch.setenv("VPT_JAX_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.default_folder() == tmp_path / ".cache" / "vpt_jax" / "pictures"
+
+
+def test_two_processes_at_once(tmp_path):
+    """Both make it, slowly; a reader's map survives the other's replacing the file."""
+    code = (
+        "import sys, time, numpy as np\n"
+        "from vpt_jax.data import cache\n"
+        "def make(write):\n"
+        "    for k in range(40):\n"
+        "        write(np.full((6, 6, 3), k, np.uint8)); time.sleep(0.01)\n"
+        "images, info = cache.cached(sys.argv[1], {'k': 1}, 6, make)\n"
+        "assert (images == np.arange(40)[:, None, None, None]).all()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    folder = tmp_path / "cache"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env)
+        for _ in range(2)
+    ]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    images, _ = cache.cached(folder, {"k": 1}, 6, never)
+    assert (images == np.arange(40)[:, None, None, None]).all()
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_checking_is_fast(tmp_path):
+    """150 MB, the VTAB-1k size, in well under a second: else it would be felt."""
+    picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+
+    def many(write):
+        for _ in range(200):  # 30 MB
+            write(picture)
+
+    cache.cached(tmp_path, KEY, 224, many)
+    start = time.perf_counter()
+    cache.cached(tmp_path, KEY, 224, never)
+    assert time.perf_counter() - start < 0.5  # 0.02 s on an idle machine

@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of picture file against what it must look like, and resizing by hand."""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin, features
+
+from vpt_jax.data import pictures
+from vpt_jax.data.pictures import read_picture
+
+SIDE = 16
+RNG = np.random.default_rng(0)
+SMOOTH = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (4, 4, 3), np.uint8)).resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC
+    )
+)
+NOISE = RNG.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+GREY = NOISE[..., 0]
+
+
+def save(tmp_path, picture, name, **options):
+    path = tmp_path / name
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture.save(path, **options)
+    return path
+
+
+SHARP = {"a.jpg": 0, "a.avif": "4:4:4", "a.jp2": None}  # colours in full
+
+
+def mode(path):
+    with Image.open(path) as picture:
+        return picture.mode
+
+
+def grey(x):
+    return np.repeat(x[..., None], 3, axis=-1)
+
+
+# --- kinds of files: of the right side, so that nothing is resized --------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.webp"])
+def test_lossless_rgb_is_kept(tmp_path, name):
+    if name.endswith("webp") and not features.check("webp"):
+        pytest.skip("Pillow has no WebP")
+    options = {"lossless": True} if name.endswith("webp") else {}
+    out = read_picture(save(tmp_path, NOISE, name, **options), SIDE)
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, NOISE)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jp2", "a.avif"])
+def test_lossy_rgb_is_nearly_kept(tmp_path, name):
+    if not features.check({"a.jp2": "jpg_2000", "a.avif": "avif"}.get(name, "jpg")):
+        pytest.skip("Pillow cannot write it")
+    path = save(tmp_path, SMOOTH, name, quality=100, subsampling=SHARP[name])
+    assert np.abs(read_picture(path, SIDE).astype(int) - SMOOTH).mean() < 6
+
+
+def test_grey(tmp_path):
+    out = read_picture(save(tmp_path, GREY, "a.png"), SIDE)
+    np.testing.assert_array_equal(out, grey(GREY))
+
+
+def test_one_bit(tmp_path):
+    bits = GREY > 127
+    path = save(tmp_path, Image.fromarray(bits), "a.png")
+    assert mode(path) == "1"
+    expected = grey(np.where(bits, 255, 0).astype(np.uint8))
+    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
+
+
+def on_white(colour, alpha):
+    a = alpha[..., None].astype(np.float64) / 255
+    return colour * a + 255 * (1 - a)
+
+
+def test_alpha_is_put_on_white(tmp_path):
+    alpha = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
+    alpha[:2], alpha[2:4] = 0, 255
+    path = save(tmp_path, np.dstack([NOISE, alpha]), "a.png")
+    out = read_picture(path, SIDE)
+    assert np.abs(out - on_white(NOISE, alpha)).max() <= 1
+    assert (out[:2] == 255).all()
+    np.testing.assert_array_equal(out[2:4], NOISE[2:4])
+
+
+def test_grey_with_alpha(tmp_path):
+    path = save(tmp_path, np.dstack([GREY, GREY.T]), "a.png")
+    assert mode(path) == "LA"
+    expected = on_white(grey(GREY), GREY.T)
+    assert np.abs(read_picture(path, SIDE) - expected).max() <= 1
+
+
+def palette():
+    index = RNG.integers(0, 4, (SIDE, SIDE), np.uint8)
+    colours = np.array([[9, 20, 31], [250, 0, 3], [0, 99, 7], [1, 2, 200]], np.uint8)
+    picture = Image.fromarray(index, "L")
+    picture.putpalette(colours.ravel().tolist())
+    return picture, index, colours
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.bmp"])
+def test_palette(tmp_path, name):
+    picture, index, colours = palette()
+    path = save(tmp_path, picture, name)
+    assert mode(path) == "P"
+    np.testing.assert_array_equal(read_picture(path, SIDE), colours[index])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif"])
+def test_palette_with_a_transparent_colour(tmp_path, name):
+    picture, index, colours = palette()
+    path = save(tmp_path, picture, name, transparency=2)
+    expected = np.where((index == 2)[..., None], 255, colours[index])
+    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
+
+
+def test_palette_with_an_alpha_for_every_colour(tmp_path):
+    picture, index, colours = palette()
+    alphas = np.array([0, 60, 128, 255], np.uint8)
+    path = save(tmp_path, picture, "a.png", transparency=alphas.tobytes())
+    expected = on_white(colours[index], alphas[index])
+    assert np.abs(read_picture(path, SIDE) - expected).max() <= 1
+
+
+def test_one_transparent_colour_of_rgb_and_of_grey(tmp_path):
+    rgb = NOISE.copy()
+    rgb[3:5] = 7, 8, 9
+    path = save(tmp_path, rgb, "a.png", transparency=(7, 8, 9))
+    expected = rgb.copy()
+    expected[3:5] = 255
+    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
+    path = save(tmp_path, GREY, "b.png", transparency=int(GREY[0, 0]))
+    expected = grey(np.where(GREY == GREY[0, 0], 255, GREY))
+    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
+
+
+def test_cmyk(tmp_path):
+    ink = np.zeros((SIDE, SIDE, 4), np.uint8)
+    ink[:8, :, 0] = 255  # cyan above
+    ink[8:, :, 3] = 128  # half black below
+    for name in ("a.tif", "a.jpg"):
+        path = save(tmp_path, Image.fromarray(ink, "CMYK"), name, quality=100)
+        assert mode(path) == "CMYK"
+        out = read_picture(path, SIDE).astype(int)
+        assert np.abs(out[:8] - (0, 255, 255)).max() <= 3
+        assert np.abs(out[8:] - 127).max() <= 3
+
+
+def test_16_bits_are_scaled_not_clipped(tmp_path):
+    wide = RNG.integers(0, 65536, (SIDE, SIDE), np.uint16)
+    wide[0, :4] = 0, 255, 256, 65535
+    expected = np.rint(wide.astype(np.float64) / 65535 * 255).astype(np.uint8)
+    for name in ("a.png", "a.tif", "a.pgm"):
+        out = read_picture(save(tmp_path, Image.fromarray(wide), name), SIDE)
+        np.testing.assert_array_equal(out, grey(expected), err_msg=name)
+    assert expected[0, :4].tolist() == [0, 1, 1, 255]
+    out = read_picture(save(tmp_path, wide.astype(np.int32), "b.tif"), SIDE)
+    np.testing.assert_array_equal(out, grey(expected))
+
+
+def test_floats_are_0_to_1(tmp_path):
+    x = RNG.random((SIDE, SIDE)).astype(np.float32)
+    out = read_picture(save(tmp_path, x, "a.tif"), SIDE)
+    expected = np.floor(x.astype(np.float64) * 255 + 0.5).astype(np.uint8)
+    np.testing.assert_array_equal(out, grey(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(1.5, np.float32), (np.nan, np.float32), (70000, np.int32)]
+)
+def test_values_of_unknown_range_are_refused(tmp_path, value, kind):
+    x = np.zeros((SIDE, SIDE), kind)
+    x[1, 1] = value
+    path = save(tmp_path, x, "a.tif")
+    message = rf"a\.tif: got {np.dtype(kind).name} values from .*expected 0 to"
+    with pytest.raises(ValueError, match=message):
+        read_picture(path, SIDE)
+
+
+def test_16_bit_colour(tmp_path):
+    """A PNG that Pillow cannot write, made by hand."""
+    wide = RNG.integers(0, 65536, (SIDE, SIDE, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+    path = tmp_path / "a.png"
+    path.write_bytes(png((SIDE, SIDE, 16, 2), rows))
+    out = read_picture(path, SIDE).astype(int)
+    assert np.abs(out - wide / 65535 * 255).max() <= 1
+
+
+def png(head, rows):
+    def chunk(kind, data):
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", *head, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*p) for p in parts)
+
+
+# EXIF orientation: what was done to the upright picture before it was stored.
+STORED = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, 1),  # to be turned clockwise to be seen
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](SMOOTH))
+    options = {"quality": 100, "subsampling": 0} if name == "a.jpg" else {}
+    path = save(tmp_path, stored, name, exif=exif, **options)
+    out = read_picture(path, SIDE).astype(int)
+    assert np.abs(out - SMOOTH).mean() < (6 if name == "a.jpg" else 1e-9)
+
+
+def test_orientation_comes_before_the_crop(tmp_path):
+    """A tall picture that is stored lying, as cameras do."""
+    tall = np.zeros((64, 32, 3), np.uint8)
+    tall[:16] = 255  # only at the top: cut off by the crop
+    tall[28:36, :, 0] = 200  # a red bar in the middle
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = np.ascontiguousarray(np.rot90(tall, 1))
+    out = read_picture(save(tmp_path, lying, "a.png", exif=exif), 28)
+    assert (out[:, :, 1] == 0).all()
+    rows = out[..., 0].mean(axis=1)
+    assert rows[13] > 190 and rows[0] == rows[-1] == 0
+
+
+def test_a_damaged_exif_block_is_ignored(tmp_path):
+    path = save(
+        tmp_path,
+        SMOOTH,
+        "a.jpg",
+        quality=100,
+        subsampling=0,
+        exif=b"Exif\0\0II*\0\xff\xff",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = read_picture(path, SIDE).astype(int)
+    assert np.abs(out - SMOOTH).mean() < 6
+
+
+def test_the_first_frame_of_an_animation_and_page_of_a_tiff(tmp_path):
+    first, index, colours = palette()
+    other = Image.new("RGB", (SIDE, SIDE), "green")
+    for name in ("a.gif", "a.tif"):
+        path = save(tmp_path, first, name, save_all=True, append_images=[other])
+        with Image.open(path) as picture:
+            assert picture.n_frames == 2
+        np.testing.assert_array_equal(read_picture(path, SIDE), colours[index])
+
+
+# --- broken files ---------------------------------------------------------------------
+
+
+def jpeg_bytes():
+    buffer = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png_bytes():
+    buffer = io.BytesIO()
+    Image.fromarray(NOISE).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "got an empty file"),
+        (b"<html>404 not found</html>", "got no picture that can be read; expected JP"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got no picture"),
+        (jpeg_bytes()[:200], "got"),
+        (jpeg_bytes()[:-900], r"got a damaged picture \(.*truncated"),
+        (png_bytes()[:-300], "got a damaged picture"),
+        (
+            png((60000, 60000, 8, 2), b""),
+            "got a picture that is too large; expected at most 178,956,970",
+        ),
+        (png((16000, 10000, 8, 2), b""), "got a damaged picture"),  # below the limit
+        (png((0, 5, 8, 2), b""), "got"),
+    ],
+)
+def test_broken_files_are_named_with_the_reason(tmp_path, data, message):
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"holiday\.jpg: {message}"):
+        read_picture(path, SIDE)
+
+
+def test_every_cut_and_many_flips_are_a_picture_or_a_clear_error(tmp_path):
+    path = tmp_path / "a.bin"
+    buffers = [jpeg_bytes(), png_bytes()]
+    for kind in ("GIF", "TIFF", "BMP", "WEBP"):
+        buffers.append(io.BytesIO())
+        Image.fromarray(NOISE).save(buffers[-1], kind)
+        buffers[-1] = buffers[-1].getvalue()
+    for data in buffers:
+        cases = [data[:n] for n in range(0, len(data), max(1, len(data) // 25))]
+        for k in range(40):
+            flipped = bytearray(data)
+            flipped[int(RNG.integers(min(len(data), 120 if k % 2 else 10**9)))] ^= (
+                1 << (k % 8)
+            )
+            cases.append(bytes(flipped))
+        for case in cases:
+            path.write_bytes(case)
+            try:
+                assert read_picture(path, SIDE).shape == (SIDE, SIDE, 3)
+            except ValueError as e:
+                assert str(e).startswith(f"{path}: ")
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.jpg: cannot be read \(No such file"):
+        read_picture(tmp_path / "absent.jpg", SIDE)
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with pytest.raises(ValueError, match=r"loop\.jpg: cannot be read .*where the link"):
+        read_picture(tmp_path / "loop.jpg", SIDE)
+    with pytest.raises(ValueError, match="expected a regular file"):
+        read_picture(tmp_path, SIDE)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.jpg")
+        with pytest.raises(ValueError, match="expected a regular file"):
+            read_picture(tmp_path / "pipe.jpg", SIDE)
+    path = save(tmp_path, NOISE, "secret.png")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root may read everything")
+    with pytest.raises(ValueError, match=r"cannot be read \(Permission denied"):
+        read_picture(path, SIDE)
+
+
+def test_memory_errors_are_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    path = save(tmp_path, NOISE, "a.png")
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(MemoryError):
+        read_picture(path, SIDE)
+
+
+def test_sides_and_rules_that_do_not_exist(tmp_path):
+    path = save(tmp_path, NOISE, "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: got side=0; expected at least 1"):
+        read_picture(path, 0)
+    with pytest.raises(
+        ValueError, match="unknown rule 'bicubic'; choose one of 'crop'"
+    ):
+        read_picture(path, 8, "bicubic")
+
+
+# --- resizing -------------------------------------------------------------------------
+
+
+def triangle(size, side, low, high):
+    """Antialiased bilinear weights `[side, size]` for `low ... high`, in float64."""
+    scale = (high - low) / side
+    support = max(scale, 1.0)
+    centre = low + (np.arange(side)[:, None] + 0.5) * scale
+    at = np.arange(size)[None] + 0.5
+    weight = np.maximum(0, 1 - np.abs(at - centre) / support)
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def resized(x, side, top, bottom, left, right):
+    h, w = x.shape[:2]
+    rows, columns = triangle(h, side, top, bottom), triangle(w, side, left, right)
+    return np.einsum("ih,hwc,jw->ijc", rows, x.astype(np.float64), columns)
+
+
+@pytest.mark.parametrize(("h", "w"), [(90, 90), (60, 101), (101, 60), (20, 17), (5, 9)])
+def test_squash_and_crop_are_antialiased_bilinear(tmp_path, h, w):
+    x = RNG.integers(0, 256, (h, w, 3), np.uint8)
+    path = save(tmp_path, x, "a.png")
+    out = read_picture(path, 28, "squash")
+    assert np.abs(out - resized(x, 28, 0, h, 0, w)).max() <= 1.01  # two roundings
+    # Short side to 32, the other cut down to whole pixels, the middle 28 of each.
+    new_h, new_w = (32, 32 * w // h) if h <= w else (32 * h // w, 32)
+    top, left = round((new_h - 28) / 2), round((new_w - 28) / 2)
+    box = top * h / new_h, (top + 28) * h / new_h, left * w / new_w
+    expected = resized(x, 28, *box, (left + 28) * w / new_w)
+    out = read_picture(path, 28, "crop")
+    assert np.abs(out - expected).max() <= 1.01
+
+
+@pytest.mark.parametrize(("h", "w"), [(375, 500), (640, 427), (300, 300), (100, 90)])
+def test_crop_is_resizing_the_whole_and_cutting(tmp_path, h, w):
+    """As torchvision's `Resize(256)` and `CenterCrop(224)` do on Pillow pictures."""
+    x = RNG.integers(0, 256, (h, w, 3), np.uint8)
+    new = (256, int(256 * h / w)) if w <= h else (int(256 * w / h), 256)
+    whole = np.asarray(Image.fromarray(x).resize(new, Image.Resampling.BILINEAR))
+    top, left = round((new[1] - 224) / 2), round((new[0] - 224) / 2)
+    expected = whole[top : top + 224, left : left + 224].astype(int)
+    out = read_picture(save(tmp_path, x, "a.png"), 224, "crop")
+    # Pillow may take rows or columns first: the rounding in between differs.
+    assert np.abs(out - expected).max() <= 1
+    assert abs((out - expected).mean()) < 0.01
+
+
+def test_the_crop_of_384_and_448_px_is_that_of_the_reference():
+    for side, short in ((224, 256), (384, 438), (448, 512)):
+        assert pictures._cropped_from(1000, 1000, side) == (short, short)
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 9), (3, 200_000), (100_000, 1)])
+@pytest.mark.parametrize("rule", pictures.RULES)
+def test_narrow_strips_need_little_memory(tmp_path, h, w, rule):
+    x = np.full((h, w, 3), 77, np.uint8)
+    out = read_picture(save(tmp_path, x, "a.png"), 8, rule)
+    assert out.shape == (8, 8, 3) and (out == 77).all()
+
+
+def by_hand(x, side, half):
+    """Two neighbours per axis, in float64, pixel by pixel."""
+    h, w = x.shape[:2]
+    out = np.zeros((side, side, 3))
+    for i in range(side):
+        for j in range(side):
+            y = min(max((i + half) * h / side - half, 0), h - 1)
+            z = min(max((j + half) * w / side - half, 0), w - 1)
+            a, b = int(y), int(z)
+            c, d = min(a + 1, h - 1), min(b + 1, w - 1)
+            fy, fx = y - a, z - b
+            above = x[a, b] * (1 - fx) + x[a, d] * fx
+            out[i, j] = above * (1 - fy) + (x[c, b] * (1 - fx) + x[c, d] * fx) * fy
+    return out
+
+
+@pytest.mark.parametrize(("rule", "half"), [("half_pixel", 0.5), ("corner", 0.0)])
+@pytest.mark.parametrize(("h", "w"), [(21, 34), (7, 5), (16, 9), (1, 1)])
+def test_rules_without_antialiasing(tmp_path, rule, half, h, w):
+    x = RNG.integers(0, 256, (h, w, 3), np.uint8)
+    out = read_picture(save(tmp_path, x, "a.png"), 16, rule)
+    assert np.abs(out - by_hand(x, 16, half)).max() <= 0.5 + 1e-3
+
+
+def test_corner_halves_by_taking_every_second_pixel():
+    x = RNG.integers(0, 256, (1, 32, 32, 3), np.uint8)
+    out = pictures.resize_bilinear(x, 16, "corner")
+    np.testing.assert_array_equal(out, x[:, ::2, ::2])
+
+
+def test_a_picture_of_the_right_side_is_not_touched(tmp_path):
+    path = save(tmp_path, NOISE, "a.png")
+    for rule in pictures.RULES:
+        np.testing.assert_array_equal(read_picture(path, SIDE, rule), NOISE)
+    np.testing.assert_array_equal(pictures.to_square(GREY, SIDE, "crop"), grey(GREY))
+
+
+@pytest.mark.parametrize("rule", ["crop", "squash"])
+def test_large_jpegs_are_decoded_small_but_true(tmp_path, rule):
+    low = Image.fromarray(RNG.integers(0, 256, (12, 16, 3), np.uint8))
+    big = low.resize((1200, 904), Image.Resampling.BICUBIC)
+    noisy = np.asarray(big).astype(int) + RNG.integers(-20, 21, (904, 1200, 1))
+    big = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    path = save(tmp_path, big, "a.jpg", quality=92)
+    with Image.open(path) as picture:
+        whole = save(tmp_path, picture, "a.png")  # decoded in full
+    a, b = (read_picture(p, 64, rule).astype(int) for p in (path, whole))
+    assert np.abs(a - b).max() <= 4 and np.abs(a - b).mean() < 1
+
+
+def test_no_warning_leaves(tmp_path):
+    """Odd TIFF tags make Pillow warn; 100 million pixels do too."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[270] = "a description"
+    path = save(tmp_path, NOISE, "a.tif", tiffinfo=tags)
+    data = path.read_bytes().replace(b"a description", b"\xff description")
+    path.write_bytes(data)
+    bomb = tmp_path / "b.png"
+    bomb.write_bytes(png((10_000, 10_000, 1, 0), (b"\0" + bytes(1250)) * 10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_picture(path, SIDE)
+        assert (read_picture(bomb, 4) == 0).all()

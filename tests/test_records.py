@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading prepared tfds directories: both formats, shards, damaged files.
+
+TFRecord files and tf.train.Example messages are written here byte by byte, from their
+specifications; ArrayRecord files with its own library.
+"""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vpt_jax.data import records
+
+SIZES = {"train": (5, 4, 3), "test": (2, 2)}  # examples in each shard
+FORMATS = ("tfrecord", "array_record")
+
+
+def slow_crc32c(data):
+    """Bit by bit, as the polynomial is defined."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data):
+    crc = slow_crc32c(data)
+    rotated = ((crc >> 15) | (crc << 17)) & 0xFFFFFFFF
+    return struct.pack("<I", (rotated + 0xA282EAD8) % 2**32)
+
+
+def write_tfrecord(path, payloads):
+    with open(path, "wb") as f:
+        for payload in payloads:
+            length = struct.pack("<Q", len(payload))
+            f.write(length + masked(length) + payload + masked(payload))
+
+
+def write_array_record(path, payloads):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for payload in payloads:
+        writer.write(payload)
+    writer.close()
+
+
+WRITERS = {"tfrecord": write_tfrecord, "array_record": write_array_record}
+
+
+def varint(value):
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def field(number, data):
+    """A length-delimited field of a protocol buffer."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def serialized(image, label, points):
+    """A tf.train.Example: a map of names to lists of bytes, floats or ints."""
+    values = {
+        "image": field(1, field(1, image)),
+        "label": field(3, field(1, varint(label))),
+        "points/xyz": field(2, field(1, np.asarray(points, "<f4").tobytes())),
+    }
+    entries = (field(1, name.encode()) + field(2, v) for name, v in values.items())
+    return field(1, b"".join(field(1, entry) for entry in entries))
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def example(split, i):
+    """Picture, label and points of an example; pictures differ in size and mode."""
+    rng = np.random.default_rng([len(split), i])
+    channels = {0: (), 1: (4,)}.get(i % 3, (3,))  # grey, with alpha, plain
+    picture = rng.integers(0, 256, (3 + i, 4, *channels), dtype=np.uint8)
+    points = rng.normal(size=(i % 3, 3)).astype(np.float32)
+    return picture, i, points
+
+
+def features_json():
+    def feature(kind, name, **content):
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{kind}"} | {
+            name: content
+        }
+
+    def tensor(*dims):
+        return {"shape": {"dimensions": list(dims)}, "dtype": "float32"}
+
+    xyz = feature("tensor_feature.Tensor", "tensor", **tensor("3"), encoding="none")
+    of_points = feature(
+        "features_dict.FeaturesDict", "featuresDict", features={"xyz": xyz}
+    )
+    shape = {"dimensions": ["-1", "-1", "3"]}
+    return feature(
+        "features_dict.FeaturesDict",
+        "featuresDict",
+        features={
+            "image": feature(
+                "image_feature.Image", "image", shape=shape, dtype="uint8"
+            ),
+            "label": feature(
+                "class_label_feature.ClassLabel", "classLabel", numClasses="20"
+            ),
+            "points": feature(
+                "sequence_feature.Sequence", "sequence", feature=of_points, length="-1"
+            ),
+        },
+    )
+
+
+def make(folder, form, name="toy"):
+    """A prepared directory of a version, as tfds would leave it."""
+    folder.mkdir(parents=True)
+    splits = []
+    for split, shards in SIZES.items():
+        at = 0
+        for k, n in enumerate(shards):
+            path = folder / f"{name}-{split}.{form}-{k:05d}-of-{len(shards):05d}"
+            payloads = []
+            for i in range(at, at + n):
+                picture, label, points = example(split, i)
+                payloads.append(serialized(png(picture), label, points.reshape(-1)))
+            WRITERS[form](path, payloads)
+            at += n
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        lengths = [str(n) for n in shards]
+        splits.append(
+            {"name": split, "shardLengths": lengths, "filepathTemplate": template}
+        )
+    info = {"name": name, "version": "1.0.0", "splits": splits, "fileFormat": form}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "features.json").write_text(json.dumps(features_json()))
+    return folder
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def prepared(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp(request.param)
+    return make(root / "toy" / "1.0.0", request.param)
+
+
+def labels(examples):
+    return [int(e["label"]) for e in examples]
+
+
+# The checksum.
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        # RFC 3720, appendix B.4.
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(range(31, -1, -1)), 0x113FDB5C),
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+    ],
+)
+def test_crc32c_of_known_strings(data, expected):
+    assert records.crc32c(data) == expected
+    assert slow_crc32c(data) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=700))
+def test_crc32c_is_that_of_the_definition(data):
+    assert records.crc32c(data) == slow_crc32c(data)
+
+
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 30001])
+def test_crc32c_of_long_data(size):
+    data = np.random.default_rng(size).bytes(size)
+    assert records.crc32c(data) == slow_crc32c(data)
+
+
+# Reading.
+
+
+def test_examples_are_those_written_in_order(prepared):
+    for split, shards in SIZES.items():
+        examples = records.open_split(prepared, split)
+        assert len(examples) == sum(shards)
+        for i, read in enumerate(examples):
+            picture, label, points = example(split, i)
+            if picture.ndim == 2:
+                picture = np.repeat(picture[..., None], 3, -1)
+            assert read["image"].dtype == np.uint8
+            np.testing.assert_array_equal(read["image"], picture[..., :3])
+            assert read["label"] == label
+            found = np.asarray(read["points"]["xyz"], np.float32).reshape(-1, 3)
+            np.testing.assert_array_equal(found, points)
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("train", list(range(12))),
+        ("train[:7]", list(range(7))),
+        ("train[5:9]", [5, 6, 7, 8]),  # exactly the second shard
+        ("train[4:10]", [4, 5, 6, 7, 8, 9]),
+        ("train[11:12]", [11]),
+        ("train[0:2]+train[8:10]", [0, 1, 8, 9]),
+        ("train[10:]+test[:3]", [10, 11, 0, 1, 2]),
+        ("test[2:4]+train[:2]", [2, 3, 0, 1]),
+    ],
+)
+def test_split_expressions(prepared, expression, expected):
+    assert labels(records.open_split(prepared, expression)) == expected
+
+
+def test_random_access(prepared):
+    examples = records.open_split(prepared, "train[3:11]")
+    assert [int(examples[i]["label"]) for i in (7, 0, 5, 2, -1)] == [10, 3, 8, 5, 10]
+    for i in (8, -9):
+        with pytest.raises(IndexError, match="expected less than 8"):
+            examples[i]
+
+
+def test_split_sizes(prepared):
+    assert records.split_sizes(prepared) == {"train": 12, "test": 4}
+    assert records.split_sizes(str(prepared)) == {"train": 12, "test": 4}
+
+
+def test_reading_imports_no_tensorflow(prepared):
+    code = (
+        "import sys\n"
+        "from vpt_jax.data import records\n"
+        "assert 'tensorflow_datasets' not in sys.modules\n"
+        f"examples = records.open_split({str(prepared)!r}, 'train')\n"
+        "print(examples[0]['image'].shape, 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "(3, 4, 3) False\n"
+
+
+# Pictures.
+
+
+@pytest.mark.parametrize("channels, shape", [(1, (2, 3, 1)), (3, (2, 3, 3))])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_pictures_get_the_channels_of_the_feature(mode, channels, shape):
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (51, 51, 51)).convert(mode).save(buffer, "PNG")
+    picture = records.decode_picture(buffer.getvalue(), channels)
+    assert picture.shape == shape
+    assert (picture == 51).all()
+
+
+def test_a_damaged_picture_is_an_error():
+    data = png(np.zeros((8, 8, 3), np.uint8))
+    for bad in (data[:40], b"nothing", b""):
+        with pytest.raises(ValueError, match="expected PNG or JPEG"):
+            records.decode_picture(bad, 3)
+
+
+# Damage.
+
+
+def read_all(folder):
+    return [records.open_split(folder, "train").record(i) for i in range(12)]
+
+
+def damage(path, change):
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+
+
+def flip(at):
+    def change(data):
+        data[at] ^= 4
+        return data
+
+    return change
+
+
+def test_every_flipped_bit_of_a_tfrecord_is_found(tmp_path):
+    path = tmp_path / "f"
+    payloads = [b"one", b"", b"three" * 9]
+    write_tfrecord(path, payloads)
+    intact = path.read_bytes()
+    starts = [0, 19, 35, len(intact)]
+    for at in range(len(intact)):
+        path.write_bytes(flip(at)(bytearray(intact)))
+        number = next(k for k in range(3) if at < starts[k + 1])
+        with pytest.raises(ValueError) as e:
+            file = records._TFRecord(str(path))
+            assert [file[i] for i in range(len(file))] == payloads
+        assert f"{path}, record {number}:" in str(e.value), at
+
+
+def test_every_truncation_of_a_tfrecord_is_found(tmp_path):
+    path = tmp_path / "f"
+    write_tfrecord(path, [b"one", b"", b"three" * 9])
+    intact = path.read_bytes()
+    whole = {0: 0, 19: 1, 35: 2}  # cut between records: fewer of them
+    for size in range(len(intact)):
+        path.write_bytes(intact[:size])
+        if size in whole:
+            assert len(records.index_tfrecord(str(path))) == whole[size]
+            continue
+        number = sum(size > start for start in (0, 19, 35)) - 1
+        with pytest.raises(ValueError, match=f"record {number}: got a file of {size}"):
+            records.index_tfrecord(str(path))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_damage_names_the_file_and_the_record(form, tmp_path):
+    folder = make(tmp_path / "1.0.0", form)
+    path = folder / f"toy-train.{form}-00001-of-00003"
+    payload = records.open_split(folder, "train").record(6)
+    at = path.read_bytes().index(payload)
+    damage(path, flip(at + len(payload) // 2))
+    examples = records.open_split(folder, "train")
+    assert labels(examples[i] for i in (0, 5, 7, 11)) == [0, 5, 7, 11]
+    with pytest.raises(ValueError, match="00001-of-00003, record 1: .*prepare the"):
+        examples[6]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("keep", [0, 100, -20])
+def test_cut_files_are_errors(form, keep, tmp_path):
+    folder = make(tmp_path / "1.0.0", form)
+    path = folder / f"toy-train.{form}-00001-of-00003"
+    damage(path, lambda data: data[:keep])
+    assert labels(records.open_split(folder, "train[:5]")) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="00001-of-00003.* got .*prepare the data set"):
+        records.open_split(folder, "train")[5]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_with_other_records_than_announced_is_an_error(form, tmp_path):
+    folder = make(tmp_path / "1.0.0", form)
+    WRITERS[form](folder / f"toy-train.{form}-00001-of-00003", [b"a", b"b", b"c"])
+    with pytest.raises(ValueError, match="got 3 records; expected 4"):
+        records.open_split(folder, "train")[5]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_missing_file_is_an_error_at_once(form, tmp_path):
+    folder = make(tmp_path / "1.0.0", form)
+    (folder / f"toy-train.{form}-00002-of-00003").unlink()
+    assert len(records.open_split(folder, "train[:9]")) == 9
+    with pytest.raises(ValueError, match="got no such file; expected the 3 examples"):
+        records.open_split(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "expression", ["val", "train[:13]", "train[20:]", "train[", "train+nothing", ""]
+)
+def test_unknown_examples_are_errors(prepared, expression):
+    with pytest.raises(ValueError, match="expected examples of .*'train': 12"):
+        records.open_split(prepared, expression)
+
+
+def test_other_directories_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="dataset_info.json: got no such file"):
+        records.open_split(tmp_path, "train")
+    folder = make(tmp_path / "1.0.0", "tfrecord")
+    (folder / "features.json").unlink()
+    with pytest.raises(ValueError, match="features.json: got no such file"):
+        records.split_sizes(folder)
+
+
+def test_other_formats_are_errors(tmp_path):
+    folder = make(tmp_path / "1.0.0", "tfrecord")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "riegeli"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="got file format 'riegeli'; expected one of"):
+        records.open_split(folder, "train")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded pictures on disk: made once, memory-mapped from then on.
+
+A cache file is the pixels, one picture after the other, then one line of JSON (the
+key, what the maker had to say, the number of pictures, a checksum) and the length of
+that line. The file is found by a hash of its key, appears when it is whole, and is
+checked when it is opened. Files here can be deleted at any time; nothing else does it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vpt_jax.workdir import atomic_path
+
+_END = b"vptcache"  # the last bytes of every file
+_TAIL = len(_END) + 8
+_CHUNK = 1 << 22  # bytes per checksum call
+_STALE_S = 24 * 3600  # a temporary file of this age was left by a killed process
+
+
+def default_folder() -> Path:
+    """`~/.cache/vpt_jax/pictures`, or in `VPT_JAX_CACHE` if that is set."""
+    root = os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax"
+    return Path(root).expanduser() / "pictures"
+
+
+def cached(
+    folder: str | os.PathLike,
+    key: Mapping[str, Any],
+    side: int,
+    make: Callable[[Callable[[np.ndarray], None]], Any],
+    report: Callable[[str], None] = print,
+) -> tuple[np.ndarray, Any]:
+    """Pictures from the cache; made, and kept for the next time, if not there.
+
+    Several processes may do this at once: each makes the file for itself, and the last
+    one's stays. A damaged file is reported and made again. Checking reads the whole
+    file, at 1 GB/s and more.
+
+    Args:
+      folder: Where cache files lie; it is created.
+      key: Everything that determines the pictures, as JSON can hold it.
+      side: Height and width of the pictures.
+      make: Called with `write`; calls `write(picture)` with uint8 `[side, side, 3]`
+        once per picture, in order, and returns something that JSON can hold.
+      report: Called with a line of text when a damaged file was found.
+
+    Returns:
+      `(pictures, info)`: a read-only memory map uint8 `[n, side, side, 3]`, and what
+      `make` returned.
+
+    Raises:
+      ValueError: If the folder cannot be written or the disk is full; nothing is left
+        behind then. And what `make` raises, except that an OSError counts as one of
+        writing.
+    """
+    text = json.dumps(key, sort_keys=True)
+    key = json.loads(text)  # tuples as lists: as it will be read
+    path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pictures"
+    try:
+        if path.exists():
+            return _open(path, key, side)
+    except (OSError, ValueError) as e:
+        report(f"{path} is damaged ({e}); making it again")
+    with _explained(path), _new_file(path) as file:
+        crc, num = 0, 0
+
+        def write(picture: np.ndarray) -> None:
+            nonlocal crc, num
+            if picture.shape != (side, side, 3) or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"got a picture {picture.dtype} {list(picture.shape)}; expected "
+                    f"uint8 [{side}, {side}, 3]; resize it first."
+                )
+            data = np.ascontiguousarray(picture).data.cast("B")
+            crc, num = zlib.crc32(data, crc), num + 1
+            # Not into a memory map: a full disk would end the process.
+            file.write(data)
+
+        info = make(write)
+        end = {"key": key, "info": info, "num": num, "side": side, "crc32": crc}
+        line = json.dumps(end).encode() + b"\n"
+        file.write(line + len(line).to_bytes(8, "little") + _END)
+    return _open(path, key, side)
+
+
+def _open(path: Path, key: Any, side: int) -> tuple[np.ndarray, Any]:
+    """Maps a cache file; ValueError says what is wrong with it."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        f.seek(max(size - _TAIL, 0))
+        tail = f.read()
+        length = int.from_bytes(tail[:8], "little")
+        start = size - _TAIL - length
+        if tail[8:] != _END or start < 0:
+            raise ValueError("its end is missing")
+        f.seek(start)
+        line = f.read(length)
+    try:
+        end = json.loads(line)
+        same = end["key"] == key and end["side"] == side
+        num, crc, info = end["num"], end["crc32"], end["info"]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError("its description cannot be read") from e
+    if not same:
+        raise ValueError("it describes other pictures")
+    # Before mapping: touching a page that the file does not have kills the process.
+    if start != num * side * side * 3:
+        raise ValueError(f"got {start} bytes of pixels for {num} pictures")
+    if not num:
+        return np.zeros((0, side, side, 3), np.uint8), info
+    pixels = np.memmap(path, np.uint8, "r", shape=(start,))
+    found = 0
+    for at in range(0, start, _CHUNK):
+        found = zlib.crc32(pixels[at : at + _CHUNK].data, found)
+    if found != crc:
+        raise ValueError("its checksum is wrong")
+    return np.asarray(pixels).reshape(num, side, side, 3), info
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(
+            f"cannot write {path} ({e.strerror}); expected room for decoded pictures; "
+            "free some, or set VPT_JAX_CACHE to a folder on another disk."
+        ) from e
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path`, on disk, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # of killed processes
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                left.unlink()
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file

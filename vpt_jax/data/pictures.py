@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture file of any common kind to one uint8 RGB square.
+
+Whatever is in the file, the result has EXIF's orientation applied and three channels:
+
+* 1-bit, grey, palette: as they look;
+* transparency (alpha channel, transparent palette entry or colour): on white;
+* CMYK, YCbCr: converted by Pillow's formula, colour profiles are not applied;
+* 16-bit grey: scaled, 65535 becomes 255 (Pillow reads 16-bit colour by its high byte);
+* 32-bit integers: taken as 16-bit values, refused if one is outside of 0 ... 65535;
+* floats: taken as 0 ... 1, refused if one is outside;
+* several frames or pages: the first.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vpt_jax.prompts import check_choice
+
+RULES = ("crop", "squash", "half_pixel", "corner")
+"""How a picture becomes a square; one that has the side already is left alone.
+
+`crop`: the short side to 256/224 of the side, then the centre, as FGVC is evaluated.
+`squash`: height and width to the side, whatever that does to the proportions.
+Both are antialiased (Pillow's bilinear filter). These two squash without antialiasing:
+`half_pixel`: bilinear between the two nearest pixels, centres at half-integers.
+`corner`: the same with pixel k at k: TensorFlow 1's rule, with which VPT ran VTAB.
+"""
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .gif .bmp .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm"
+    " .pnm".split()
+)
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GB as RGB
+
+# Only what people keep pictures in. Other readers of Pillow's start programs (EPS).
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+_CHUNK = 16  # pictures resized at a time, so that float copies stay small
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Pillow's warnings about odd files: what matters becomes an error.
+
+    Warning filters belong to the process: not to be entered in several threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.ndarray:
+    """Reads one picture file, see the module's docstring and `RULES`.
+
+    Args:
+      path: The file.
+      side: Height and width of the result, at least 1.
+      rule: One of `RULES`.
+
+    Returns:
+      uint8 `[side, side, 3]`.
+
+    Raises:
+      ValueError: Names the file and what is wrong with it: missing, no permission, not
+        a picture, cut short, damaged, or above `MAX_PIXELS`. Or if `side` or `rule` is
+        not valid.
+    """
+    path = os.fspath(path)
+    try:
+        with quiet():
+            return decode(read_bytes(path), side, rule)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a regular file; ValueError if it cannot be had."""
+    try:
+        # Reading a pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("got something else; expected a regular file; remove it.")
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise ValueError(
+            f"cannot be read ({e.strerror}); expected a file that you may read; check "
+            "its permissions, or where the link leads."
+        ) from e
+
+
+def decode(data: bytes, side: int, rule: str) -> np.ndarray:
+    """`read_picture` of a file's content; to be called within `quiet()`."""
+    check_choice("rule", rule, RULES)
+    if side < 1:
+        raise ValueError(f"got side={side}; expected at least 1; give it in px.")
+    if not data:
+        raise ValueError("got an empty file; expected a picture; fetch it again.")
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if rule in ("crop", "squash"):
+                _draft(picture, side, rule)
+            picture.load()
+            upright = _upright(picture)
+    except UnidentifiedImageError as e:
+        raise ValueError(
+            "got no picture that can be read; expected "
+            f"{', '.join(_formats())}; convert it."
+        ) from e
+    except Image.DecompressionBombError as e:
+        raise ValueError(
+            f"got a picture that is too large; expected at most {MAX_PIXELS:,} pixels; "
+            "make it smaller."
+        ) from e
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as e:  # readers of damaged files raise whatever comes up
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(
+            f"got a damaged picture ({reason}); expected a whole one; fetch it again."
+        ) from e
+    return fit(to_rgb(upright), side, rule)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _draft(picture: Image.Image, side: int, rule: str) -> None:
+    """Lets JPEG decode at 1/2, 1/4 or 1/8, but at twice what is needed or more.
+
+    Several times faster for a camera's pictures, and true to about a grey level: the
+    antialiasing filter comes after. Only where the fraction leaves whole pixels, for
+    else the picture would be shifted.
+    """
+    width, height = picture.size
+    need = _cropped_from(width, height, side) if rule == "crop" else (side, side)
+    for n in (8, 4, 2):
+        small = width // n, height // n
+        whole = width % n == height % n == 0
+        if whole and small[0] >= 2 * need[0] and small[1] >= 2 * need[1]:
+            picture.draft(picture.mode, small)
+            return
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Applies EXIF's orientation; a damaged EXIF block is no reason to refuse."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # whatever the bytes lead to
+        return picture
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode to RGB, see the module's docstring.
+
+    Raises:
+      ValueError: If values are out of the range that the mode is taken to have.
+    """
+    mode = picture.mode
+    if mode.startswith("I") or mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(picture))).convert("RGB")
+    if picture.has_transparency_data:
+        over = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, over).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _to_8_bits(x: np.ndarray) -> np.ndarray:
+    """Grey `[h, w]`: 0 ... 65535 if integer, 0 ... 1 if float, to 0 ... 255."""
+    top = 1 if x.dtype.kind == "f" else 65535
+    low, high = x.min(), x.max()
+    if not (low >= 0 and high <= top):  # NaN too
+        raise ValueError(
+            f"got {x.dtype.name} values from {low} to {high}; expected 0 to {top}; "
+            "scale them, and save as 8 bits."
+        )
+    return np.floor(x.astype(np.float64) * (255 / top) + 0.5).astype(np.uint8)
+
+
+def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
+    """An RGB picture to uint8 `[side, side, 3]` by one of `RULES`."""
+    width, height = picture.size
+    if rule in ("half_pixel", "corner"):
+        return resize_bilinear(np.asarray(picture)[None], side, rule)[0]
+    if (width, height) == (side, side):
+        return np.asarray(picture)
+    box = (0.0, 0.0, float(width), float(height))
+    if rule == "crop":
+        # Only the part that is kept: resizing a narrow strip whole would fill memory.
+        new = _cropped_from(width, height, side)
+        x, y = (round((n - side) / 2) for n in new)
+        box = (
+            x * width / new[0],
+            y * height / new[1],
+            min((x + side) * width / new[0], width),
+            min((y + side) * height / new[1], height),
+        )
+    resized = picture.resize((side, side), Image.Resampling.BILINEAR, box)
+    return np.asarray(resized)
+
+
+def _cropped_from(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height of which `crop` keeps the centre: 256 px for 224, 438 for 384.
+
+    Rounded down, as torchvision does.
+    """
+    short = side * 256 // 224
+    if width <= height:
+        return short, short * height // width
+    return short * width // height, short
+
+
+def _taps(size: int, side: int, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `side` outputs: two neighbours, and the weight of the second."""
+    # What falls outside takes the edge pixel.
+    half = 0.5 if rule == "half_pixel" else 0.0
+    at = np.clip((np.arange(side) + half) * size / side - half, 0, size - 1)
+    low = np.floor(at).astype(np.intp)
+    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)
+
+
+def resize_bilinear(
+    images: np.ndarray, side: int, rule: str = "half_pixel"
+) -> np.ndarray:
+    """Resizes pictures to `side` x `side`, bilinearly, without antialiasing.
+
+    Edge clamp; halves are rounded up. With `half_pixel`, pixel centres are at
+    half-integers, as in `jax.image.resize(..., "bilinear", antialias=False)`; with
+    `corner`, at integers, as in `tf.compat.v1.image.resize`.
+
+    Args:
+      images: uint8 `[n, h, w, c]`.
+      side: The new height and width, at least 1.
+      rule: `half_pixel` or `corner`.
+
+    Returns:
+      uint8 `[n, side, side, c]`; `images` itself where it has that size already.
+
+    Raises:
+      ValueError: If `images` has another shape or dtype, or no pixels, `side` is
+        below 1, or the rule is another.
+    """
+    check_choice("rule", rule, ("half_pixel", "corner"))
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"got images {images.dtype} {list(images.shape)}; expected uint8 "
+            "[n, h, w, c] with h, w >= 1; convert or reshape them first."
+        )
+    if side < 1:
+        raise ValueError(
+            f"got side={side}; expected at least 1; give the picture side in px."
+        )
+    n, h, w, c = images.shape
+    if h == w == side:
+        return images
+    top, bottom, fy = _taps(h, side, rule)
+    left, right, fx = _taps(w, side, rule)
+    fy, fx = fy[:, None, None], fx[:, None]
+    out = np.empty((n, side, side, c), np.uint8)
+    for start in range(0, n, _CHUNK):
+        # Pictures last, so that picking rows and columns copies whole runs. No matrix
+        # product: sums in another order on another machine would round differently.
+        x = images[start : start + _CHUNK].transpose(1, 2, 0, 3)
+        x = x.reshape(h, w, -1).astype(np.float32)
+        x = x[top] * (1 - fy) + x[bottom] * fy
+        x = x[:, left] * (1 - fx) + x[:, right] * fx
+        rounded = (x + np.float32(0.5)).astype(np.uint8)  # towards zero: halves up
+        rounded = rounded.reshape(side, side, -1, c)
+        out[start : start + _CHUNK] = rounded.transpose(2, 0, 1, 3)
+    return out
+
+
+def to_square(pixels: Any, side: int, rule: str) -> np.ndarray:
+    """uint8 grey `[h, w]` or RGB `[h, w, 3]` to `[side, side, 3]` by one of `RULES`."""
+    return fit(Image.fromarray(pixels).convert("RGB"), side, rule)

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the examples of prepared tensorflow-datasets directories, without TensorFlow.
+
+Any example can be read by its index, whether the files are ArrayRecord or TFRecord, and
+both give the same examples in the same order: shard after shard, part after part of the
+split expression. (`tf.data` interleaves the parts of 'a+b'; this does not.)
+"""
+
+import bisect
+import functools
+import io
+import itertools
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_AGAIN = "prepare the data set again; the file may be damaged or cut short."
+
+# CRC-32C, which TFRecord files use: the bits of the Castagnoli polynomial, reflected.
+_POLYNOMIAL = 0x82F63B78
+_LANE = 32  # words of 4 bytes that are summed one after the other, in many lanes
+_LENGTH = struct.Struct("<Q")
+_CRC = struct.Struct("<I")
+
+
+class _Tables(NamedTuple):
+    """A linear map of 32 bits, by the lower and the upper 16: uint32 `[65536]`."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def __call__(self, crc: np.ndarray) -> np.ndarray:
+        return self.low[crc & 0xFFFF] ^ self.high[crc >> 16]
+
+
+@functools.cache
+def _byte_table() -> np.ndarray:
+    """The checksums of single bytes, uint32 `[256]`."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
+    return table
+
+
+@functools.cache
+def _zeros(doublings: int) -> _Tables:
+    """What `4 * 2**doublings` zero bytes do to a checksum."""
+    if doublings:
+        half = _zeros(doublings - 1)
+        return _Tables(half(half.low), half(half.high))
+    tables = [_byte_table()]
+    for _ in range(3):
+        tables.append((tables[-1] >> 8) ^ tables[0][tables[-1] & 0xFF])
+    # Little-endian: the lowest byte comes first and passes all four.
+    last, third, second, first = tables
+    low = second[:, None] ^ first[None, :]
+    high = last[:, None] ^ third[None, :]
+    return _Tables(low.reshape(-1), high.reshape(-1))
+
+
+def _crc_rows(words: np.ndarray) -> np.ndarray:
+    """The plain checksum (from 0, not inverted) of each row: uint32 `[rows]`."""
+    step = _zeros(0)
+    crc = np.zeros(len(words), np.uint32)
+    for column in np.ascontiguousarray(words.T):
+        crc = step(crc ^ column)
+    return crc
+
+
+def crc32c(data: bytes) -> int:
+    """The CRC-32C (Castagnoli) checksum of `data`.
+
+    In NumPy: the bytes are cut into lanes that are summed side by side, and the sums
+    of neighbours are then joined, as the checksum is linear.
+    """
+    if len(data) < 4:
+        crc = 0xFFFFFFFF
+        for byte in data:
+            crc = (crc >> 8) ^ int(_byte_table()[(crc ^ byte) & 0xFF])
+        return crc ^ 0xFFFFFFFF
+    # Zeros in front change nothing when the sum starts from 0. Starting from all ones
+    # is the same as inverting the first four bytes.
+    pad = -len(data) % (4 * _LANE)
+    padded = np.zeros(pad + len(data), np.uint8)
+    padded[pad:] = np.frombuffer(data, np.uint8)
+    padded[pad : pad + 4] ^= 0xFF
+    sums = _crc_rows(padded.view("<u4").reshape(-1, _LANE))
+    doublings = _LANE.bit_length() - 1
+    while len(sums) > 1:
+        if len(sums) % 2:
+            sums = np.concatenate([np.zeros(1, np.uint32), sums])
+        sums = _zeros(doublings)(sums[::2]) ^ sums[1::2]
+        doublings += 1
+    return int(sums[0]) ^ 0xFFFFFFFF
+
+
+def _mask(crc: Any) -> Any:
+    """TFRecord's masked form of a checksum, of an int or of a uint64 array."""
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def index_tfrecord(path: str) -> np.ndarray:
+    """Finds the records of a TFRecord file, and checks the checksums of their lengths.
+
+    A record is its length (8 bytes, little-endian), the masked CRC-32C of these 8 bytes
+    (4 bytes), the payload, and the masked CRC-32C of the payload (4 bytes).
+
+    Args:
+      path: The file.
+
+    Returns:
+      int64 `[records, 2]`: where each payload starts, and its length.
+
+    Raises:
+      ValueError: If a length does not match its checksum, or the last record is cut
+        short.
+    """
+    size = os.path.getsize(path)
+    found, headers, at = [], [], 0
+    with open(path, "rb") as f:
+        # An empty file cannot be mapped; it has no records.
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        while at + 12 <= size:
+            headers.append(data[at : at + 12])
+            (length,) = _LENGTH.unpack_from(data, at)
+            found.append((at + 12, length))
+            at += 16 + length
+        if isinstance(data, mmap.mmap):
+            data.close()
+    raw = np.frombuffer(b"".join(headers), "<u4").reshape(-1, 3)
+    sums = _crc_rows(raw[:, :2] ^ np.array([0xFFFFFFFF, 0], np.uint32)) ^ 0xFFFFFFFF
+    bad = np.flatnonzero(_mask(sums.astype(np.uint64)) != raw[:, 2])
+    if len(bad):
+        raise ValueError(
+            f"{path}, record {bad[0]}: got a length that does not match its checksum; "
+            f"expected an intact TFRecord file; {_AGAIN}"
+        )
+    if at != size:
+        # A header of less than 12 bytes is a record too, and not in `found`.
+        last = len(found) if at < size else len(found) - 1
+        raise ValueError(
+            f"{path}, record {last}: got a file of {size} bytes that ends inside it; "
+            f"expected the whole record; {_AGAIN}"
+        )
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def _read_tfrecord(path: str, number: int, start: int, length: int) -> bytes:
+    """The payload of one record, its checksum checked."""
+    with open(path, "rb") as f:
+        f.seek(start)
+        data = f.read(length + 4)
+    payload = data[:length]
+    if len(data) < length + 4 or _mask(crc32c(payload)) != _CRC.unpack(data[-4:])[0]:
+        raise ValueError(
+            f"{path}, record {number}: got data that does not match its checksum; "
+            f"expected an intact TFRecord file; {_AGAIN}"
+        )
+    return payload
+
+
+class _TFRecord:
+    """The records of one TFRecord file."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._index = index_tfrecord(path)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> bytes:
+        start, length = self._index[i].tolist()
+        return _read_tfrecord(self._path, i, start, length)
+
+
+class _ArrayRecord:
+    """The records of one ArrayRecord file, whose checksums the library checks."""
+
+    def __init__(self, path: str):
+        try:
+            import array_record.python.array_record_module as array_record
+        except ImportError as e:
+            raise ValueError(
+                f"{path}: got an ArrayRecord file but cannot import array_record "
+                f"({e}); expected it to be installed; `pip install array_record`."
+            ) from e
+        self._path = path
+        # No reading ahead: examples are read one by one, in any order.
+        try:
+            self._reader = array_record.ArrayRecordReader(
+                path, "readahead_buffer_size:0"
+            )
+            self._records = self._reader.num_records()
+            if not self._records:
+                self._reader.read([0])  # says what is wrong with the file
+        except (RuntimeError, IndexError, ValueError) as e:
+            raise ValueError(
+                f"{path}: got no records ({e}); expected an intact ArrayRecord file; "
+                f"{_AGAIN}"
+            ) from e
+
+    def __len__(self) -> int:
+        return self._records
+
+    def __getitem__(self, i: int) -> bytes:
+        try:
+            return self._reader.read([i])[0]
+        except (RuntimeError, IndexError, ValueError) as e:
+            raise ValueError(
+                f"{self._path}, record {i}: got data that cannot be read ({e}); "
+                f"expected an intact ArrayRecord file; {_AGAIN}"
+            ) from e
+
+
+_READERS = {"array_record": _ArrayRecord, "tfrecord": _TFRecord}
+
+
+class _Run(NamedTuple):
+    """Records `skip` to `skip + take` of a file that should have `total`."""
+
+    path: str
+    skip: int
+    take: int
+    total: int
+
+
+def decode_picture(data: bytes, channels: int | None) -> np.ndarray:
+    """Decodes a PNG or JPEG file to uint8 `[h, w, c]`.
+
+    As TensorFlow does when it is asked for a number of channels: grey is repeated to
+    three, alpha is dropped. tfds' own NumPy decoder does not drop it, and takes another
+    library where OpenCV is installed.
+
+    Args:
+      data: The file.
+      channels: 1 or 3; None keeps those of the file.
+
+    Raises:
+      ValueError: If Pillow cannot decode `data`.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            mode = {1: "L", 3: "RGB"}.get(channels or 0, file.mode)
+            picture = np.array(file if file.mode == mode else file.convert(mode))
+    except (OSError, SyntaxError, ValueError) as e:
+        raise ValueError(
+            f"got {len(data)} bytes that are no picture ({e}); expected PNG or JPEG; "
+            "prepare the data set again."
+        ) from e
+    return picture[..., None] if picture.ndim == 2 else picture
+
+
+class Examples:
+    """The examples of a split, decoded when they are asked for.
+
+    Each is a dict of the data set's features: pictures uint8 `[h, w, c]`, numbers as
+    NumPy arrays or scalars, sequences of features as lists. Reading a damaged record
+    raises a ValueError that names the file and the record.
+    """
+
+    def __init__(self, features: Any, file_format: str, runs: Sequence[_Run]):
+        import tensorflow_datasets as tfds
+
+        self._features = features
+        self._channels = {
+            name: feature.shape[-1]  # pyright: ignore[reportIndexIssue]
+            for name, feature in features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+        self._decoders = {name: tfds.decode.SkipDecoding() for name in self._channels}
+        self._runs = tuple(run for run in runs if run.take)
+        self._ends = list(itertools.accumulate(run.take for run in self._runs))
+        reader = _READERS[file_format]
+        # Files stay open and indexed while they are in use; large sets have hundreds.
+        self._open = functools.lru_cache(maxsize=16)(
+            lambda path, total: _checked(reader(path), path, total)
+        )
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _locate(self, i: int) -> tuple[_Run, int]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"got index {i}; expected less than {len(self)}.")
+        i %= len(self)
+        k = bisect.bisect_right(self._ends, i)
+        run = self._runs[k]
+        return run, run.skip + run.take - (self._ends[k] - i)
+
+    def record(self, i: int) -> bytes:
+        """The serialized example `i`."""
+        run, number = self._locate(i)
+        return self._open(run.path, run.total)[number]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record = self.record(i)
+        try:
+            example = self._features.deserialize_example_np(
+                record, decoders=self._decoders
+            )
+            for name, channels in self._channels.items():
+                example[name] = decode_picture(example[name], channels)
+        except ValueError as e:
+            run, number = self._locate(i)
+            raise ValueError(f"{run.path}, record {number}: {e}") from e
+        return example
+
+
+def _checked(reader: Any, path: str, total: int) -> Any:
+    if len(reader) != total:
+        raise ValueError(
+            f"{path}: got {len(reader)} records; expected {total}, as "
+            f"dataset_info.json says; {_AGAIN}"
+        )
+    return reader
+
+
+def _builder(directory: str | os.PathLike[str]) -> Any:
+    """The read-only builder of a prepared directory; imports no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    for name in ("dataset_info.json", "features.json"):
+        path = os.path.join(directory, name)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{path}: got no such file; expected a version directory that tfds "
+                "prepared, such as ~/tensorflow_datasets/cifar100/3.0.2; give that."
+            )
+    return tfds.builder_from_directory(os.fspath(directory))
+
+
+def split_sizes(directory: str | os.PathLike[str]) -> Mapping[str, int]:
+    """The number of examples in each split of a prepared directory.
+
+    Args:
+      directory: The directory of one version, with `dataset_info.json`.
+
+    Raises:
+      ValueError: If it is not such a directory.
+    """
+    splits = _builder(directory).info.splits
+    return {name: split.num_examples for name, split in splits.items()}
+
+
+def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
+    """Opens the examples of a prepared split, or of parts of splits.
+
+    Args:
+      directory: The directory of one version, with `dataset_info.json`.
+      expression: In tfds' own terms, such as 'train[:800]+validation[:200]'. Give
+        numbers rather than percentages, which tfds rounds to the nearest.
+
+    Returns:
+      The examples, part after part and in the order in which they are stored.
+
+    Raises:
+      ValueError: If it is not such a directory, its file format is neither
+        ArrayRecord nor TFRecord, a file is missing, or the expression names a split
+        or examples that are not there.
+    """
+    info = _builder(directory).info
+    file_format = info.file_format.value
+    if file_format not in _READERS:
+        raise ValueError(
+            f"{directory}: got file format {file_format!r}; expected one of "
+            f"{sorted(_READERS)}; prepare it again with `file_format='array_record'`."
+        )
+    sizes = {name: split.num_examples for name, split in info.splits.items()}
+    try:
+        parts = info.splits[expression].file_instructions
+    except (ValueError, KeyError, AssertionError) as e:
+        raise ValueError(
+            f"{directory}: got split {expression!r} ({e}); expected examples of "
+            f"{sizes}; choose among them."
+        ) from e
+    runs = [_Run(p.filename, p.skip, p.take, p.examples_in_shard) for p in parts]
+    for run in runs:
+        if not os.path.isfile(run.path):
+            raise ValueError(
+                f"{run.path}: got no such file; expected the {run.total} examples that "
+                "dataset_info.json says it has; prepare the data set again."
+            )
+    return Examples(info.features, file_format, runs)
