@@ -557,9 +557,7 @@ def test_load_task(tmp_path, capsys):
     assert "reading 18 pictures, once" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected one of .*'folder'"):
         tasks.load_task("folders")
-    with pytest.raises(
-        ValueError, match="for task 'digits'; expected them for 'folder'"
-    ):
+    with pytest.raises(ValueError, match="for task 'digits'; resize is for VTAB and"):
         tasks.load_task("digits", resize="crop")
 
 
