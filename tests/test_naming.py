@@ -259,6 +259,9 @@ def test_read_out_and_norm(flat, tmp_path):
     norm = backbone["Transformer"]["encoder_norm"]
     assert (float(norm["scale"].min()), float(norm["scale"].max())) == (1.0, 1.0)
     assert float(jnp.abs(norm["bias"]).max()) == 0
+    # The class token is a token: there it is used, wherever the norm stands.
+    model, backbone = load(tmp_path, timm, readout="cls", norm="after")
+    assert_same(backbone, flat)
     # One that was trained after pooling is.
     pooled = {
         n.replace("norm.", "fc_norm.", n.startswith("norm.")): a

@@ -159,7 +159,8 @@ def parameters(
         if not any(skipped(n, skip) for n in (e.source, *e.names))
     ]
     absent = {n for n in expected if skipped(n, skip)}
-    if isinstance(model, ViT) and model.norm == "after" and _token_norm(named):
+    pools = isinstance(model, ViT) and model.readout != "cls"
+    if pools and model.norm == "after" and _token_norm(named):
         # It was trained on tokens: after pooling the norm has no weights (MAE, VPT).
         entries = [e for e in entries if not e.names[0].startswith(FINAL_NORM)]
         absent |= {n for n in expected if n.startswith(FINAL_NORM)}
