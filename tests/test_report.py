@@ -178,7 +178,7 @@ def test_verdict_compares_with_every_control():
 def test_one_seed_is_no_evidence():
     said = rp.verdict(make_report(seeds=1))
     assert "One seed is no evidence" in said[-1]
-    assert ":seeds=5" in said[-1]
+    assert "--config.seeds=" in said[-1]
     assert "±" not in " ".join(said)
 
 

@@ -174,7 +174,7 @@ def verdict(report: Row) -> list[str]:
     if any("(one seed)" in sentence for sentence in sentences):
         sentences.append(
             "One seed is no evidence of a difference: another may move every number."
-            " Append `:seeds=5` to the --config argument to run five."
+            " Run five with --config.seeds='(0, 1, 2, 3, 4)' and another --workdir."
         )
     return sentences
 
