@@ -97,6 +97,7 @@ def test_every_flipped_bit_of_the_description_is_harmless(tmp_path):
         path.write_bytes(data)
         images, info = cache.cached(tmp_path, KEY, 6, make, lambda text: None)
         np.testing.assert_array_equal(images, PICTURES)
+        assert info == {"note": [1, "two"]}
         path.write_bytes(good)
 
 
@@ -115,6 +116,57 @@ def test_pictures_of_another_shape_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"expected uint8 \[6, 6, 3\]"):
             cache.cached(tmp_path, KEY, 6, lambda write, bad=bad: write(bad))
     assert not list(tmp_path.iterdir())
+
+
+STRIP = [PICTURES[0], np.concatenate(PICTURES[1:4]), PICTURES[4, :2]]
+
+
+def make_strip(write):
+    for picture in STRIP:
+        write(picture)
+    return [len(picture) for picture in STRIP]
+
+
+def test_a_strip_is_pictures_of_any_length_one_after_the_other(tmp_path):
+    for maker in (make_strip, never):
+        pixels, info = cache.cached(tmp_path, KEY, 6, maker, strip=True)
+        np.testing.assert_array_equal(pixels, np.concatenate(STRIP))
+        assert info == [6, 18, 2] and not pixels.flags.writeable
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[1:])
+    said = []
+    cache.cached(tmp_path, KEY, 6, make_strip, said.append, strip=True)
+    assert len(said) == 1 and "making it again" in said[0]
+    empty, _ = cache.cached(tmp_path, {}, 6, lambda write: 0, strip=True)
+    assert empty.shape == (0, 6, 3) and empty.dtype == np.uint8
+    for bad in (PICTURES[0, :, :5], PICTURES[0, 0], PICTURES[:1]):
+        with pytest.raises(ValueError, match=r"expected uint8 \[any, 6, 3\]"):
+            cache.cached(
+                tmp_path, {"n": 2}, 6, lambda write, bad=bad: write(bad), strip=True
+            )
+
+
+def test_what_is_forgotten_is_read_again(tmp_path):
+    big = np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    images, _ = cache.cached(tmp_path, KEY, 64, lambda w: [w(x) for x in big] and 0)
+    for start, stop in ((0, 3), (3, 20), (39, 60), (5, 5), (0, 40)):
+        cache.forget(images, start, stop)
+        np.testing.assert_array_equal(images, big)
+    part = images[7:30]
+    cache.forget(part, 1, 9)
+    cache.forget(part[::2], 1, 9)
+    np.testing.assert_array_equal(part, big[7:30])
+
+
+def test_only_what_a_file_holds_is_forgotten(tmp_path):
+    memory = PICTURES.copy()
+    np.save(tmp_path / "a.npy", PICTURES)
+    private = np.load(tmp_path / "a.npy", mmap_mode="c")
+    private[:] = 7
+    for images in (memory, private, private[2:], [1, 2], None):
+        cache.forget(images, 0, 5)
+    np.testing.assert_array_equal(memory, PICTURES)
+    assert (private == 7).all()
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpt_jax.data import shapes, tasks
+from vpt_jax.data import shapes, strips, tasks
 
 MADE_HERE = ("digits", "shapes_location", "shapes_orientation")
 
@@ -390,6 +390,21 @@ def test_the_two_shape_tasks_label_what_they_say():
     assert abs((labels % 2 == 0).mean() - 0.6) < 0.05
 
 
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_splits_to_choose_by_and_to_report(name):
+    task = tasks.load_task(name)
+    select = tasks.load_task(name, splits="select")
+    assert select.test is None
+    final = tasks.load_task(name, splits="final")
+    assert final.val is None and len(final.train.labels) == 1000
+    for a, b in ((select.train, task.train), (select.val, task.val)):
+        np.testing.assert_array_equal(a.images, b.images)
+    np.testing.assert_array_equal(final.test.images, task.test.images)
+    for k in range(2):  # pictures, labels
+        joined = np.concatenate([task.train[k], task.val[k]])
+        np.testing.assert_array_equal(final.train[k], joined)
+
+
 def test_unknown_task_lists_the_names():
     with pytest.raises(ValueError, match=r"got task 'mnist'.*digits.*shapes_location"):
         tasks.load_task("mnist")
@@ -444,6 +459,46 @@ def test_check_task_refuses(which, change, message):
     bad = task._replace(**{which: change(getattr(task, which))})
     with pytest.raises(ValueError, match=f"'tiny', split '{which}'.*{message}"):
         tasks.check_task(bad)
+
+
+def tiny_strip():
+    """A task that trains on pictures of 4, 5 and 6 px by 4."""
+    task = tiny_task()
+    images = strips.make(np.zeros((15, 4, 3), np.uint8), [4, 5, 6], [False, True, True])
+    train = tasks.Split(images, np.arange(3, dtype=np.int32))
+    return task._replace(train=train, val=None)
+
+
+def test_check_task_takes_a_strip_and_a_split_less():
+    task = tiny_strip()
+    assert tasks.check_task(task) is task
+    less = task._replace(test=None)
+    assert tasks.check_task(less) is less
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"pixels": np.zeros((15, 4, 1), np.uint8)},
+            r"uint8 \[15, 4, 1\].*height, 3\]",
+        ),
+        ({"pixels": np.zeros((15, 4, 3), np.int8)}, "got pixels int8"),
+        ({"wide": np.zeros(2, bool)}, r"\[\[3\], \[3\], \[2\]\] starts"),
+        ({"length": np.int32([4, 5, 7])}, "outside of the 15 rows"),
+        ({"length": np.int32([3, 5, 6])}, "shorter than 4 px"),
+        ({"start": np.int32([-1, 4, 9])}, "use `strips.make`"),
+        ({"start": np.int32([0, 4, 2**31 - 1])}, "use `strips.make`"),
+    ],
+)
+def test_check_task_refuses_a_strip_whose_pictures_overlap_its_ends(change, message):
+    task = tiny_strip()
+    images = task.train.images._replace(**change)
+    with pytest.raises(ValueError, match=f"'tiny', split 'train'.*{message}"):
+        tasks.check_task(task._replace(train=task.train._replace(images=images)))
+    labels = task.train.labels[:2]
+    with pytest.raises(ValueError, match="got 3 images and 2 labels"):
+        tasks.check_task(task._replace(train=task.train._replace(labels=labels)))
 
 
 def test_check_task_refuses_one_class():

@@ -17,7 +17,7 @@ from PIL import Image
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import main
+from vpt_jax import experiment
 from vpt_jax.checkpoint import save_backbone
 from vpt_jax.data import cache, folder, pictures, tasks
 
@@ -597,7 +597,7 @@ def test_a_whole_run_on_a_folder(tmp_path):
     for stage in ("linear", "tune", "finetune"):
         values[stage].update(epochs=2, warmup_epochs=0, batch_size=9)
     config = configs.parse(values)
-    report = main.run(config, tmp_path / "out")
+    report = experiment.run(config, tmp_path / "out")
     assert report["task"] == "zoo"
     data = report["data"]
     assert [data[k] for k in ("train", "val", "test", "classes")] == [18, 6, 6, 3]

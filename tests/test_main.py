@@ -14,10 +14,11 @@ import pytest
 from conftest import randomised
 
 import vpt_jax
-from vpt_jax import cli, main, train
+from vpt_jax import cli, experiment, protocol, train
 from vpt_jax import config as configs
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import save_backbone
+from vpt_jax.data.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -65,7 +66,7 @@ def finished(checkpoint, standard_promotion, tmp_path_factory):
     """A whole undisturbed run: `(config, workdir, report)`."""
     config = smoke(checkpoint)
     workdir = tmp_path_factory.mktemp("run")
-    return config, workdir, main.run(config, workdir, "a command")
+    return config, workdir, experiment.run(config, workdir, "a command")
 
 
 def test_the_report_has_a_row_for_every_model(finished):
@@ -103,16 +104,15 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     assert "<svg" in html and "src=" not in html
     assert list((workdir / "events").iterdir())
     assert "epoch 3/3" in (workdir / "log.txt").read_text()
-    assert sorted(
-        p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir()
-    ) == ["3"]
+    left = sorted(p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir())
+    assert left == ["3", "training.json"]
 
 
 def test_released_prompts_reproduce_their_row(finished, checkpoint):
     config, workdir, report = finished
     model, backbone = vpt_jax.load_backbone("demo/16", checkpoint)
-    task = main.load_task("digits")
-    for row, unit in zip(report["rows"], main.plan(config), strict=True):
+    task = load_task("digits")
+    for row, unit in zip(report["rows"], experiment.plan(config), strict=True):
         got = vpt_jax.load_prompts(
             workdir / "prompts" / f"{unit.name}.safetensors", backbone=backbone
         )
@@ -162,7 +162,7 @@ def test_running_again_does_nothing_and_says_the_same(finished):
         for folder in ("prompts", "results", "scores")
         for p in (workdir / folder).iterdir()
     }
-    again = main.run(config, workdir, "a command")
+    again = experiment.run(config, workdir, "a command")
     assert again["rows"] == report["rows"] and again["seconds"] == report["seconds"]
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
 
@@ -187,9 +187,9 @@ def test_an_interrupted_run_ends_the_same_bit_for_bit(
 
     monkeypatch.setattr(files.Log, "epoch", epoch)
     with pytest.raises(Killed):
-        main.run(config, tmp_path)
+        experiment.run(config, tmp_path)
     assert not (tmp_path / "report.json").exists()
-    main.run(config, tmp_path)
+    experiment.run(config, tmp_path)
     assert end_state(tmp_path) == end_state(workdir)
 
 
@@ -198,7 +198,7 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(finished, checkpoi
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     other = smoke(checkpoint, tune__base_lr=0.5, seeds=(0, 1))
     with pytest.raises(ValueError, match=r"seeds: \[0\] -> \[0, 1\]; tune.base_lr"):
-        main.run(other, workdir)
+        experiment.run(other, workdir)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 
 
@@ -206,7 +206,7 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
     finished, checkpoint, tmp_path
 ):
     _, workdir, _ = finished
-    main.run(smoke(checkpoint, seeds=(1, 0), baselines=()), tmp_path)
+    experiment.run(smoke(checkpoint, seeds=(1, 0), baselines=()), tmp_path)
     name = "finetune-key_gate-global-30percent.safetensors"
     alone = (workdir / "prompts" / f"seed0-{name}").read_bytes()
     assert (tmp_path / "prompts" / f"seed0-{name}").read_bytes() == alone
@@ -226,7 +226,7 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
 )
 def test_other_configs_run_too(checkpoint, tmp_path, changes):
     changes = {"baselines": ("scratch",), "condense__scopes": ("global",), **changes}
-    report = main.run(smoke(checkpoint, tune__base_lr=0.01, **changes), tmp_path)
+    report = experiment.run(smoke(checkpoint, tune__base_lr=0.01, **changes), tmp_path)
     totals = [sum(r["counts"]) for r in report["rows"]]
     ratio = round(0.3 * totals[0] + 1e-9)
     assert totals[1:3] == [ratio, ratio]
@@ -236,7 +236,7 @@ def test_other_configs_run_too(checkpoint, tmp_path, changes):
 def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
     config = smoke(checkpoint, tune__base_lr=1e30, baselines=())
     with pytest.raises(FloatingPointError, match="lower config.tune.base_lr"):
-        main.run(config, tmp_path)
+        experiment.run(config, tmp_path)
 
 
 # --- the command line -----------------------------------------------------------------
@@ -309,12 +309,19 @@ def test_the_real_command_prints_the_table_without_tensorflow(checkpoint, tmp_pa
         ("configs/folder.py", "some/where"),
         ("configs/vtab.py", "task=svhn"),
         ("configs/vtab.py", "task=clevr_count,smoke"),
+        ("configs/fgvc.py", "task=cars,published"),
+        ("configs/swin.py", "task=dmlab"),
     ],
 )
 def test_every_config_builds_its_model_and_step(path, arg):
-    config = configs.parse(load_config(path, arg))
+    values = load_config(path, arg)
+    if "benchmark" in values:
+        config = protocol.planned(protocol.parse(values))[-1].config
+    else:
+        config = configs.parse(values)
     settings = config.backbone
-    model = vpt_jax.ViT(settings.variant, dtype=jnp.dtype(settings.dtype))
+    kind = vpt_jax.Swin if settings.variant.startswith("Swin") else vpt_jax.ViT
+    model = kind(settings.variant, dtype=jnp.dtype(settings.dtype))
     side = model.image_size
     key = jax.random.key(0)
     backbone = jax.eval_shape(model.init, key, jnp.zeros((1, side, side, 3)))["params"]
@@ -343,7 +350,9 @@ def test_every_config_builds_its_model_and_step(path, arg):
         after, sums = jax.eval_shape(step, state, backbone, batch)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert set(sums) == {"loss", "correct", "count"}
-    assert len({unit.name for unit in main.plan(config)}) == len(main.plan(config))
+    assert len({unit.name for unit in experiment.plan(config)}) == len(
+        experiment.plan(config)
+    )
 
 
 @pytest.mark.parametrize(
@@ -417,7 +426,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
     loaded = (swin, randomised(params, scale=0.05))
     monkeypatch.setattr(vpt_jax, "load_backbone", lambda *_, **__: loaded)
     config = smoke(checkpoint, baselines=(), condense__scopes=("global",))
-    report = main.run(config, tmp_path)
+    report = experiment.run(config, tmp_path)
     rows = {r["stage"]: r for r in report["rows"]}
     assert list(rows) == ["tune", "condense", "finetune"]
     assert rows["tune"]["counts"] == [4, 4]
@@ -432,5 +441,5 @@ def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
     np.savez(tmp_path / "mine.npz", **vpt_jax.checkpoint.flatten(weights))
     config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
     with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):
-        main.run(config, tmp_path / "run")
+        experiment.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -4,18 +4,13 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_records
-from conftest import randomised
+from PIL import Image
 from test_vtab import toy
 
-import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax import main
-from vpt_jax.checkpoint import save_backbone
-from vpt_jax.data import pictures, prepared, tasks, vtab
+from vpt_jax.data import pictures, prepared, strips, tasks, vtab
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -44,6 +39,116 @@ def test_a_task_has_the_pictures_that_were_written(data_dir):
             picture = picture[..., :3]  # alpha is dropped, as TensorFlow does
             expected = pictures.resize_bilinear(picture[None], 16, "corner")[0]
             np.testing.assert_array_equal(image, expected)
+
+
+def test_only_what_is_needed_is_read(data_dir, monkeypatch):
+    parts, load = [], vtab.load
+
+    def listening(row, part, **options):
+        parts.append(part)
+        return load(row, part, **options)
+
+    monkeypatch.setattr(vtab, "load", listening)
+    task = tasks.load_task("svhn", image_size=8, data_dir=data_dir, splits="select")
+    assert task.test is None and parts == ["train800", "val200"]
+    everything = tasks.load_task("svhn", image_size=8, data_dir=data_dir)
+    final = tasks.load_task("svhn", image_size=8, data_dir=data_dir, splits="final")
+    assert parts == ["train800", "val200", "test"]  # each once, and no fourth file
+    assert len(list(Path(data_dir, "cache", "pictures").iterdir())) == 3
+    assert final.val is None
+    np.testing.assert_array_equal(final.test.images, everything.test.images)
+    for k in range(2):  # pictures, labels
+        parts = everything.train[k], everything.val[k]
+        np.testing.assert_array_equal(final.train[k], np.concatenate(parts))
+    with pytest.raises(ValueError, match="unknown splits 'test'; choose one of 'all'"):
+        tasks.load_task("svhn", data_dir=data_dir, splits="test")
+
+
+def test_tasks_with_the_same_pictures_share_a_file(data_dir, monkeypatch):
+    plain = vtab.BENCHMARKS["svhn"]
+    backwards = plain._replace(name="dtd", label=lambda e: 19 - int(e["label"]))
+    monkeypatch.setitem(vtab.BENCHMARKS, "dtd", backwards)
+    dark = plain._replace(name="dmlab", picture=lambda e: 0 * plain.picture(e))
+    monkeypatch.setitem(vtab.BENCHMARKS, "dmlab", dark)
+    options = {"rule": "corner", "data_dir": data_dir}
+    images, labels = prepared.arrays(plain, "test", 8, **options)
+    assert labels.tolist() == [0, 1, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(vtab, "load", None)
+        same, others = prepared.arrays(backwards, "test", 8, **options)
+    assert others.tolist() == [19, 18, 17, 16] and others.dtype == np.int32
+    np.testing.assert_array_equal(same, images)
+    black, labels = prepared.arrays(dark, "test", 8, **options)
+    assert labels.tolist() == [0, 1, 2, 3] and not black.any() and images.any()
+    # A row that is not in the table keeps its labels for itself.
+    renamed = plain._replace(name="my own")
+    assert prepared.arrays(renamed, "test", 8, **options)[1].tolist() == [0, 1, 2, 3]
+
+
+def test_the_tasks_that_share_pictures():
+    rows = vtab.BENCHMARKS
+    found = {
+        a: [b for b in rows if b != a and prepared._same_pictures(rows[a], rows[b])]
+        for a in tasks.VTAB
+    }
+    shared = {a: b for a, b in found.items() if b}
+    assert shared == {
+        "oxford_flowers102": ["flowers"],  # but for the rule and the parts
+        "clevr_count": ["clevr_distance"],
+        "clevr_distance": ["clevr_count"],
+        "dsprites_location": ["dsprites_orientation"],
+        "dsprites_orientation": ["dsprites_location"],
+        "smallnorb_azimuth": ["smallnorb_elevation"],
+        "smallnorb_elevation": ["smallnorb_azimuth"],
+    }
+
+
+def as_decoded(split, i):
+    picture, _, _ = test_records.example(split, i)
+    picture = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, -1)
+    return Image.fromarray(picture[..., :3])
+
+
+@pytest.mark.parametrize("splits", tasks.SPLITS)
+def test_a_fine_grained_set_trains_on_crops(data_dir, monkeypatch, splits):
+    """Pictures of 3 x 4 to 14 x 4 px; `crop` of 14 px has the short side at 16."""
+    monkeypatch.setitem(vtab.BENCHMARKS, "cub", toy(name="cub", group="fgvc"))
+    options = {"image_size": 14, "data_dir": data_dir, "splits": splits}
+    task = tasks.load_task("cub", **options)
+    numbers = [*range(12)] if splits == "final" else [*range(6)]
+    assert task.train.labels.tolist() == numbers
+    strip = task.train.images
+    assert isinstance(strip, strips.Strip) and strips.side_of(strip) == 14
+    for i in numbers:
+        width, height = as_decoded("train", i).size
+        assert (width, height) == (4, 3 + i)
+        size = (max(16, 16 * 4 // (3 + i)), max(16, 16 * (3 + i) // 4))
+        whole = as_decoded("train", i).resize(size, Image.Resampling.BILINEAR)
+        start, length = strip.start[i], strip.length[i]
+        pixels = strip.pixels[start : start + length]
+        pixels = pixels.swapaxes(0, 1) if strip.wide[i] else pixels
+        np.testing.assert_array_equal(pixels, np.asarray(whole))
+    for split, name, first in ((task.val, "train", 6), (task.test, "test", 0)):
+        if split is None:
+            assert splits == ("final" if name == "train" else "select")
+            continue
+        for i, image in enumerate(split.images):
+            picture = as_decoded(name, first + i)
+            np.testing.assert_array_equal(image, pictures.centre_crop(picture, 14))
+    # From the cache alone.
+    monkeypatch.setattr(vtab, "load", None)
+    again = tasks.load_task("cub", **options)
+    jax.tree.map(np.testing.assert_array_equal, task[2:], again[2:])
+
+
+def test_a_picture_that_is_too_long_is_named(data_dir, monkeypatch):
+    monkeypatch.setattr(pictures, "_LONGEST", 1)
+    row = toy(name="cub", group="fgvc")
+    with pytest.raises(
+        ValueError, match="cub train, example 0: got a picture of 4 x 3"
+    ):
+        prepared.strip(row, "train", 14, data_dir=data_dir)
+    assert not any(Path(data_dir, "cache", "pictures").iterdir())
 
 
 def test_a_second_start_reads_the_cache_alone(data_dir, monkeypatch):
@@ -76,43 +181,9 @@ def test_other_files_are_read_anew(data_dir):
             "svhn: got no prepared copy",
         ),
         ({"skip_broken": True}, "skip_broken for 'folder' alone"),
+        ({"name": "cub", "resize": "crop"}, "for task 'cub'; resize is for VTAB and"),
     ],
 )
 def test_what_cannot_be_loaded(options, message):
     with pytest.raises(ValueError, match=message):
-        tasks.load_task("svhn", **options)
-
-
-def test_a_whole_run(data_dir, tmp_path):
-    """`configs/vtab.py:task=svhn,smoke` on a backbone of two layers' size."""
-    model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    path = tmp_path / "small.safetensors"
-    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
-    values = load_config("task=svhn,smoke").to_dict()
-    values["backbone"].update(variant="demo/16", checkpoint=str(path), image_size=32)
-    values["task"]["data_dir"] = data_dir
-    values["tune"]["batch_size"] = values["linear"]["batch_size"] = 4
-    values["condense"]["scopes"] = ("global",)
-    values |= {"baselines": (), "eval_batch_size": 4}
-    report = main.run(configs.parse(values), tmp_path / "run")
-    assert report["task"] == "svhn"
-    assert (report["data"]["train"], report["data"]["test"]) == (4, 4)
-    assert [r["stage"] for r in report["rows"]] == ["tune", "condense", "finetune"]
-
-
-def load_config(arg):
-    module = {}
-    path = Path(__file__).parent.parent / "configs" / "vtab.py"
-    exec(compile(path.read_text(), str(path), "exec"), module)
-    return module["get_config"](arg)
-
-
-def test_the_config_takes_prompts_and_rates_from_the_table():
-    for name in tasks.VTAB:
-        config = configs.parse(load_config(f"task={name}"))
-        assert config.prompts.num_prompts == vtab.BENCHMARKS[name].prompts
-    assert configs.parse(load_config("task=sun397")).tune.base_lr == 25.0
-    for arg in ("", "task=mnist", "svhn", "task=cub"):
-        with pytest.raises(ValueError, match="task=NAME"):
-            load_config(arg)
+        tasks.load_task(**{"name": "svhn", **options})

@@ -1,26 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading prepared tfds directories: both formats, shards, damaged files.
 
-TFRecord files and tf.train.Example messages are written here byte by byte, from their
-specifications; ArrayRecord files with its own library.
+The files are those of `tfds_files.py`.
 """
 
 import io
+import itertools
 import json
-import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tfds_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tfds_files import (
+    WRITERS,
+    class_label,
+    features_dict,
+    image,
+    png,
+    sequence,
+    serialized,
+    tensor,
+    write_tfrecord,
+    write_version,
+)
 
 from vpt_jax.data import records
 
 SIZES = {"train": (5, 4, 3), "test": (2, 2)}  # examples in each shard
-FORMATS = ("tfrecord", "array_record")
+FORMATS = tuple(WRITERS)
 
 
 def slow_crc32c(data):
@@ -33,61 +45,6 @@ def slow_crc32c(data):
     return crc ^ 0xFFFFFFFF
 
 
-def masked(data):
-    crc = slow_crc32c(data)
-    rotated = ((crc >> 15) | (crc << 17)) & 0xFFFFFFFF
-    return struct.pack("<I", (rotated + 0xA282EAD8) % 2**32)
-
-
-def write_tfrecord(path, payloads):
-    with open(path, "wb") as f:
-        for payload in payloads:
-            length = struct.pack("<Q", len(payload))
-            f.write(length + masked(length) + payload + masked(payload))
-
-
-def write_array_record(path, payloads):
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for payload in payloads:
-        writer.write(payload)
-    writer.close()
-
-
-WRITERS = {"tfrecord": write_tfrecord, "array_record": write_array_record}
-
-
-def varint(value):
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def field(number, data):
-    """A length-delimited field of a protocol buffer."""
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def serialized(image, label, points):
-    """A tf.train.Example: a map of names to lists of bytes, floats or ints."""
-    values = {
-        "image": field(1, field(1, image)),
-        "label": field(3, field(1, varint(label))),
-        "points/xyz": field(2, field(1, np.asarray(points, "<f4").tobytes())),
-    }
-    entries = (field(1, name.encode()) + field(2, v) for name, v in values.items())
-    return field(1, b"".join(field(1, entry) for entry in entries))
-
-
-def png(picture):
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def example(split, i):
     """Picture, label and points of an example; pictures differ in size and mode."""
     rng = np.random.default_rng([len(split), i])
@@ -97,60 +54,25 @@ def example(split, i):
     return picture, i, points
 
 
-def features_json():
-    def feature(kind, name, **content):
-        return {"pythonClassName": f"tensorflow_datasets.core.features.{kind}"} | {
-            name: content
-        }
-
-    def tensor(*dims):
-        return {"shape": {"dimensions": list(dims)}, "dtype": "float32"}
-
-    xyz = feature("tensor_feature.Tensor", "tensor", **tensor("3"), encoding="none")
-    of_points = feature(
-        "features_dict.FeaturesDict", "featuresDict", features={"xyz": xyz}
-    )
-    shape = {"dimensions": ["-1", "-1", "3"]}
-    return feature(
-        "features_dict.FeaturesDict",
-        "featuresDict",
-        features={
-            "image": feature(
-                "image_feature.Image", "image", shape=shape, dtype="uint8"
-            ),
-            "label": feature(
-                "class_label_feature.ClassLabel", "classLabel", numClasses="20"
-            ),
-            "points": feature(
-                "sequence_feature.Sequence", "sequence", feature=of_points, length="-1"
-            ),
-        },
-    )
+FEATURES = features_dict(
+    image=image(),
+    label=class_label(20),
+    points=sequence(features_dict(xyz=tensor(3))),
+)
 
 
 def make(folder, form, name="toy"):
     """A prepared directory of a version, as tfds would leave it."""
-    folder.mkdir(parents=True)
-    splits = []
+    splits = {}
     for split, shards in SIZES.items():
-        at = 0
-        for k, n in enumerate(shards):
-            path = folder / f"{name}-{split}.{form}-{k:05d}-of-{len(shards):05d}"
-            payloads = []
-            for i in range(at, at + n):
-                picture, label, points = example(split, i)
-                payloads.append(serialized(png(picture), label, points.reshape(-1)))
-            WRITERS[form](path, payloads)
-            at += n
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        lengths = [str(n) for n in shards]
-        splits.append(
-            {"name": split, "shardLengths": lengths, "filepathTemplate": template}
-        )
-    info = {"name": name, "version": "1.0.0", "splits": splits, "fileFormat": form}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "features.json").write_text(json.dumps(features_json()))
-    return folder
+        payloads = []
+        for i in range(sum(shards)):
+            picture, label, points = example(split, i)
+            values = {"image": png(picture), "label": label, "points/xyz": points}
+            payloads.append(serialized(values))
+        ends = list(itertools.accumulate(shards, initial=0))
+        splits[split] = [payloads[a:b] for a, b in itertools.pairwise(ends)]
+    return write_version(folder, name, form, FEATURES, splits)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -186,7 +108,7 @@ def test_crc32c_of_known_strings(data, expected):
 @settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=700))
 def test_crc32c_is_that_of_the_definition(data):
-    assert records.crc32c(data) == slow_crc32c(data)
+    assert records.crc32c(data) == slow_crc32c(data) == tfds_files.crc32c(data)
 
 
 @pytest.mark.parametrize("size", [4095, 4096, 4097, 30001])

@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +16,7 @@ from vpt_jax.data.augment import crop_and_flip, normalise, resize
 
 NUM = (2, 0, 3)
 KEY = jax.random.key(3)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -179,6 +185,26 @@ def test_a_linear_probe_on_features_is_a_linear_probe_on_pictures(problem):
         )
 
 
+def test_the_next_batch_is_started_before_a_result_is_read(monkeypatch):
+    """And no more than that: two batches are in flight."""
+    events = []
+
+    class Result:
+        def __init__(self, number):
+            self.number = number
+            events.append(f"start {number}")
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(f"read {self.number}")
+            return np.array(1)
+
+    monkeypatch.setattr(train, "eval_step", lambda *args, **kwargs: Result(len(events)))
+    args = {}, {}, np.zeros((5, 4, 4, 3), np.uint8), np.zeros(5, np.int32)
+    train.evaluate(*args, model=None, recipe=train.Recipe(), batch_size=2)
+    kinds = [event.split()[0] for event in events]
+    assert kinds == ["start", "start", "read", "start", "read", "read"]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 16])
 def test_accuracy_counts_every_example_once(problem, batch_size):
     model, backbone, trainable, images, labels = problem
@@ -195,6 +221,83 @@ def test_accuracy_counts_every_example_once(problem, batch_size):
         batch_size=batch_size,
     )
     assert got == pytest.approx(float(expected), abs=1e-7)
+
+
+STREAM = """
+import sys
+import jax, numpy as np
+import vpt_jax
+from vpt_jax import train
+from vpt_jax.data import cache
+
+def peak():
+    # In kB. Not getrusage, which starts from the peak of the process that forked.
+    (line,) = (x for x in open("/proc/self/status") if x.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+NUM, SIDE = 1334, 224
+model = vpt_jax.ViT(
+    width=16, depth=1, num_heads=2, mlp_dim=16, patch=56, image_size=SIDE
+)
+image = np.zeros((1, SIDE, SIDE, 3), np.float32)
+backbone = jax.jit(model.init)(jax.random.key(0), image)["params"]
+trainable = {
+    "prompts": vpt_jax.init_prompts(jax.random.key(1), model, 1),
+    "head": vpt_jax.init_head(jax.random.key(2), 16, 4),
+}
+recipe = train.Recipe()
+
+def accuracy(images, labels):
+    return train.evaluate(
+        trainable, backbone, images, labels, model=model, recipe=recipe, batch_size=16
+    )
+
+def features(images):
+    return train.extract_features(
+        backbone, images, model=model, normalisation="half", batch_size=16
+    )
+
+def picture(i):
+    return np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+def make(write):
+    for i in range(NUM):
+        write(picture(i))
+
+few, labels = np.stack([picture(i) for i in range(40)]), np.arange(NUM) % 4
+accuracy(few, labels[:40]), features(few)  # compiles
+start = peak()
+cache.cached(sys.argv[1], {}, SIDE, make)
+written = peak()
+images, _ = cache.cached(sys.argv[1], {}, SIDE, make)
+found = accuracy(images, labels.astype(np.int32)), features(images)
+streamed = peak()
+memory = np.array(images)
+assert found[0] == accuracy(memory, labels.astype(np.int32))
+np.testing.assert_array_equal(found[1], features(memory))
+print(written - start, streamed - start, peak() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted otherwise")
+def test_a_file_larger_than_memory_would_do(tmp_path):
+    """200 MB of pictures are written, checked and evaluated in little more memory.
+
+    In flight are at most two batches of 16 pictures, 2.4 MB each, and as much again as
+    floats of each; a checksum looks at 4 MB. The rest of the limit is for allocators.
+    """
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
+    assert not done.returncode, done.stderr
+    written, streamed, in_memory = map(float, done.stdout.split())
+    assert written < 60 and streamed < 60
+    assert in_memory > 150  # the measure sees what is held
 
 
 def test_learning_rates_of_the_reference():

@@ -5,6 +5,7 @@ Bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130; a trac
 is shown for what is a bug of ours, or when asked for (`--traceback`).
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = Path(WORKDIR.value or default_workdir(filename))
         command = shlex.join(["python", "-m", name, *sys.argv[1:]])
+        keep_compiled()
         try:
             main(CONFIG.value, workdir, command)
         except KeyboardInterrupt:
@@ -47,6 +49,31 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
 
     flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, for the next process with the same shapes.
+
+    In `~/.cache/vpt_jax/xla`, in `VPT_JAX_CACHE`, or where JAX's own variable says.
+    """
+    import jax  # after the flags are read: --help need not wait for it
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        root = os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax"
+        path = Path(root).expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    # JAX keeps what took a second; small programs are many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def without_place(command: str) -> str:
+    """A command without the flags that say where it runs: those of the config."""
+    words = shlex.split(command)
+    return shlex.join(
+        word
+        for word in words
+        if not word.startswith("-") or word.startswith("--config") or word == "-m"
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

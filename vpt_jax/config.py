@@ -21,6 +21,8 @@ from vpt_jax.prompts import check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
 BASELINES = ("linear", "random", "scratch")
+DIVERGED = ("error", "last_finite")
+SPLITS = ("all", "select", "final")
 
 
 def positive(**values: int | float) -> None:
@@ -35,16 +37,19 @@ class TaskConfig:
     """Which data set, and where its files lie if it does not ship with the package.
 
     `resize` is for VTAB and own pictures: one of `pictures.RULES`, or empty for what
-    `load_task` says. `skip_broken` leaves broken pictures of a folder out.
+    `load_task` says. `skip_broken` leaves broken pictures of a folder out. `splits` is
+    what of it is used, see `load_task`.
     """
 
     name: str
     data_dir: str = ""
     resize: str = ""
     skip_broken: bool = False
+    splits: str = "all"
 
     def __post_init__(self) -> None:
         check_choice("task.resize", self.resize, ("", *RULES))
+        check_choice("task.splits", self.splits, SPLITS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +157,11 @@ class CondenseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """A whole run.
+
+    `diverged` is what happens to a training whose loss or prompts become infinite or
+    NaN: an `error`, or it ends with its `last_finite` epoch, as in VPT's sweeps.
+    """
 
     task: TaskConfig
     backbone: BackboneConfig
@@ -166,11 +175,13 @@ class Config:
     baselines: tuple[str, ...] = BASELINES
     eval_batch_size: int = 250
     checkpoint_every: int = 10  # epochs
+    diverged: str = "error"
 
     def __post_init__(self) -> None:
         positive(
             eval_batch_size=self.eval_batch_size, checkpoint_every=self.checkpoint_every
         )
+        check_choice("diverged", self.diverged, DIVERGED)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; pass at least one, no repeats.")
         for name in self.baselines:
@@ -197,11 +208,12 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
         group = GROUPS.get(name)
         if group is not None and not isinstance(value, Mapping):
             raise ValueError(f"config.{name} is {value!r}; expected a group of keys.")
-        built[name] = _build(group, value, f"config.{name}.") if group else value
-    return _build(Config, built, "config.")
+        built[name] = build(group, value, f"config.{name}.") if group else value
+    return build(Config, built, "config.")
 
 
-def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """Checks flat values and makes the dataclass `kind` of them; errors as `parse`."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -251,14 +263,15 @@ def _all(value: Any, kind: Any) -> bool:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain values for JSON: tuples as lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        return list(map(plain, value)) if isinstance(value, tuple) else value
-
+    """Plain values for JSON."""
     return plain(dataclasses.asdict(config))
+
+
+def plain(value: Any) -> Any:
+    """Nested values for JSON: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return list(map(plain, value)) if isinstance(value, tuple) else value
 
 
 def differences(

@@ -7,8 +7,10 @@ figure, the groups to show (`vpt_jax.rows`) and the report; it returns False whe
 data of its figure are missing, and what it has drawn until then is dropped.
 """
 
+import functools
 import io
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,11 +84,8 @@ def draw(report: Row) -> dict[str, str]:
     Returns:
       SVG elements by name: accuracy, layers, importance, cost.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     functions = {
-        "accuracy": _draw_accuracy,
+        "accuracy": draw_accuracy,
         "layers": _draw_layers,
         "importance": _draw_importance,
         "cost": _draw_cost,
@@ -94,13 +93,36 @@ def draw(report: Row) -> dict[str, str]:
     default = default_score(report)
     groups = summarise(report["rows"], default)
     groups = [group for group in groups if group["score"] in (None, default, "random")]
+    if not groups:
+        return {}
+    return render(
+        {
+            name: functools.partial(function, groups=groups, report=report)
+            for name, function in functions.items()
+        }
+    )
+
+
+def render(functions: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
+    """Draws figures in one style, the same every time.
+
+    Args:
+      functions: By name, what draws into the empty figure it gets; False from it drops
+        the figure.
+
+    Returns:
+      SVG elements by name, to stand in one page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     figures = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
         for name, function in functions.items():
             figure = Figure((9.2, 4.1), layout="constrained")
-            if groups and function(figure, groups, report):
+            if function(figure):
                 _add_legend(figure)
                 figures[name] = _svg(figure, name)
     return figures
@@ -129,7 +151,7 @@ def _svg(figure: Any, name: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
-def _draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
+def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     """Test accuracy against the ratio kept, with a close-up if that shows more."""
     cut = [group for group in groups if kind(group) not in LINE_STYLES]
     if not cut:

@@ -8,7 +8,6 @@ of `vpt_jax.rows`, figures those of `vpt_jax.figures`.
 
 import argparse
 import dataclasses
-import importlib.resources
 import json
 import math
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax import figures
+from vpt_jax import figures, leaderboard, page
+from vpt_jax.formats import percent, three_digits, with_prefix
 from vpt_jax.rows import Row, default_score, kind, label, per_picture, summarise
 
 LIMIT = 1.5  # points of test accuracy that condensed prompts may lose
@@ -46,28 +46,18 @@ def _cells(group: Row, default: str) -> list[str]:
         f"{low:,}" if low == high else f"{low:,} to {high:,}",
         _percent(group["test_accuracy"], group["test_sd"]),
         _percent(group["val_accuracy"], group["val_sd"]),
-        _with_prefix(group["macs"]),
-        _with_prefix(group["macs_reference"]),
-        "" if latency is None else _three_digits(latency),
+        with_prefix(group["macs"]),
+        with_prefix(group["macs_reference"]),
+        "" if latency is None else three_digits(latency),
         f"{group['tuned_params']:,}",
         str(group["n"]),
     ]
 
 
-def _percent(mean: float, deviation: float | None) -> str:
-    text = f"{100 * mean:.1f}"
-    return text if deviation is None else f"{text} ± {100 * deviation:.1f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
-
-
-def _with_prefix(value: float) -> str:
-    """Three digits and an SI prefix: 81240000 is "81.2 M"."""
-    power = int(math.log10(max(value, 1)) // 3)
-    prefix = ("", "k", "M", "G", "T", "P")[power]
-    return f"{_three_digits(value / 1000**power)} {prefix}"
+def _percent(mean: float | None, deviation: float | None) -> str:
+    if mean is None:  # not measured: those pictures were trained on
+        return ""
+    return percent(100 * mean, None if deviation is None else 100 * deviation)
 
 
 def print_table(report: Row, file: Any = None) -> None:
@@ -234,23 +224,17 @@ def html(report: Row) -> str:
     """
     backbone = report["backbone"]
     title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
-    assets = importlib.resources.files("vpt_jax") / "assets"
-    css = (assets / "report.css").read_text(encoding="utf-8")
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict(report))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<style>
-{css}</style></head><body>
-<h1>{escape(title)}</h1>
-<ul>{sentences}</ul>
+    shown_above = ("task", "importance", "rows", "latency_batch")
+    details = {k: v for k, v in report.items() if k not in shown_above}
+    headings = {"seconds": "Seconds per stage, all seeds together"}
+    body = f"""{page.bullets(verdict(report))}
 <h2>Results</h2>{_html_table(report)}
 <p class="soft">Accuracies are means over seeds, ± one sample standard deviation. PC is
 prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
 tokens of every layer, as papers do. Time is {per_picture(report)}.</p>
-{_html_figures(report)}
-{_html_details(report)}</body></html>
-"""
+{page.figures(figures.draw(report), figures.captions(report))}
+{page.details(details, headings)}"""
+    return page.page(title, body)
 
 
 def _html_table(report: Row) -> str:
@@ -264,34 +248,6 @@ def _html_table(report: Row) -> str:
 <tbody>{"".join(lines)}</tbody></table></div>"""
 
 
-def _html_figures(report: Row) -> str:
-    captions = figures.captions(report)
-    sections = []
-    for name, svg in figures.draw(report).items():
-        heading, caption = captions[name]
-        sections.append(
-            f"<section><h2>{escape(heading)}</h2>"
-            f'<figure><div class="card wide">{svg}</div>'
-            f'<figcaption class="soft"><p>{escape(caption)}</p></figcaption></figure>'
-            "</section>"
-        )
-    return "".join(sections)
-
-
-def _html_details(report: Row) -> str:
-    """How the run was made: whatever else the report holds."""
-    shown_above = ("task", "importance", "rows", "latency_batch")
-    headings = {"seconds": "Seconds per stage, all seeds together"}
-    parts = []
-    for name, value in report.items():
-        if name in shown_above or not value:
-            continue
-        heading = headings.get(name, name.capitalize())
-        text = value if isinstance(value, str) else json.dumps(value, indent=2)
-        parts.append(f"<h2>{escape(heading)}</h2><pre>{escape(text)}</pre>")
-    return "".join(parts)
-
-
 def write(report: Row, workdir: str | Path) -> None:
     """Writes `report.json` and `report.html` into `workdir`."""
     from vpt_jax import workdir as files  # imports Orbax, which takes seconds
@@ -302,24 +258,36 @@ def write(report: Row, workdir: str | Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Renders `report.html` again from `report.json` and prints the table."""
-    from vpt_jax import workdir as files  # imports Orbax, which takes seconds
+    """Renders a workdir again from its JSON and prints the table.
 
+    A benchmark's workdir has a leaderboard.json, that of a single run a report.json.
+    """
     parser = argparse.ArgumentParser(prog="python -m vpt_jax.report")
-    parser.add_argument("workdir", type=Path, help="folder with report.json")
+    help_text = "folder with report.json or leaderboard.json"
+    parser.add_argument("workdir", type=Path, help=help_text)
     workdir = parser.parse_args(argv).workdir
-    source, target = workdir / "report.json", workdir / "report.html"
+    several = (workdir / "leaderboard.json").exists()
+    source = workdir / ("leaderboard.json" if several else "report.json")
     try:
-        report = json.loads(source.read_text(encoding="utf-8"))
-        page = html(report)
+        content = json.loads(source.read_text(encoding="utf-8"))
+        texts = leaderboard.render(content) if several else {"html": html(content)}
     except FileNotFoundError:
         run = f"python -m vpt_jax.main --config=CONFIG --workdir={workdir}"
         parser.error(f"{workdir} has no report.json; a finished run writes it: {run}")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        parser.error(f"{source} is not a report ({e!r}).")
-    files.write_text(target, page)
-    print_table(report)
-    print(f"Wrote {target}")
+        kind_of_file = "leaderboard" if several else "report"
+        parser.error(f"{source} is not a {kind_of_file} ({e!r}).")
+    from vpt_jax import workdir as files  # imports Orbax, which takes seconds
+
+    targets = [source.with_suffix(f".{suffix}") for suffix in texts]
+    for target, text in zip(targets, texts.values(), strict=True):
+        files.write_text(target, text)
+    if several:
+        leaderboard.print_table(content)
+    else:
+        print_table(content)
+    for target in targets:
+        print(f"Wrote {target}")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,15 @@ def label(row: Row, default: str = DEFAULT_SCORE, *, ratio: bool = True) -> str:
     return name
 
 
+def place(row: Row, default: str = DEFAULT_SCORE) -> tuple:
+    """What rows of one group have in common; groups sort by it as in the table."""
+    row_kind, score = kind(row), row["score"] or ""
+    # The references come first: no ratio is above 1.
+    ratio = 2.0 if row_kind in REFERENCE_KINDS else row["keep_ratio"]
+    other_score = score not in ("", default)
+    return -ratio, KINDS.index(row_kind), row["scope"] or "", other_score, score
+
+
 def summarise(rows: Sequence[Row], default: str = DEFAULT_SCORE) -> list[Row]:
     """Averages the rows of a report over seeds.
 
@@ -86,23 +95,9 @@ def summarise(rows: Sequence[Row], default: str = DEFAULT_SCORE) -> list[Row]:
       by falling ratio. Like a row, with means over its `n` seeds, `counts` of the first
       seed, and sample deviations `val_sd` and `test_sd` (None with one seed).
     """
-
-    def place(row: Row) -> tuple:
-        row_kind, score = kind(row), row["score"] or ""
-        # The references come first: no ratio is above 1.
-        ratio = 2.0 if row_kind in REFERENCE_KINDS else row["keep_ratio"]
-        other_score = score not in ("", default)
-        return (
-            -ratio,
-            KINDS.index(row_kind),
-            row["scope"] or "",
-            other_score,
-            score,
-        )
-
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(place(row), []).append(row)
+        groups.setdefault(place(row, default), []).append(row)
     return [_average(groups[key]) for key in sorted(groups)]
 
 
@@ -113,11 +108,14 @@ def _average(rows: list[Row]) -> Row:
     del group["seed"]
     group["n"] = len(rows)
 
-    for name in ("val_accuracy", "test_accuracy", "macs", "macs_reference"):
+    for name in ("macs", "macs_reference"):
         group[name] = float(np.mean([row[name] for row in rows]))
     for split in ("val", "test"):
         accuracies = [row[f"{split}_accuracy"] for row in rows]
-        several = len(rows) > 1
+        # None where the validation pictures were trained on too.
+        known = None not in accuracies
+        group[f"{split}_accuracy"] = float(np.mean(accuracies)) if known else None
+        several = known and len(rows) > 1
         group[f"{split}_sd"] = float(np.std(accuracies, ddof=1)) if several else None
     # A resumed or older run may lack the latency of some seeds.
     latencies = [row["latency_ms"] for row in rows if row["latency_ms"] is not None]

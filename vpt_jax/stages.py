@@ -23,6 +23,7 @@ from vpt_jax import train
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import normalise
+from vpt_jax.data.strips import Strip, view
 from vpt_jax.data.tasks import Split, Task
 
 
@@ -53,9 +54,10 @@ class Run(NamedTuple):
     model: vpt_jax.ViT | vpt_jax.Swin
     backbone: Any
     backbone_info: dict[str, Any]
-    images: jax.Array
+    images: jax.Array | Strip
     labels: jax.Array
     log: files.Log
+    features: jax.Array | None = None  # of the training set without prompts, if known
 
 
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
@@ -65,32 +67,47 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
         run.log.line(f"{prefix} {unit.name}: done before")
         return result
-    trainable, seconds = trained(run, unit, prefix)
+    trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
-    result = {"row": row, "seconds": round(seconds, 3)}
+    if training["epochs"] < training["planned_epochs"]:
+        row |= {k: training[k] for k in ("epochs", "planned_epochs")}
+    result = {"row": row, "seconds": training["seconds"]}
     if files.writes():
         files.write_json(path, result)
+    accuracies = "".join(
+        f" {split} {100 * row[f'{split}_accuracy']:.2f} %,"
+        for split in ("test", "val")
+        if row[f"{split}_accuracy"] is not None
+    )
     run.log.line(
-        f"{prefix} {unit.name}: {sum(row['counts'])} prompts, test"
-        f" {100 * row['test_accuracy']:.2f} %, val {100 * row['val_accuracy']:.2f} %,"
-        f" {seconds:.1f} s"
+        f"{prefix} {unit.name}: {sum(row['counts'])} prompts,{accuracies}"
+        f" {result['seconds']:.1f} s"
     )
     return result
 
 
-def trained(run: Run, unit: Unit, prefix: str = "") -> tuple[dict[str, Any], float]:
-    """Prompts and head of a unit, and the seconds their training took.
+def trained(
+    run: Run, unit: Unit, prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prompts and head of a unit, and of their training: seconds, epochs, planned ones.
 
     Released prompts are float32 and read back exactly, so they are the record of a
     finished training.
     """
     path = run.workdir / "prompts" / f"{unit.name}.safetensors"
+    training_path = run.workdir / "checkpoints" / unit.name / "training.json"
     if path.exists():
         saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
-        return {"prompts": saved.prompts, "head": saved.head}, 0.0
-    trainable, seconds = starting_point(run, unit), 0.0
+        training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
+        if training_path.exists():  # not where nothing was trained
+            training = json.loads(training_path.read_text(encoding="utf-8"))
+        return {"prompts": saved.prompts, "head": saved.head}, training
+    trainable = starting_point(run, unit)
+    training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
     if unit.stage != "condense":
-        trainable, seconds = fit(run, unit, trainable, prefix)
+        trainable, training = fit(run, unit, trainable, prefix)
+        if files.writes():
+            files.write_json(training_path, training)
     if files.writes():
         vpt_jax.save_prompts(
             path,
@@ -103,7 +120,7 @@ def trained(run: Run, unit: Unit, prefix: str = "") -> tuple[dict[str, Any], flo
             class_names=run.task.class_names,
             deep=run.config.prompts.deep,
         )
-    return trainable, seconds
+    return trainable, training
 
 
 def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
@@ -143,7 +160,8 @@ def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
     def batches():
         for start in range(0, num, settings.batch_size):
             part = slice(start, start + settings.batch_size)
-            image = normalise(run.images[part], run.backbone_info["normalisation"])
+            image = view(run.images, jnp.arange(num)[part])
+            image = normalise(image, run.backbone_info["normalisation"])
             yield {"image": image, "label": run.labels[part]}
 
     start = time.perf_counter()
@@ -168,14 +186,23 @@ def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
 
 def fit(
     run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
-) -> tuple[dict[str, Any], float]:
-    """Trains a unit, from its newest checkpoint if there is one; with its seconds."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Trains a unit, from its newest checkpoint if there is one.
+
+    Returns:
+      Prompts and head of the last epoch, or of the last one in which all was finite
+      (`config.diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`.
+
+    Raises:
+      FloatingPointError: If training diverges and `config.diverged` is "error".
+    """
     stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
     settings: configs.TrainConfig = getattr(run.config, stage)
     recipe = make_recipe(run, settings, unit.stage)
     model, images = run.model, run.images
     if unit.stage == "linear":  # frozen features never change: computed once
-        model, images = None, features_of(run)
+        known = run.features
+        model, images = None, features_of(run) if known is None else known
     num = len(run.labels)
     steps = math.ceil(num / settings.batch_size)
     rates = train.learning_rates(
@@ -196,6 +223,8 @@ def fit(
     run.log.note(f"{unit.name} trains\n{overview}")
     state = jax.tree.map(jnp.asarray, saved["state"])
     seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
+    # Copies: the state is donated, and its last finite values may be the result.
+    kept, done = on_host(state.trainable), first
     for epoch in range(first, settings.epochs):
         start = time.perf_counter()
         order, mask = train.epoch_order(unit.seed, epoch, num, settings.batch_size)
@@ -215,19 +244,42 @@ def fit(
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics["seconds"] = time.perf_counter() - start
         seconds += metrics["seconds"]
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"{unit.name}: loss is {metrics['loss']} in epoch {epoch + 1} at rate"
-                f" {rates[epoch].max():g}; lower config.{stage}.base_lr"
-                f" ({settings.base_lr}). Earlier checkpoints are in {directory}."
+        now = on_host(state.trainable)
+        if not (math.isfinite(metrics["loss"]) and is_finite(now)):
+            text = (
+                f"{unit.name}: loss is {metrics['loss']} after epoch {epoch + 1} at"
+                f" rate {rates[epoch].max():g}"
             )
+            if run.config.diverged == "error":
+                raise FloatingPointError(
+                    f"{text}; lower config.{stage}.base_lr ({settings.base_lr})."
+                    f" Earlier checkpoints are in {directory}."
+                )
+            run.log.line(f"{prefix} {text}; ended with epoch {epoch}")
+            break
+        kept, done = now, epoch + 1
         run.log.epoch(unit.name, epoch + 1, settings.epochs, num, metrics, prefix)
         last = epoch + 1 == settings.epochs
         if last or (epoch + 1) % run.config.checkpoint_every == 0:
             saved = {"state": state, "seconds": np.asarray(seconds)}
             files.save_checkpoint(directory / str(epoch + 1), saved)
             files.remove_checkpoints(directory, keep=1)
-    return state.trainable, seconds
+    training = {
+        "seconds": round(seconds, 3),
+        "epochs": done,
+        "planned_epochs": settings.epochs,
+    }
+    return jax.tree.map(jnp.asarray, kept), training
+
+
+def on_host(tree: Any) -> Any:
+    """A copy of a tree of arrays in NumPy."""
+    return jax.tree.map(np.array, tree)
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether no number in a tree of NumPy arrays is infinite or NaN."""
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
 def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:
@@ -242,11 +294,15 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
 
 
 def features_of(run: Run) -> jax.Array:
-    """Features of the training set without prompts, `[n, d]`."""
+    """Features of the training set without prompts, `[n, d]`.
+
+    Where training draws random crops, those of the centres alone: a linear probe sees
+    one view of each picture, and no flips.
+    """
     return jnp.asarray(
         train.extract_features(
             run.backbone,
-            run.task.train.images,
+            run.images,
             model=run.model,
             normalisation=run.backbone_info["normalisation"],
             batch_size=run.config.eval_batch_size,
@@ -264,7 +320,9 @@ def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]
         ready = {**trainable, "prompts": kv}
     size = run.config.eval_batch_size
 
-    def accuracy(split: Split) -> float:
+    def accuracy(split: Split | None) -> float | None:
+        if split is None:
+            return None
         return train.evaluate(
             ready,
             run.backbone,
@@ -288,19 +346,21 @@ def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]
         "macs_reference": vpt_jax.macs(
             run.model, counts, deep=deep, formulation="tokens"
         ),
-        "latency_ms": latency(run, ready, recipe),
+        "latency_ms": run.task.test and latency(run, ready, run.task.test, recipe),
         "tuned_params": sum(x.size for x in tuned),
         "seed": unit.seed,
     }
 
 
-def latency(run: Run, ready: dict[str, Any], recipe: train.Recipe) -> float:
+def latency(
+    run: Run, ready: dict[str, Any], split: Split, recipe: train.Recipe
+) -> float:
     """Milliseconds per picture of the compiled forward pass, median of 9 batches."""
     size = run.config.eval_batch_size
-    index = np.arange(size) % len(run.task.test.labels)
+    index = np.arange(size) % len(split.labels)
     # On the device before the clock starts: the model is timed, not the copy.
     batch = jax.device_put(
-        (run.task.test.images[index], run.task.test.labels[index], np.ones(size, bool))
+        (split.images[index], split.labels[index], np.ones(size, bool))
     )
     times = []
     for _ in range(10):

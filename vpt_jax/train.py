@@ -12,6 +12,7 @@ at `train_step`; `train_epoch` is a scan over it.
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,16 @@ import numpy as np
 import optax
 
 from vpt_jax.condense import cross_entropy
+from vpt_jax.data import cache, strips
 from vpt_jax.data.augment import normalise
 from vpt_jax.prompts import apply_head, check_choice, prompt_dropout
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step")  # how often the learning rate moves
+
+# Crops have keys of their own, fold_in(fold_in(key, _CROPS), step): no step, of which
+# the key is fold_in(key, step), has this number.
+_CROPS = 2**31 - 1
 
 
 class Recipe(NamedTuple):
@@ -167,7 +173,7 @@ def train_step(
 def train_epoch(
     state: TrainState,
     backbone: Any,
-    images: jax.Array,
+    images: jax.Array | strips.Strip,
     labels: jax.Array,
     order: jax.Array,
     mask: jax.Array,
@@ -183,7 +189,8 @@ def train_epoch(
     Args:
       state: Donated.
       backbone: Frozen parameters, not donated.
-      images: The resident set, uint8 `[n, s, s, 3]`.
+      images: The resident set, uint8 `[n, s, s, 3]`, or a strip of it, of which every
+        step sees other crops, see `strips.take`.
       labels: int32 `[n]`.
       order: Indices `[steps, b]`, see `epoch_order`.
       mask: bool `[steps, b]`, False where `order` is padding.
@@ -199,7 +206,9 @@ def train_epoch(
 
     def step(state: TrainState, xs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
         index, real, rate = xs
-        batch = {"image": images[index], "label": labels[index], "mask": real}
+        crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROPS), state.step)
+        image = strips.take(images, index, crop_key)
+        batch = {"image": image, "label": labels[index], "mask": real}
         return train_step(
             state, backbone, batch, rate, weight_decay, key, model=model, recipe=recipe
         )
@@ -293,24 +302,49 @@ def evaluate(
     recipe: Recipe,
     batch_size: int,
 ) -> float:
-    """Accuracy in [0, 1]; every example counts once, the last batch is padded."""
-    right = 0
-    for start in range(0, len(labels), batch_size):
-        index = np.arange(start, start + batch_size)
-        mask = index < len(labels)
-        index = np.where(mask, index, 0)
-        right += int(
-            eval_step(
-                trainable,
-                backbone,
-                images[index],
-                labels[index],
-                mask,
-                model=model,
-                recipe=recipe,
-            )
+    """Accuracy in [0, 1]; every example counts once, the last batch is padded.
+
+    `images` may be a memory map that is larger than memory, see `_batches`.
+    """
+    counts = (
+        eval_step(
+            trainable, backbone, batch, labels[index], mask, model=model, recipe=recipe
         )
-    return right / len(labels)
+        for batch, index, mask in _batches(images, batch_size)
+    )
+    return sum(int(count) for count in _one_late(counts)) / len(labels)
+
+
+def _batches(
+    images: Any, batch_size: int
+) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """All pictures in order, `(batch, index [b], mask [b])`; the last batch is padded.
+
+    Of a memory-mapped file, what has been copied into a batch no longer takes memory.
+    """
+    num = strips.count(images)
+    for start in range(0, num, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        mask = index < num
+        index = np.where(mask, index, 0)
+        batch = strips.view(images, index)
+        cache.forget(images, start, start + batch_size)
+        yield batch, index, mask
+
+
+def _one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
+    """Results on the host, each when the next has been started.
+
+    While the device computes one batch, the host prepares the next; at most two are in
+    flight, so that memory is bounded.
+    """
+    before = None
+    for result in results:
+        if before is not None:
+            yield np.asarray(before)
+        before = result
+    if before is not None:
+        yield np.asarray(before)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "normalisation"))
@@ -323,19 +357,18 @@ def _features(
 
 def extract_features(
     backbone: Any,
-    images: np.ndarray,
+    images: Any,
     *,
     model: Any,
     normalisation: str,
     batch_size: int,
 ) -> np.ndarray:
-    """Features `[n, d]` of the model without prompts, for a linear probe."""
-    found = []
-    for start in range(0, len(images), batch_size):
-        part = images[start : start + batch_size]
-        padding = [(0, batch_size - len(part))] + [(0, 0)] * (images.ndim - 1)
-        out = _features(
-            backbone, np.pad(part, padding), model=model, normalisation=normalisation
-        )
-        found.append(np.asarray(out)[: len(part)])
-    return np.concatenate(found)
+    """Features `[n, d]` of the model without prompts, for a linear probe.
+
+    Of a strip, which lies on the device, those of the centres: see `strips.view`.
+    """
+    found = (
+        _features(backbone, batch, model=model, normalisation=normalisation)
+        for batch, *_ in _batches(images, batch_size)
+    )
+    return np.concatenate(list(_one_late(found)))[: strips.count(images)]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -43,6 +44,36 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file, if this process writes; one that dies lets it go.
+
+    Args:
+      path: The file; its folder is created.
+      wait: For the other process, if one holds it.
+
+    Raises:
+      ValueError: If another process holds it and `wait` is False.
+    """
+    if not writes():
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"another process works on {path.parent}; wait for it to end, or pass"
+            " another --workdir."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -103,9 +134,16 @@ def remove_checkpoints(directory: str | os.PathLike, keep: int) -> None:
 class Log:
     """A progress line on a terminal, plain lines in a file, TensorBoard events."""
 
-    def __init__(self, path: str | os.PathLike, events: str | os.PathLike) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        events: str | os.PathLike,
+        *,
+        echo: bool = True,
+    ) -> None:
+        """`echo=False` keeps lines off the terminal; progress is still shown there."""
         self._start = time.perf_counter()
-        self._quiet = not writes()
+        self._quiet, self._echo = not writes(), echo
         if self._quiet:
             return
         from tensorboardX import SummaryWriter
@@ -118,8 +156,9 @@ class Log:
         """A line for the terminal and the file."""
         if self._quiet:
             return
-        self._clear()
-        print(f"{time.perf_counter() - self._start:7.1f} s  {text}", flush=True)
+        if self._echo:
+            self._clear()
+            print(f"{time.perf_counter() - self._start:7.1f} s  {text}", flush=True)
         self._write(text)
 
     def note(self, text: str) -> None:

@@ -331,6 +331,22 @@ def make_resisc45(d, rng):
     return raw
 
 
+def make_nabirds(d, rng):
+    raw, lists = Raw(d, manual=d), ("images", "image_class_labels", "train_test_split")
+    lines = {name: "" for name in lists}
+    for k in range(2 * 555):
+        label, train = k // 2, k % 2
+        number, uuid = 2 + label + label // 3, f"{k:08x}-21dc-4d0c-bfe1-4cae3c85c829"
+        path, data = f"{number:04d}/{uuid.replace('-', '')}.jpg", jpeg(rng, 12, 10)
+        put(d / "nabirds" / "images" / path, data)
+        for name, value in zip(lists, (path, number, train), strict=True):
+            lines[name] += f"{uuid} {value}\n"
+        raw.expect("train" if train else "test", decoded(data), nabirds=label)
+    for name, text in lines.items():
+        put(d / "nabirds" / f"{name}.txt", text.encode())
+    return raw
+
+
 def make_eurosat(d, rng):
     raw = Raw(d)
     for label, name in enumerate(sorted(class_names("eurosat/rgb"))):
@@ -487,6 +503,7 @@ MAKERS = {
     "dtd": make_dtd,
     "eurosat/rgb": make_eurosat,
     "kitti": make_kitti,
+    "nabirds": make_nabirds,
     "oxford_flowers102": make_oxford_flowers102,
     "oxford_iiit_pet": make_oxford_iiit_pet,
     "patch_camelyon": make_patch_camelyon,

@@ -62,7 +62,7 @@ def of_split(benchmark, expected, split):
 
 def test_every_builder_of_the_table_is_here(expected):
     assert set(expected) == {b.source.name for b in vtab.BENCHMARKS.values()}
-    assert len(expected) == 19
+    assert len(expected) == 20
     for name, known in expected.items():
         assert set(known["shards"].values()) == {3}, name
 
@@ -160,6 +160,7 @@ def test_sizes_of_the_parts(found):
     assert sizes["smallnorb_azimuth"] == [60, 30, 30]
     assert sizes["diabetic_retinopathy"] == [10, 4, 6]
     assert sizes["cub"] == [18, 2, 20]
+    assert sizes["nabirds"] == [499, 56, 555]
     assert sizes["dogs"] == [108, 12, 120]
     assert sizes["cars"] == [27, 3, 30]
 

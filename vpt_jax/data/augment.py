@@ -2,7 +2,8 @@
 """What happens to pictures on the device: normalisation, crop, flip, resize.
 
 Pictures live on the device as uint8; every function here is pure JAX on a batch
-`[b, h, w, 3]` and runs inside the jitted step.
+`[b, h, w, 3]` and runs inside the jitted step. Random crops of pictures that are not
+squares are in `strips.py`.
 """
 
 import jax

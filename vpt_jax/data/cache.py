@@ -5,11 +5,15 @@ A cache file is the pixels, one picture after the other, then one line of JSON (
 key, what the maker had to say, the number of pictures, a checksum) and the length of
 that line. The file is found by a hash of its key, appears when it is whole, and is
 checked when it is opened. Files here can be deleted at any time; nothing else does it.
+
+A file may be larger than memory: who goes through it in order calls `forget`.
 """
 
 import contextlib
 import hashlib
 import json
+import math
+import mmap
 import os
 import time
 import zlib
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from vpt_jax.workdir import atomic_path
 
@@ -39,6 +44,8 @@ def cached(
     side: int,
     make: Callable[[Callable[[np.ndarray], None]], Any],
     report: Callable[[str], None] = print,
+    *,
+    strip: bool = False,
 ) -> tuple[np.ndarray, Any]:
     """Pictures from the cache; made, and kept for the next time, if not there.
 
@@ -53,10 +60,11 @@ def cached(
       make: Called with `write`; calls `write(picture)` with uint8 `[side, side, 3]`
         once per picture, in order, and returns something that JSON can hold.
       report: Called with a line of text when a damaged file was found.
+      strip: Pictures are uint8 `[any, side, 3]` and are glued along their first axis.
 
     Returns:
-      `(pictures, info)`: a read-only memory map uint8 `[n, side, side, 3]`, and what
-      `make` returned.
+      `(pictures, info)`: a read-only memory map uint8 `[n, side, side, 3]`, or
+      `[total, side, 3]` of a strip, and what `make` returned.
 
     Raises:
       ValueError: If the folder cannot be written or the disk is full; nothing is left
@@ -65,10 +73,11 @@ def cached(
     """
     text = json.dumps(key, sort_keys=True)
     key = json.loads(text)  # tuples as lists: as it will be read
+    shape = (side, 3) if strip else (side, side, 3)
     path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.pictures"
     try:
         if path.exists():
-            return _open(path, key, side)
+            return _open(path, key, shape)
     except (OSError, ValueError) as e:
         report(f"{path} is damaged ({e}); making it again")
     with _explained(path), _new_file(path) as file:
@@ -76,25 +85,54 @@ def cached(
 
         def write(picture: np.ndarray) -> None:
             nonlocal crc, num
-            if picture.shape != (side, side, 3) or picture.dtype != np.uint8:
+            rows = picture if strip else picture[None]
+            if rows.shape[1:] != shape or picture.dtype != np.uint8:
+                expected = f"[any, {side}, 3]" if strip else f"[{side}, {side}, 3]"
                 raise ValueError(
                     f"got a picture {picture.dtype} {list(picture.shape)}; expected "
-                    f"uint8 [{side}, {side}, 3]; resize it first."
+                    f"uint8 {expected}; resize it first."
                 )
-            data = np.ascontiguousarray(picture).data.cast("B")
-            crc, num = zlib.crc32(data, crc), num + 1
+            data = np.ascontiguousarray(rows).data.cast("B")
+            crc, num = zlib.crc32(data, crc), num + len(rows)
             # Not into a memory map: a full disk would end the process.
             file.write(data)
 
         info = make(write)
+        crc = _crc_of_info(info, crc)
         end = {"key": key, "info": info, "num": num, "side": side, "crc32": crc}
         line = json.dumps(end).encode() + b"\n"
         file.write(line + len(line).to_bytes(8, "little") + _END)
-    return _open(path, key, side)
+    return _open(path, key, shape)
 
 
-def _open(path: Path, key: Any, side: int) -> tuple[np.ndarray, Any]:
-    """Maps a cache file; ValueError says what is wrong with it."""
+def forget(images: Any, start: int, stop: int) -> None:
+    """Gives back the memory of `images[start:stop]`, if it is that of a mapped file.
+
+    The values stay: what is asked for again is read again. Without it, all that was
+    ever looked at counts as this process's memory, and a job with a limit is killed.
+    """
+    mapped = images
+    while isinstance(mapped, np.ndarray) and not isinstance(mapped, np.memmap):
+        mapped = mapped.base
+    # Only a read-only map: changes that were made in memory alone would be lost.
+    if not isinstance(mapped, np.memmap) or mapped.mode != "r":
+        return
+    pages: mmap.mmap = mapped._mmap  # pyright: ignore[reportAttributeAccessIssue]
+    low, high = byte_bounds(images[start:stop])
+    first, _ = byte_bounds(np.frombuffer(pages, np.uint8))
+    # Whole pages: the one that holds the start has been read, as has all before it.
+    low = (low - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if high - first > low and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        pages.madvise(mmap.MADV_DONTNEED, low, high - first - low)
+
+
+def _crc_of_info(info: Any, crc: int) -> int:
+    """Continues a checksum over what JSON makes of `info`."""
+    return zlib.crc32(json.dumps(info).encode(), crc)
+
+
+def _open(path: Path, key: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
+    """Maps a cache file of `shape` rows; ValueError says what is wrong with it."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         f.seek(max(size - _TAIL, 0))
@@ -107,24 +145,24 @@ def _open(path: Path, key: Any, side: int) -> tuple[np.ndarray, Any]:
         line = f.read(length)
     try:
         end = json.loads(line)
-        same = end["key"] == key and end["side"] == side
+        same = end["key"] == key and end["side"] == shape[0]
         num, crc, info = end["num"], end["crc32"], end["info"]
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError("its description cannot be read") from e
     if not same:
         raise ValueError("it describes other pictures")
     # Before mapping: touching a page that the file does not have kills the process.
-    if start != num * side * side * 3:
+    if start != num * math.prod(shape):
         raise ValueError(f"got {start} bytes of pixels for {num} pictures")
-    if not num:
-        return np.zeros((0, side, side, 3), np.uint8), info
-    pixels = np.memmap(path, np.uint8, "r", shape=(start,))
+    # A map cannot be empty.
+    pixels = np.memmap(path, np.uint8, "r", shape=(start,)) if num else np.zeros(0)
     found = 0
     for at in range(0, start, _CHUNK):
         found = zlib.crc32(pixels[at : at + _CHUNK].data, found)
-    if found != crc:
+        forget(pixels, at, at + _CHUNK)
+    if _crc_of_info(info, found) != crc:
         raise ValueError("its checksum is wrong")
-    return np.asarray(pixels).reshape(num, side, side, 3), info
+    return np.asarray(pixels, np.uint8).reshape(num, *shape), info
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GB as RGB
 
 # Only what people keep pictures in. Other readers of Pillow's start programs (EPS).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+_LONGEST = 16  # times the short side: resized whole, 3 MB for 224 px
 _CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
 
@@ -197,19 +198,58 @@ def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
         return resize_bilinear(np.asarray(picture)[None], side, rule)[0]
     if (width, height) == (side, side):
         return np.asarray(picture)
-    box = (0.0, 0.0, float(width), float(height))
     if rule == "crop":
-        # Only the part that is kept: resizing a narrow strip whole would fill memory.
-        new = _cropped_from(width, height, side)
-        x, y = (round((n - side) / 2) for n in new)
-        box = (
-            x * width / new[0],
-            y * height / new[1],
-            min((x + side) * width / new[0], width),
-            min((y + side) * height / new[1], height),
+        return centre_crop(picture, side)
+    return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def centre_crop(picture: Image.Image, side: int) -> np.ndarray:
+    """The rule `crop`, of a picture that has the side already too.
+
+    To the last bit torchvision's `Resize(256)` and `CenterCrop(224)`, for 224.
+
+    Returns:
+      uint8 `[side, side, 3]`.
+    """
+    width, height = picture.size
+    new = _cropped_from(width, height, side)
+    x, y = (round((n - side) / 2) for n in new)  # halves to even, as torchvision
+    if not _too_long(width, height):
+        resized = resize_short(picture, side)
+        return np.asarray(resized.crop((x, y, x + side, y + side)))
+    # Only the part that is kept: resizing a narrow strip whole would fill memory. True
+    # to a grey level or so: Pillow keeps the corners of a box in single precision.
+    box = (
+        x * width / new[0],
+        y * height / new[1],
+        min((x + side) * width / new[0], width),
+        min((y + side) * height / new[1], height),
+    )
+    return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box))
+
+
+def resize_short(picture: Image.Image, side: int) -> Image.Image:
+    """The short side to 256/224 of `side`, antialiased: what is cropped to `side`.
+
+    Raises:
+      ValueError: If the picture is so long that it would fill memory.
+    """
+    if _too_long(*picture.size):
+        raise ValueError(
+            f"got a picture of {picture.width} x {picture.height} px; expected one at "
+            f"most {_LONGEST} times as long as it is wide; cut or remove it."
         )
-    resized = picture.resize((side, side), Image.Resampling.BILINEAR, box)
-    return np.asarray(resized)
+    new = _cropped_from(*picture.size, side)
+    return picture.resize(new, Image.Resampling.BILINEAR)
+
+
+def short_side(side: int) -> int:
+    """Of a picture that is cropped to `side`, rounded down: 256 px for 224."""
+    return side * 256 // 224
+
+
+def _too_long(width: int, height: int) -> bool:
+    return max(width, height) > _LONGEST * min(width, height)
 
 
 def _cropped_from(width: int, height: int, side: int) -> tuple[int, int]:
@@ -217,7 +257,7 @@ def _cropped_from(width: int, height: int, side: int) -> tuple[int, int]:
 
     Rounded down, as torchvision does.
     """
-    short = side * 256 // 224
+    short = short_side(side)
     if width <= height:
         return short, short * height // width
     return short * width // height, short

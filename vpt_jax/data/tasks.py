@@ -3,10 +3,10 @@
 
 Every task is three pairs of arrays, the same on every machine, so that results can be
 compared. Two sources need no download (digits, shapes); Fashion-MNIST is read from
-files already on the machine; the tasks of VTAB-1k from what tensorflow-datasets
-prepared (`vtab.py`); `folder` is your own pictures (`folder.py`). Nothing here
-downloads anything, and what happens to a picture on its way into the model is in
-`augment.py`.
+files already on the machine; the tasks of VTAB-1k and the fine-grained sets (FGVC, of
+other sizes) from what tensorflow-datasets prepared (`vtab.py`); `folder` is your own
+pictures (`folder.py`). Nothing here downloads anything, and what happens to a picture
+on its way into the model is in `augment.py` and `strips.py`.
 """
 
 import gzip
@@ -16,14 +16,18 @@ import json
 import os
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import folder, prepared, shapes, vtab
+from vpt_jax.data import folder, prepared, shapes, strips, vtab
 from vpt_jax.data.pictures import resize_bilinear
+from vpt_jax.prompts import check_choice
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
+SPLITS = ("all", "select", "final")
+"""What a run needs: every split; train and val, to choose by; train with val joined to
+it, and test, to report."""
 
 # One seed per task: changing one changes the splits, and with them every number that
 # was ever reported on that task.
@@ -50,9 +54,9 @@ _TFDS_HOME = "~/tensorflow_datasets"
 
 
 class Split(NamedTuple):
-    """Pictures uint8 `[n, h, w, 3]` and labels int32 `[n]`."""
+    """Pictures uint8 `[n, h, w, 3]`, or a strip to train on, and labels int32 `[n]`."""
 
-    images: np.ndarray
+    images: Any  # np.ndarray or strips.Strip; the number of pictures is len(labels)
     labels: np.ndarray
 
 
@@ -62,8 +66,8 @@ class Task(NamedTuple):
     name: str
     class_names: tuple[str, ...]
     train: Split
-    val: Split
-    test: Split
+    val: Split | None  # None where train has these pictures too
+    test: Split | None  # None where it was not asked for
 
 
 def check_task(task: Task) -> Task:
@@ -75,10 +79,15 @@ def check_task(task: Task) -> Task:
         split has fewer than two classes.
     """
     num_classes = len(task.class_names)
-    for which in ("train", "val", "test"):
-        images, labels = getattr(task, which)
+    found = {"train": task.train, "val": task.val, "test": task.test}
+    for which, split in found.items():
+        if split is None:
+            continue
+        images, labels = split
         where = f"task {task.name!r}, split {which!r}"
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        if isinstance(images, strips.Strip):
+            _check_strip(images, where)
+        elif images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(
                 f"{where}: got images {images.dtype} {list(images.shape)}; expected "
                 "uint8 [n, h, w, 3]; convert them (grey: repeat the channel)."
@@ -88,9 +97,9 @@ def check_task(task: Task) -> Task:
                 f"{where}: got labels {labels.dtype} {list(labels.shape)}; expected "
                 "int32 [n]; convert them with `.astype(np.int32)`."
             )
-        if len(images) != len(labels):
+        if strips.count(images) != len(labels):
             raise ValueError(
-                f"{where}: got {len(images)} images and {len(labels)} labels; "
+                f"{where}: got {strips.count(images)} images and {len(labels)} labels; "
                 "expected one label per image; check how they were selected."
             )
         if not len(labels):
@@ -110,6 +119,34 @@ def check_task(task: Task) -> Task:
             "expected at least 2 classes; choose another seed or more pictures."
         )
     return task
+
+
+def _check_strip(strip: strips.Strip, where: str) -> None:
+    """Raises if a crop of a picture could be one of another, or of the wrong type."""
+    pixels, start, length, wide = strip
+    good = pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8
+    if not good or not start.shape == length.shape == wide.shape == (len(start),):
+        raise ValueError(
+            f"{where}: got pixels {pixels.dtype} {list(pixels.shape)} and "
+            f"{[list(x.shape) for x in strip[1:]]} starts, lengths and directions; "
+            "expected uint8 [total, height, 3] and three [n]; use `strips.make`."
+        )
+    inside = (start >= 0) & (length >= pixels.shape[1])
+    if not (inside & (start.astype(np.int64) + length <= len(pixels))).all():
+        raise ValueError(
+            f"{where}: got pictures that are shorter than {pixels.shape[1]} px or lie "
+            f"outside of the {len(pixels)} rows; expected the short side to be the "
+            "height of the strip; use `strips.make`."
+        )
+
+
+def join(train: Split, val: Split) -> Split:
+    """The pictures of two splits in memory, those of `train` first."""
+    if isinstance(train.images, strips.Strip):
+        images = strips.join(train.images, val.images)
+    else:
+        images = np.concatenate([train.images, val.images])
+    return Split(images, np.concatenate([train.labels, val.labels]))
 
 
 def _cut(images: np.ndarray, labels: np.ndarray) -> tuple[Split, Split, Split]:
@@ -322,8 +359,8 @@ TASKS: dict[str, Callable[[int, str], Task]] = {
 }
 """Name of a task to its loader, called with `(image_size, data_dir)`."""
 
-# The fine-grained sets are trained on random crops, which are not here yet.
 VTAB = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group != "fgvc")
+FGVC = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group == "fgvc")
 
 
 def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> Task:
@@ -335,17 +372,39 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
     return Task(name, names, *(Split(*splits[k]) for k in folder.SPLITS))
 
 
-def _vtab(name: str, image_size: int, data_dir: str, resize: str) -> Task:
+def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
     """One of VTAB-1k's 19 tasks: 800 train, 200 val, the whole test set."""
     row = vtab.BENCHMARKS[name]
-    splits = (
-        prepared.arrays(
-            row, part, image_size, rule=resize or "corner", data_dir=data_dir
-        )
-        for part in ("train800", "val200", "test")
-    )
-    names = tuple(str(k) for k in range(row.classes))
-    return Task(name, names, *(Split(*split) for split in splits))
+
+    def read(part: str) -> Split:
+        found = prepared.arrays(row, part, image_size, rule=rule, data_dir=data_dir)
+        return Split(*found)
+
+    train, val = read("train800"), read("val200")
+    test = None if splits == "select" else read("test")
+    return Task(name, _numbers(row.classes), train, val, test)
+
+
+def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
+    """A fine-grained set as VPT saw it: random crops to train on, else the centre."""
+    row = vtab.BENCHMARKS[name]
+
+    def strip(part: str) -> Split:
+        return Split(*prepared.strip(row, part, image_size, data_dir=data_dir))
+
+    def centres(part: str) -> Split:
+        found = prepared.arrays(row, part, image_size, rule="crop", data_dir=data_dir)
+        return Split(*found)
+
+    train = strip("train")
+    # To be trained on, val needs room for crops as well.
+    val = strip("val") if splits == "final" else centres("val")
+    test = None if splits == "select" else centres("test")
+    return Task(name, _numbers(row.classes), train, val, test)
+
+
+def _numbers(classes: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(classes))
 
 
 def load_task(
@@ -355,47 +414,61 @@ def load_task(
     data_dir: str = "",
     resize: str = "",
     skip_broken: bool = False,
+    splits: str = "all",
 ) -> Task:
     """Loads a task, resized and split; the same pictures on every machine.
 
     Args:
-      name: A key of `TASKS`, one of `vtab.BENCHMARKS` that is VTAB's, or `folder`.
+      name: A key of `TASKS`, one of `vtab.BENCHMARKS`, or `folder`.
       image_size: Height and width of the pictures in px.
       data_dir: For `fashion_mnist`: a folder of the four idx `.gz` files, or a tfds
         folder that contains `fashion_mnist`. When empty, the Debian package's folder
-        and `~/tensorflow_datasets` are looked at. For VTAB: see `vtab.data_dirs`. For
-        `folder`: a folder of pictures, or an npz file, see `folder.py`.
+        and `~/tensorflow_datasets` are looked at. For VTAB and FGVC: see
+        `vtab.data_dirs`. For `folder`: a folder of pictures, or an npz file, see
+        `folder.py`.
       resize: For VTAB and `folder`: one of `pictures.RULES`. Empty: `corner` for VTAB,
         as VPT ran it, and the layout's own for `folder`.
       skip_broken: For `folder`: leave out pictures that cannot be read.
+      splits: One of `SPLITS`. `select`: without test, which of VTAB and FGVC is not
+        even read. `final`: val's pictures follow train's, in memory; there is no val.
 
     Returns:
-      A checked `Task`. Of `folder` as many pictures as there are, of the others 800
-      train, 200 val and up to 2,000 test pictures, of VTAB the whole test set. Those of
-      VTAB and `folder` are memory-mapped.
+      A checked `Task`. Of `folder` and FGVC as many pictures as there are, of the
+      others 800 train, 200 val and up to 2,000 test pictures, of VTAB the whole test
+      set. Those of VTAB, FGVC and `folder` are memory-mapped. Of FGVC, train is a
+      `strips.Strip`.
 
     Raises:
-      ValueError: If `name` is unknown, `image_size` is below 1, the files of the task
-        are missing or damaged, or an option is not for this task.
+      ValueError: If `name` or `splits` is unknown, `image_size` is below 1, the files
+        of the task are missing or damaged, or an option is not for this task.
     """
+    check_choice("splits", splits, SPLITS)
     if image_size < 1:
         raise ValueError(
             f"got image_size={image_size}; expected at least 1; give the picture side "
             "in px."
         )
-    if name == "folder":
-        return check_task(_folder(image_size, data_dir, resize, skip_broken))
-    if skip_broken or (resize and name in TASKS):
+    known = sorted([*TASKS, *VTAB, *FGVC, "folder"])
+    if name not in known:
+        raise ValueError(f"got task {name!r}; expected one of {known}; choose one.")
+    own = name == "folder"
+    if (skip_broken and not own) or (resize and not own and name not in VTAB):
         raise ValueError(
             f"got resize={resize!r} and skip_broken={skip_broken} for task {name!r};"
             " resize is for VTAB and 'folder', skip_broken for 'folder' alone; leave"
             " them empty."
         )
-    if name in VTAB:
-        return check_task(_vtab(name, image_size, data_dir, resize))
-    if name not in TASKS:
-        raise ValueError(
-            f"got task {name!r}; expected one of {sorted([*TASKS, *VTAB, 'folder'])};"
-            " choose one."
-        )
-    return check_task(TASKS[name](image_size, data_dir))
+    if own:
+        task = _folder(image_size, data_dir, resize, skip_broken)
+    elif name in VTAB:
+        task = _vtab(name, image_size, data_dir, resize or "corner", splits)
+    elif name in FGVC:
+        task = _fgvc(name, image_size, data_dir, splits)
+    else:
+        task = TASKS[name](image_size, data_dir)
+    if splits == "select":
+        task = task._replace(test=None)
+    elif splits == "final":
+        assert task.val  # every loader gives it
+        task = task._replace(train=join(task.train, task.val), val=None)
+    return check_task(task)

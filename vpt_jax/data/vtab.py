@@ -3,7 +3,7 @@
 
 `BENCHMARKS` says of each which tensorflow-datasets builder holds it, how it is split,
 what its label is, and what was published on it. `load` reads it from a directory that
-tfds prepared. Nothing here downloads anything.
+tfds prepared. Nothing here downloads anything; `python -m vpt_jax.data` does.
 
 Sources: splits, labels and versions are google-research/task_adaptation's (d7630d3) and
 KMnP/vpt's (4410440). Prompts per layer and their shares of tuned parameters are those
@@ -17,6 +17,7 @@ tfds 4.9.10 has on record.
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,16 @@ class Source(NamedTuple):
     cuts: tuple[Cut, Cut, Cut]  # train, val, test
     download: str  # how large, in words
     manual: str = ""  # what to fetch by hand; '' where tfds fetches it
+    files: tuple[str, ...] = ()  # which are then in the folder for manual downloads
+    own: bool = False  # the builder is ours (`builders.py`) and needs no TensorFlow
+
+
+class Run(NamedTuple):
+    """Examples `start` to `stop` of a tfds split."""
+
+    split: str
+    start: int
+    stop: int
 
 
 class Benchmark(NamedTuple):
@@ -146,6 +157,7 @@ _RESISC45 = Source(
     "31,500 JPEG pictures in one archive, by hand",
     "fetch NWPU-RESISC45.rar from https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs and "
     "unpack it, so that there is NWPU-RESISC45/airport/airport_001.jpg",
+    ("NWPU-RESISC45",),
 )
 _RETINOPATHY = Source(
     "diabetic_retinopathy_detection/btgraham-300",
@@ -156,6 +168,7 @@ _RETINOPATHY = Source(
     "fetch the files of https://www.kaggle.com/c/diabetic-retinopathy-detection/data "
     "and unpack them: the folders sample, train and test with .jpeg files, and "
     "trainLabels.csv",
+    ("sample", "train", "test", "trainLabels.csv"),
 )
 # 3.0.0 is 3.1.0 without questions and answers. The test split has no annotations.
 _CLEVR = Source(
@@ -197,6 +210,19 @@ _CUB = Source(
     _PERCENT_90,
     "1.2 GB",
 )
+# tfds has no builder for it.
+_NABIRDS = Source(
+    "nabirds",
+    ("1.*.*",),
+    {"train": 23929, "test": 24633},
+    _PERCENT_90,
+    "48,562 JPEG pictures in one archive, by hand",
+    "ask the Cornell Lab of Ornithology for the archive at "
+    "https://dl.allaboutbirds.org/nabirds and unpack it, so that there is "
+    "nabirds/images.txt",
+    ("nabirds",),
+    own=True,
+)
 _DOGS = Source(
     "stanford_dogs", ("0.2.*",), {"train": 12000, "test": 8580}, _PERCENT_90, "820 MB"
 )
@@ -209,6 +235,12 @@ _CARS = Source(
     "the publisher's addresses are dead (tensorflow/datasets#5656): get from elsewhere "
     "cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, "
     "unchanged, as tfds compares checksums",
+    (
+        "cars_train.tgz",
+        "cars_test.tgz",
+        "car_devkit.tgz",
+        "cars_test_annos_withlabels.mat",
+    ),
 )
 
 # Name, group, source, classes; prompts per layer of VPT-Deep by both sources and tuned
@@ -266,6 +298,8 @@ _TABLE = (
               labels.stored("label_elevation")),
     Benchmark("cub", "fgvc", _CUB, 200,
               10, 10, 0.29, Accuracies(87.3, 85.3, 86.7, 88.5)),
+    Benchmark("nabirds", "fgvc", _NABIRDS, 555,
+              50, 50, 1.02, Accuracies(82.7, 75.9, 78.8, 84.2)),
     Benchmark("flowers", "fgvc", _FLOWERS, 102,
               5, 5, 0.14, Accuracies(98.8, 97.9, 98.4, 99.0)),
     Benchmark("dogs", "fgvc", _DOGS, 120,
@@ -276,7 +310,8 @@ _TABLE = (
 # fmt: on
 
 BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _TABLE}
-"""Name to task: the 19 of VTAB-1k in VPT's order, then CUB, Flowers, Dogs and Cars."""
+"""Name to task: the 19 of VTAB-1k, then CUB, NABirds, Flowers, Dogs and Cars; both in
+VPT's order."""
 
 
 def _bounds(cut: Cut, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -285,10 +320,10 @@ def _bounds(cut: Cut, sizes: Mapping[str, int]) -> tuple[int, int]:
     return start, size if cut.take is None else start + size * cut.take // 100
 
 
-def split_expressions(
+def part_runs(
     benchmark: Benchmark, sizes: Mapping[str, int] | None = None
-) -> dict[str, str]:
-    """The parts of a benchmark as tfds' split expressions, in numbers of examples.
+) -> dict[str, list[Run]]:
+    """The parts of a benchmark, in numbers of examples of tfds' splits.
 
     VTAB-1k trains on the first 800 examples of `train`, chooses on the first 200 of
     `val`, trains again on the two together, and reports on the whole of `test`. The
@@ -299,7 +334,7 @@ def split_expressions(
       sizes: The number of examples of each tfds split; the published ones when None.
 
     Returns:
-      One expression for each of `PARTS` and, for VTAB, of `PARTS_1K`; the latter not
+      One or two runs for each of `PARTS` and, for VTAB, of `PARTS_1K`; the latter not
       where the data set has too few examples, as a test's may.
 
     Raises:
@@ -313,21 +348,28 @@ def split_expressions(
             f"{benchmark.name}: got splits {sorted(sizes)}; expected {sorted(needed)}; "
             "prepare the data set again."
         )
-    train, val, test = ((cut.split, *_bounds(cut, sizes)) for cut in source.cuts)
-    parts = {"train": [train], "val": [val], "trainval": [train, val], "test": [test]}
-    if any(start >= stop for runs in parts.values() for _, start, stop in runs):
+    train, val, test = (Run(cut.split, *_bounds(cut, sizes)) for cut in source.cuts)
+    if any(run.start >= run.stop for run in (train, val, test)):
         raise ValueError(
             f"{benchmark.name}: got splits of {dict(sizes)}; expected those of "
             f"{source.sizes}, which can be cut; prepare the whole data set."
         )
-    enough = train[2] - train[1] >= NUM_TRAIN and val[2] - val[1] >= NUM_VAL
+    parts = {"train": [train], "val": [val], "trainval": [train, val], "test": [test]}
+    enough = train.stop - train.start >= NUM_TRAIN and val.stop - val.start >= NUM_VAL
     if benchmark.group != "fgvc" and enough:
-        few = train[0], train[1], train[1] + NUM_TRAIN
-        fewer = val[0], val[1], val[1] + NUM_VAL
+        few = train._replace(stop=train.start + NUM_TRAIN)
+        fewer = val._replace(stop=val.start + NUM_VAL)
         parts |= {"train800": [few], "val200": [fewer], "train800val200": [few, fewer]}
+    return parts
+
+
+def split_expressions(
+    benchmark: Benchmark, sizes: Mapping[str, int] | None = None
+) -> dict[str, str]:
+    """What `part_runs` returns, as tfds' split expressions; the same arguments."""
     return {
         name: "+".join(f"{split}[{start}:{stop}]" for split, start, stop in runs)
-        for name, runs in parts.items()
+        for name, runs in part_runs(benchmark, sizes).items()
     }
 
 
@@ -345,7 +387,12 @@ def data_dirs(data_dir: str = "") -> list[Path]:
     return [Path(folder).expanduser() for folder in folders]
 
 
-def _versions(folder: Path) -> list[str]:
+def manual_folder(data_dir: str = "") -> Path:
+    """Where tfds looks for what was fetched by hand."""
+    return data_dirs(data_dir)[0] / "downloads" / "manual"
+
+
+def versions(folder: Path) -> list[str]:
     """The versions prepared under a folder, the newest first."""
     found = folder.iterdir() if folder.is_dir() else ()
     names = [
@@ -375,27 +422,20 @@ def find(benchmark: Benchmark, data_dir: str = "") -> Path:
     other = []
     for root in data_dirs(data_dir):
         folder = root / benchmark.source.name
-        versions = _versions(folder)
+        found = versions(folder)
         for pattern in benchmark.source.versions:
-            for version in versions:
+            for version in found:
                 if _accepted(version, pattern):
                     return folder / version
-        other += [str(folder / version) for version in versions]
+        other += [str(folder / version) for version in found]
     raise ValueError(_missing(benchmark, data_dir, other))
 
 
 def prepare_command(benchmark: Benchmark, data_dir: str = "") -> str:
     """The shell command that prepares the data set of a benchmark."""
-    name = benchmark.source.name
-    where = f", data_dir={os.fspath(Path(data_dir).expanduser())!r}" if data_dir else ""
-    builder = f"tfds.builder({name!r}{where}, file_format='array_record')"
-    # TensorFlow first: importing it changes the state of NumPy's generator, and tfds
-    # would do so between seeding and drawing caltech101's train split, which then
-    # shares most pictures of the test split.
-    return (
-        f'python -c "import tensorflow, tensorflow_datasets as tfds; '
-        f'{builder}.download_and_prepare()"'
-    )
+    command = f"python -m vpt_jax.data prepare {benchmark.name}"
+    where = os.fspath(Path(data_dir).expanduser())
+    return f"{command} --data_dir={shlex.quote(where)}" if data_dir else command
 
 
 def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> str:
@@ -403,18 +443,19 @@ def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> str:
     got = f"only {', '.join(other)}" if other else "no prepared copy"
     where = " or ".join(str(root / source.name) for root in roots)
     lines = [
-        f"{benchmark.name}: got {got} of tfds' {source.name!r} in {where}; expected "
+        f"{benchmark.name}: got {got} of {source.name!r} in {where}; expected "
         f"version {' or '.join(source.versions)}. Download: {source.download}."
     ]
     if source.manual:
         lines.append(
-            f"By hand: {source.manual}. These go to {roots[0] / 'downloads/manual'}."
+            f"By hand: {source.manual}. These go to {manual_folder(data_dir)}."
         )
-    lines.append(
-        "Prepare it once, in any environment; only this needs TensorFlow:\n"
-        "  pip install 'vpt_jax[prepare]'\n"
-        f"  {prepare_command(benchmark, data_dir)}"
-    )
+    if source.own:
+        lines.append("Prepare it once:")
+    else:
+        lines.append("Prepare it once, in any environment; only this needs TensorFlow:")
+        lines.append("  pip install 'vpt_jax[prepare]'")
+    lines.append(f"  {prepare_command(benchmark, data_dir)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""FGVC with VPT-Deep and Prompt Condensation: birds (two sets), flowers, dogs, cars.
+
+python -m vpt_jax.main --config=configs/fgvc.py \
+    --config.backbone.checkpoint=ViT-B_16.npz --workdir=out/fgvc
+
+For each of the five sets: 36 pairs of rate and decay are tried on train and judged on
+val after the last epoch; then five seeds train with the best pair on train, are
+condensed, fine-tuned, and tested once. VPT's scripts have one such run and choose by
+hand. Its lists of train and val are lost: ours are the first 90 % and the rest of
+tensorflow-datasets' hashed order, of the same sizes. A linear probe, on features of
+centre crops, has a grid of its own.
+
+Training pictures are resized to 256 px on the short side and cropped and flipped at
+random on the device, where a whole set stays (NABirds: 5.6 GB); val and test are
+centre crops.
+
+The same command goes on where it stopped; `--list` shows how far it is;
+`--launcher=ray` or `--launcher=slurm` spreads the runs over machines. After the file's
+name, separated by commas:
+
+    task=cub      one set (may be repeated)
+    published     no grid: one sensible default (VPT published no rates for these)
+    smoke         a trial of the whole way on the small backbone of the package
+
+The data sets must have been prepared by tensorflow-datasets in ~/tensorflow_datasets,
+$TFDS_DATA_DIR or --config.task.data_dir: `python -m vpt_jax.data list`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from vpt_jax.data.vtab import BENCHMARKS
+
+TASKS = tuple(name for name, row in BENCHMARKS.items() if row.group == "fgvc")
+
+DEFAULT = (2.5, 1e-4)  # the middle of VPT's grid
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """See the module's docstring for `arg`."""
+    names, mode, smoke = [], "sweep", False
+    for word in filter(None, arg.split(",")):
+        key, _, value = word.partition("=")
+        if key == "task" and value in TASKS:
+            names.append(value)
+        elif word == "published":
+            mode = word
+        elif word == "smoke":
+            smoke = True
+        else:
+            raise ValueError(
+                f"unknown argument {word!r}; use task=NAME, published, smoke; {TASKS}."
+            )
+    c = ConfigDict()
+    c.benchmark = ConfigDict(
+        {
+            "name": "fgvc",
+            "mode": mode,
+            # Base rates: times batch_size / 256.
+            "rates": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1),
+            "decays": (0.01, 0.001, 0.0001, 0.0),
+            "num_prompts": (),  # numbers to try too; empty: each task's own, below
+            # Of the chosen rate: prompts that are tuned already need less.
+            "finetune_rate": 0.1,
+            "final_splits": "all",  # as VPT: trained on train, not on val too
+        }
+    )
+    c.tasks = ConfigDict()
+    for name in names or TASKS:
+        c.tasks[name] = ConfigDict(
+            {
+                "num_prompts": BENCHMARKS[name].prompts,
+                # Used in mode published.
+                "base_lr": DEFAULT[0],
+                "weight_decay": DEFAULT[1],
+                "how": "default",
+            }
+        )
+    c.seeds = (42, 44, 82, 100, 800)
+    c.task = ConfigDict({"data_dir": ""})
+    c.backbone = ConfigDict(
+        {
+            "variant": "B/16",
+            "checkpoint": "",
+            "image_size": 224,
+            "readout": "",
+            "norm": "",
+            "resize": "",
+            "skip": (),
+            # Empty: the backbone's own. VPT's pipeline has imagenet, whatever it is.
+            "normalisation": "",
+            "dtype": "float32",
+        }
+    )
+    # None: each task's own.
+    num_prompts = config_dict.placeholder(int)
+    c.prompts = ConfigDict({"num_prompts": num_prompts, "deep": True, "dropout": 0.1})
+    c.tune = ConfigDict(
+        {
+            "optimizer": "sgd",
+            "schedule": "epoch",
+            "epochs": 100,
+            "warmup_epochs": 10,
+            # None: chosen by the grid, or the task's own in mode published.
+            "base_lr": config_dict.placeholder(float),
+            "weight_decay": config_dict.placeholder(float),
+            # None: 128, and 64 from 100 prompts per layer on, as VPT.
+            "batch_size": config_dict.placeholder(int),
+        }
+    )
+    # Rates, decay and batch size of these come from the grids too.
+    c.linear = ConfigDict(
+        {"optimizer": "sgd", "schedule": "epoch", "epochs": 100, "warmup_epochs": 10}
+    )
+    c.finetune = ConfigDict(
+        {"optimizer": "sgd", "schedule": "epoch", "epochs": 20, "warmup_epochs": 0}
+    )
+    c.finetune.head = False
+    c.score = ConfigDict({"score": "key_gate", "reduction": "", "batch_size": 64})
+    c.condense = ConfigDict(
+        {"keep_ratios": (0.5, 0.3, 0.2, 0.1), "scopes": ("global",)}
+    )
+    c.baselines = ("linear", "random", "scratch")
+    c.eval_batch_size = 64
+    c.checkpoint_every = 10
+    if smoke:
+        c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))
+        c.seeds = (42, 44)
+        c.backbone.update(variant="demo/4", image_size=16)
+        c.prompts.num_prompts = 2
+        c.tune.update(epochs=2, warmup_epochs=1)
+        c.linear.update(epochs=2, warmup_epochs=1)
+        c.finetune.update(epochs=1)
+        c.condense.keep_ratios = (0.3,)
+        c.checkpoint_every = 1
+    return c

@@ -1,0 +1,603 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The leaderboard: averages, what is published, its files and its table."""
+
+import copy
+import csv
+import io
+import json
+import re
+import statistics
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from vpt_jax import leaderboard as lb
+from vpt_jax import report as rp
+from vpt_jax.board import figures as board_figures
+from vpt_jax.board import published, standings, tables
+from vpt_jax.data.vtab import (
+    BENCHMARKS,
+    DEEP_GROUP_MEANS,
+    DEEP_MEAN_OVER_GROUPS,
+    MEANS_OVER_TASKS,
+)
+
+NATURAL = tuple(n for n in published.VTAB if BENCHMARKS[n].group == "natural")
+CHOSEN = ("base_lr", "weight_decay", "num_prompts", "val_accuracy")
+RATES = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
+
+
+def make_row(stage, score, scope, ratio, counts, test, seed, **more):
+    row = {
+        "stage": stage,
+        "score": score,
+        "scope": scope,
+        "keep_ratio": ratio,
+        "counts": list(counts),
+        "val_accuracy": None,
+        "test_accuracy": test,
+        "macs": 17_000_000_000 + 1_000_000 * sum(counts),
+        "macs_reference": 17_500_000_000 + 8_000_000 * sum(counts),
+        "tuned_params": 768 * sum(counts) + 7690,
+        "seed": seed,
+        "epochs": 100,
+        "planned_epochs": 100,
+    }
+    return row | more
+
+
+def make_task(rng, name, seeds=(42, 44, 82), ratios=(0.5, 0.3, 0.1), layers=12):
+    """A made-up task with a level of its own, as real ones have."""
+    known = BENCHMARKS.get(name)
+    each = known.prompts if known else 10
+    level = known.published.deep / 100 if known else 0.8
+    low = known.published.linear / 100 if known else 0.6
+    rows = []
+    for seed in seeds:
+
+        def add(stage, score, scope, ratio, counts, test, seed=seed):
+            test = float(np.clip(test + rng.normal(0, 0.004), 0, 1))
+            rows.append(make_row(stage, score, scope, ratio, counts, test, seed))
+
+        add("linear", None, None, 0.0, [0] * layers, low)
+        add("tune", None, None, 1.0, [each] * layers, level)
+        for r in ratios:
+            kept = max(1, round(r * each * layers))
+            free = rng.multinomial(kept, [1 / layers] * layers).tolist()
+            lost = 0.002 / r
+            add("condense", "key_gate", "global", r, free, level - 0.1 * (1 - r))
+            add("finetune", "key_gate", "global", r, free, level - lost)
+            add("finetune", "key_gate", "layer", r, free, level - lost - 0.004)
+            add("finetune", "random", "global", r, free, level - 2 * lost)
+            add("scratch", None, None, r, free, level - 2 * lost)
+    grid = []
+    for decay in (0.01, 0.001, 0.0001, 0.0):
+        for rate in RATES:
+            value = level - 0.02 * abs(np.log2(rate / 5)) + rng.normal(0, 0.01)
+            finite = rate < 50 or decay > 0.001
+            grid.append(
+                {
+                    "base_lr": rate,
+                    "weight_decay": decay,
+                    "num_prompts": each,
+                    "val_accuracy": float(value) if finite else None,
+                    "epochs": 100 if finite else 7,
+                    "planned_epochs": 100,
+                }
+            )
+    chosen = max(grid, key=lambda entry: entry["val_accuracy"] or 0)
+    return {
+        "group": known.group if known else "own",
+        "classes": known.classes if known else 4,
+        "chosen": {k: chosen[k] for k in CHOSEN} | {"batch_size": 64, "how": "sweep"},
+        "grid": grid,
+        "rows": rows,
+        "missing": 0,
+    }
+
+
+def make_board(names=published.VTAB, benchmark="vtab", seeds=(42, 44, 82), **more):
+    """A made-up board that looks like a real one; by default of 19 tasks."""
+    rng = np.random.default_rng(0)
+    return {
+        "benchmark": benchmark,
+        "command": "python -m vpt_jax.benchmark --config=configs/vtab.py",
+        "versions": {"vpt_jax": "0.1.0", "jax": "0.9.0"},
+        "backbone": {
+            "name": "ViT-B_16.npz",
+            "variant": "B/16",
+            "hash": "0123456789abcdef" * 4,
+            "parameters": 85_798_656,
+            "normalisation": "imagenet",
+        },
+        "config": {
+            "benchmark": {"mode": "sweep"},
+            "tune": {"epochs": 100},
+            "score": {"score": "key_gate"},
+        },
+        "tasks": {name: make_task(rng, name, seeds, **more) for name in names},
+    }
+
+
+def empty(task):
+    task.update(rows=[], grid=[], chosen=None, missing=60)
+
+
+def by_name(board, ours=True):
+    return {
+        line["method"]: line for line in lb.leaderboard(board) if line["ours"] == ours
+    }
+
+
+def simple(values, names, seeds):
+    """All prompts alone, with the accuracies `values[task][seed]`."""
+    board = make_board(names, seeds=seeds, ratios=())
+    for name in names:
+        board["tasks"][name]["rows"] = [
+            make_row("tune", None, None, 1.0, [10] * 12, values[name][s], s)
+            for s in values[name]
+        ]
+    return board
+
+
+def test_published_averages_are_those_that_were_published():
+    lines = by_name(make_board(), ours=False)
+    for method, mean in MEANS_OVER_TASKS.items():
+        averages = lines[published.METHODS[method]]["averages"]
+        assert averages["mean_tasks"]["mean"] == pytest.approx(mean, abs=0.006)
+    deep = lines["VPT-Deep"]["averages"]
+    for group, mean in DEEP_GROUP_MEANS.items():
+        assert deep[group]["mean"] == pytest.approx(mean, abs=0.021)
+    groups = deep["mean_groups"]["mean"]
+    assert groups == pytest.approx(DEEP_MEAN_OVER_GROUPS, abs=0.011)
+    full = lines["Full fine-tuning (VPT)"]["averages"]
+    assert full["mean_groups"]["mean"] == pytest.approx(68.97, abs=0.006)
+    assert (deep["mean_tasks"]["sd"], deep["mean_tasks"]["n"]) == (None, None)
+
+
+def test_published_averages_of_fgvc():
+    lines = by_name(make_board(published.FGVC, "fgvc"), ours=False)
+    for name, mean in {
+        "Full fine-tuning (VPT)": 88.54,
+        "Linear probe (VPT)": 79.32,
+        "VPT-Shallow": 84.62,
+        "VPT-Deep": 89.11,
+        "E2VPT": 89.22,
+        "Adapter+ (no prompts)": 90.7,
+        "PRO-VPT": 91.7,
+        "DA-VPT": 91.94,
+    }.items():
+        averages = lines[name]["averages"]
+        # They are computed from rounded accuracies.
+        assert averages["mean_tasks"]["mean"] == pytest.approx(mean, abs=0.05)
+    assert "VFPT" not in lines
+    assert lines["VAPT"]["averages"]["mean_tasks"] is None  # it is derived
+
+
+def test_headlines_stand_under_no_average_that_is_not_known():
+    lines = by_name(make_board(), ours=False)
+    assert lines["E2VPT"]["averages"]["mean_groups"]["mean"] == 73.94
+    assert lines["E2VPT"]["averages"]["mean_tasks"] is None
+    for name, value in {"PRO-VPT": 78.0, "VFPT": 73.2, "DA-VPT": 76.14}.items():
+        assert not any(lines[name]["averages"].values())
+        assert lines[name]["as_published"] == value
+        assert "not stated" in lines[name]["convention"]
+    # Of a part of the benchmark no headline is an average.
+    for line in by_name(make_board(NATURAL), ours=False).values():
+        if not line["tasks"]:
+            assert not any(line["averages"].values())
+            assert line["as_published"]
+
+
+def test_both_averages_by_hand():
+    rng = np.random.default_rng(1)
+    values = {n: {s: rng.uniform(0.3, 0.9) for s in (1, 2)} for n in published.VTAB}
+    (line,) = by_name(simple(values, published.VTAB, (1, 2))).values()
+    groups = {}
+    for name in published.VTAB:
+        groups.setdefault(BENCHMARKS[name].group, []).append(name)
+
+    def over_tasks(seed, names=published.VTAB):
+        return 100 * sum(values[n][seed] for n in names) / len(names)
+
+    def over_groups(seed):
+        return sum(over_tasks(seed, names) for names in groups.values()) / 3
+
+    for key, function in {
+        "mean_tasks": over_tasks,
+        "mean_groups": over_groups,
+        "natural": lambda seed: over_tasks(seed, groups["natural"]),
+    }.items():
+        first, second = function(1), function(2)
+        found = line["averages"][key]
+        assert found["mean"] == pytest.approx((first + second) / 2)
+        assert found["sd"] == pytest.approx(abs(first - second) / 2**0.5)
+        assert found["n"] == 2
+    assert line["averages"]["mean_tasks"] != line["averages"]["mean_groups"]
+
+
+def test_spread_is_of_the_averages_of_seeds_that_all_tasks_have():
+    values = {
+        "dtd": {1: 0.5, 2: 0.7, 3: 0.9},
+        "svhn": {1: 0.3, 2: 0.1, 4: 0.8},  # seeds 1 and 2 are those of both
+    }
+    (line,) = by_name(simple(values, ("dtd", "svhn"), (1,))).values()
+    average = line["averages"]["mean_tasks"]
+    assert average["mean"] == pytest.approx((70 + 40) / 2)
+    assert (average["n"], average["sd"]) == (2, pytest.approx(0, abs=1e-9))
+    assert line["tasks"]["dtd"]["sd"] == pytest.approx(20)
+    assert line["tasks"]["svhn"]["sd"] == pytest.approx(statistics.stdev([30, 10, 80]))
+    assert line["seeds"] == [3, 3]
+
+
+def test_one_seed_has_no_spread():
+    board = make_board(NATURAL, seeds=(42,))
+    for line in by_name(board).values():
+        values = (*line["tasks"].values(), *line["averages"].values())
+        assert all(v["sd"] is None and v["n"] == 1 for v in values)
+    ours = lb.render(board)["md"].split("## What was chosen")[0].split("## Averages")[1]
+    assert "±" not in ours
+
+
+def test_methods_are_in_the_order_of_a_report():
+    names = list(by_name(make_board(NATURAL, seeds=(1,), ratios=(0.3, 0.5))))
+    assert names[:3] == ["Linear probe", "All prompts (100 %)", "PC global 50 %"]
+    assert names.index("PC layer 50 %") < names.index("Random 50 %")
+    assert names.index("From scratch 50 %") < names.index("PC global 30 %")
+
+
+def test_costs_are_means_over_tasks():
+    board = make_board(NATURAL)
+    line = by_name(board)["All prompts (100 %)"]
+    prompts = [12 * BENCHMARKS[name].prompts for name in NATURAL]
+    assert line["prompts"] == pytest.approx(np.mean(prompts))
+    tuned = np.mean([768 * p + 7690 for p in prompts])
+    assert line["tuned_params"] == pytest.approx(tuned)
+    assert line["tuned_percent"] == pytest.approx(100 * tuned / 85_798_656)
+    assert line["macs"] == pytest.approx(17e9 + 1e6 * np.mean(prompts))
+    deep = by_name(board, ours=False)["VPT-Deep"]
+    assert deep["prompts"] == pytest.approx(np.mean(prompts))
+    del board["backbone"]["parameters"]
+    assert by_name(board)["All prompts (100 %)"]["tuned_percent"] is None
+
+
+def test_a_board_without_any_rows():
+    board = make_board()
+    for task in board["tasks"].values():
+        empty(task)
+    board["backbone"] = {}  # is known from the first finished run
+    assert by_name(board) == {}
+    texts = lb.render(board)
+    assert "0 of 19 tasks are complete, 1,140 runs" in texts["md"]
+    assert "VPT-Deep" in texts["html"]
+    file = io.StringIO()
+    lb.print_table(board, file)
+    assert "VPT-Deep" in file.getvalue()
+
+
+def test_missing_tasks_leave_averages_out():
+    board = make_board()
+    empty(board["tasks"]["dmlab"])
+    part = board["tasks"]["kitti_distance"]
+    part["rows"] = [row for row in part["rows"] if row["stage"] != "scratch"]
+    part["missing"] = 3
+    line = by_name(board)["All prompts (100 %)"]
+    averages = line["averages"]
+    assert averages["natural"]["n"] == 3
+    for key in ("structured", "mean_tasks", "mean_groups"):
+        assert averages[key] is None
+    assert line["tasks_in"] == 18
+    # 17 tasks are complete; all is averaged over these, published numbers too.
+    whole = set(published.VTAB) - {"dmlab", "kitti_distance"}
+    expected = np.mean([line["tasks"][name]["mean"] for name in whole])
+    assert averages["mean_complete"]["mean"] == pytest.approx(expected)
+    deep = by_name(board, ours=False)["VPT-Deep"]["averages"]
+    expected = np.mean([BENCHMARKS[name].published.deep for name in whole])
+    assert deep["mean_complete"]["mean"] == pytest.approx(expected)
+    assert deep["mean_tasks"]["mean"] == pytest.approx(69.43, abs=0.006)
+    scratch = by_name(board)["From scratch 50 %"]
+    assert scratch["averages"]["mean_complete"]
+    assert scratch["prompts"] is not None
+    text = lb.render(board)["md"]
+    assert "17 of 19 tasks are complete, 63 runs" in text
+    assert "nothing yet of dmlab" in text
+    assert "| Mean over 17 complete tasks |" in text
+    assert f"| {tables.DASH} |" in text
+
+
+def test_a_subset_is_called_so():
+    titles = [a.title for a in standings.averages(make_board(NATURAL))]
+    assert titles == ["Mean over 7 tasks"]
+    titles = [a.title for a in standings.averages(make_board((*NATURAL, "dmlab")))]
+    assert titles == ["Natural", "Structured (1 of 8)", "Mean over 8 tasks"]
+    titles = [a.title for a in standings.averages(make_board())]
+    assert titles[-2:] == ["Mean over 19 tasks", "Mean over 3 groups"]
+    titles = [a.title for a in standings.averages(make_board(published.FGVC, "fgvc"))]
+    assert titles == ["Mean over 5 tasks"]
+
+
+def test_own_tasks_have_no_published_lines():
+    board = make_board(("mugs", "cups"), "kitchen")
+    assert by_name(board, ours=False) == {}
+    text = lb.render(board)["md"]
+    assert "kitchen leaderboard" in text
+    assert "Published rows" not in text
+
+
+def test_diverged_runs_are_marked():
+    board = make_board(NATURAL)
+    row = board["tasks"]["dtd"]["rows"][1]
+    assert row["stage"] == "tune"
+    row.update(epochs=12)
+    line = by_name(board)["All prompts (100 %)"]
+    assert line["diverged"] == [{"task": "dtd", "seed": 42, "epochs": 12}]
+    text = lb.render(board)["md"]
+    assert "All prompts (100 %) †" in text
+    assert "† One run counts with the last epoch before" in text
+    assert "on dtd, seed 42 (epoch 12)" in text
+    assert text.count("†") == 4  # the note, two names, one accuracy
+    # Rows that do not say their epochs got to the end.
+    for key in ("epochs", "planned_epochs"):
+        del row[key]
+    assert "†" not in lb.render(board)["md"]
+    page = lb.render(board)["html"]
+    assert "<small>✕ 7</small>" in page  # of the grid
+
+
+def test_notes_say_what_is_comparable():
+    board = make_board(NATURAL)
+    said = lb.render(board)["md"]
+    assert "swept, chosen by validation accuracy" in said
+    assert "Validation is VTAB-1k's: 200 pictures" in said
+    assert "as VPT did" in said
+    board["backbone"].update(normalisation="half", variant="S/16")
+    for task in board["tasks"].values():
+        task["chosen"]["how"] = "published"
+    board["tasks"]["dtd"]["chosen"]["how"] = "default"
+    said = lb.render(board)["md"]
+    assert "published, without a sweep of ours (6 of 7 tasks)" in said
+    assert "which favours its rows" in said
+    assert "VPT normalised with ImageNet's" in said
+    assert "Another model: they are no comparison." in said
+
+
+def test_csv_holds_every_number():
+    board = make_board()
+    rows = list(csv.DictReader(io.StringIO(lb.render(board)["csv"])))
+    lines = lb.leaderboard(board)
+    assert [row["method"] for row in rows] == [line["method"] for line in lines]
+    for row, line in zip(rows, lines, strict=True):
+        for key, value in line["averages"].items():
+            for part in ("mean", "sd", "n"):
+                number = value and value[part]
+                found = row[f"{key}_{part}"]
+                assert (float(found) if found else None) == number  # exactly
+        for name in published.VTAB:
+            value = line["tasks"].get(name)
+            assert row[f"task_{name}_mean"] == (
+                "" if value is None else str(value["mean"])
+            )
+        assert row["source"] == line["source"]
+
+
+def test_markdown_tables_are_whole():
+    text = lb.render(make_board())["md"]
+    widths = {}
+    for heading, part in zip(
+        *[iter(re.split(r"^## (.*)$", text, flags=re.M)[1:])] * 2, strict=True
+    ):
+        rows = [row for row in part.splitlines() if row.startswith("|")]
+        widths[heading] = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert list(widths) == ["Averages", "Every task", "What was chosen"]
+    assert all(len(width) == 1 for width in widths.values())
+    assert "**" in text
+
+
+def test_latex_is_balanced_and_escaped():
+    bad = r"a_b%c&d#e$f{g}\h~i^j"
+    board = make_board((*published.VTAB, bad))
+    board["backbone"]["name"] = bad
+    text = lb.render(board)["tex"]
+    environments = re.findall(r"\\(begin|end)\{([a-z*]+)\}", text)
+    assert (
+        environments
+        == [
+            ("begin", "table*"),
+            ("begin", "tabular"),
+            ("end", "tabular"),
+            ("end", "table*"),
+        ]
+        * 2
+    )
+    for tabular in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", text, re.S):
+        columns = re.match(r"\\begin\{tabular\}\{(l?r*)\}", tabular).group(1)
+        rows = [row for row in tabular.splitlines() if row.endswith(r" \\")]
+        assert len(rows) > 20
+        for row in rows:
+            assert len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1
+    plain = re.sub(r"\\[&%$#_{}\\]", "", text.split("\n", 1)[1])
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    assert "#" not in plain
+    assert not re.search(r"%(?!$)", plain, re.M)  # one ends a line on purpose
+    escaped = r"a\_b\%c\&d\#e\$f\{g\}\textbackslash{}h\textasciitilde{}i"
+    assert escaped in text
+
+
+class Page(HTMLParser):
+    """Collects tags, loaded addresses and text, and checks that tags are closed."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loads, self.text, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        names = ("src", "href", "xlink:href", "srcset", "data")
+        self.loads += [v for k, v in attrs if k in names]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_html_loads_nothing_and_says_everything():
+    board, page = make_board(), Page()
+    text = lb.render(board)["html"]
+    page.feed(text)
+    assert page.open == []
+    assert page.tags.count("svg") == 2
+    assert page.loads
+    assert all(address.startswith("#") for address in page.loads)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert "@import" not in text
+    assert "url(http" not in text
+    shown = "".join(page.text)
+    for part in ("69.43", "71.97", "73.94", "wizwand.com", board["command"], "0.9.0"):
+        assert part in shown
+    assert page.tags.count("table") == 3 + 19
+
+
+def test_html_escapes_what_it_did_not_write():
+    bad = "<script>alert('&')</script>"
+    board = make_board((*NATURAL, bad), bad)
+    board["command"] = board["backbone"]["name"] = board["backbone"]["variant"] = bad
+    board["backbone"]["normalisation"] = bad
+    board["tasks"][bad]["group"] = board["tasks"][bad]["chosen"]["how"] = bad
+    board["versions"][bad] = bad
+    for row in board["tasks"][bad]["rows"]:
+        if row["score"] == "key_gate":
+            row["score"] = bad
+    texts, page = lb.render(board), Page()
+    page.feed(texts["html"])
+    assert "script" not in page.tags
+    assert "<script" not in texts["html"].lower()
+    assert bad in "".join(page.text)
+    assert "<script" not in texts["md"].replace("\\<", "")
+
+
+def test_figures_are_xml_and_the_same_every_time():
+    board = make_board()
+    lines = lb.leaderboard(board)
+    first = board_figures.draw(board, lines)
+    assert list(first) == ["board_accuracy", "board_tasks"]
+    for name, svg in first.items():
+        root = ET.fromstring(svg)
+        assert "VPT-Deep, published" in "".join(root.itertext())
+        ids = [e.get("id") for e in root.iter() if e.get("id")]
+        assert all(i.startswith(name) for i in ids)
+    assert board_figures.draw(board, lines) == first
+
+
+def reversed_keys(value):
+    if isinstance(value, dict):
+        return {k: reversed_keys(value[k]) for k in reversed(value)}
+    return [reversed_keys(v) for v in value] if isinstance(value, list) else value
+
+
+def test_equal_boards_make_equal_files(tmp_path):
+    board = make_board((*NATURAL, "mugs", "cups"))
+    other = reversed_keys(copy.deepcopy(board))
+    assert other == board
+    before = copy.deepcopy(board)
+    first = lb.write(board, tmp_path / "a")
+    second = lb.write(other, tmp_path / "b")
+    suffixes = [".json", ".md", ".csv", ".tex", ".html"]
+    assert [path.suffix for path in first] == suffixes
+    for one, two in zip(first, second, strict=True):
+        assert one.name == two.name
+        assert one.read_bytes() == two.read_bytes()
+    assert json.loads(first[0].read_text()) == board == before
+    # Nor do the rows' order and the grids' matter, but for the JSON.
+    for task in other["tasks"].values():
+        task["rows"].reverse()
+        task["grid"].reverse()
+    assert lb.render(other) == lb.render(board)
+
+
+def test_nothing_is_written_of_a_bad_board(tmp_path):
+    board = make_board(NATURAL)
+    del board["tasks"]["dtd"]["group"]
+    with pytest.raises(KeyError):
+        lb.write(board, tmp_path)
+    board = make_board(NATURAL)
+    board["tasks"]["dtd"]["rows"][0]["test_accuracy"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        lb.write(board, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [published.VTAB, NATURAL, ("mugs",)])
+def test_table_is_plain_and_narrow(names, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = io.StringIO()
+    lb.print_table(make_board(names), file)
+    text = file.getvalue()
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "All prompts (100 %)" in text
+    assert sum(line.startswith(names[0]) for line in text.splitlines()) == 1
+
+
+def test_table_uses_the_room_that_there_is(monkeypatch):
+    texts = []
+    for width in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", width)
+        texts.append(io.StringIO())
+        lb.print_table(make_board(), texts[-1])
+    narrow, wide = (text.getvalue() for text in texts)
+    assert "Specialized" not in narrow
+    assert "Specialized" in wide
+    for text in (narrow, wide):  # the best of ours, and what it is measured against
+        assert "PC global 10 %" in text
+        assert "69.43" in text
+
+
+def test_many_seeds_and_ratios_still_fit(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    file = io.StringIO()
+    ratios = tuple(i / 10 for i in range(1, 10))
+    lb.print_table(make_board(NATURAL, ratios=ratios), file)
+    assert max(map(len, file.getvalue().splitlines())) <= 100
+    (header,) = re.findall(r"^Task .*$", file.getvalue(), re.M)
+    assert header.endswith("VPT-Deep")  # though some ratios had no room
+
+
+def test_sweep_over_prompts_has_a_row_for_each():
+    board = make_board(("dtd",))
+    task = board["tasks"]["dtd"]
+    more = [entry | {"num_prompts": [5] * 12} for entry in task["grid"][:3]]
+    task["grid"] += more
+    page = lb.render(board)["html"]
+    assert "prompts · wd" in page
+    assert "5 5 5 5 5 5 5 5 5 5 5 5 · 0.01" in page
+    assert page.count('class="chosen"') == 1
+
+
+def test_render_again(tmp_path, capsys):
+    board = make_board(NATURAL, seeds=(1,), ratios=(0.3,))
+    paths = lb.write(board, tmp_path)
+    texts = {path: path.read_bytes() for path in paths}
+    for path in paths[1:]:
+        path.unlink()
+    rp.main([str(tmp_path)])
+    assert {path: path.read_bytes() for path in paths} == texts
+    shown = capsys.readouterr().out
+    assert "PC global 30 %" in shown
+    assert f"Wrote {paths[-1]}" in shown
+    paths[0].write_text("{}")
+    with pytest.raises(SystemExit):
+        rp.main([str(tmp_path)])
+    assert "is not a leaderboard" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NABirds: the publisher's files, through our tfds builder, to our reader.
+
+Without TensorFlow, with which tests/tfds does the same; tfds writes TFRecord files only
+with it, so that here there are ArrayRecord files.
+"""
+
+import hashlib
+import io
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpt_jax.data import nabirds, records, vtab
+from vpt_jax.data.__main__ import main
+
+ROW = vtab.BENCHMARKS["nabirds"]
+# Gaps, and numbers of one to four digits: sorted as text they would be in other order.
+IDS = [i for i in range(2, 1011) if i % 9 < 5][-555:]
+LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+
+
+def write_raw(folder, ids, seed=0):
+    """The publisher's layout; returns path to `(file, label, is train)`."""
+    rng = np.random.default_rng(seed)
+    known, lines = {}, {name: [] for name in LISTS}
+    for k in range(2 * len(ids) + 7):  # each class in both splits
+        label, train = k // 2 % len(ids), k % 2
+        uuid = f"{rng.integers(2**32):08x}-21dc-4d0c-bfe1-{k:012x}"
+        path = f"{ids[label]:04d}/{uuid.replace('-', '')}.jpg"
+        mode = "L" if k % 50 == 3 else "RGB"  # a few are grey
+        pixels = rng.integers(0, 256, (5 + k % 3, 7, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).convert(mode).save(buffer, "JPEG")
+        file = folder / "images" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(buffer.getvalue())
+        known[path] = buffer.getvalue(), label, bool(train)
+        for name, value in zip(LISTS, (path, ids[label], train), strict=True):
+            lines[name].append(f"{uuid} {value}\n")
+    for name in LISTS:
+        rng.shuffle(lines[name])
+        (folder / name).write_text("".join(lines[name]))
+    (folder / "classes.txt").write_text("0 Birds\n1 Ducks, Geese, and Swans\n")
+    (folder / "bounding_boxes.txt").write_text("not read\n")
+    return known
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A data folder with NABirds prepared, and what its pictures are."""
+    root = tmp_path_factory.mktemp("tfds")
+    known = write_raw(root / "downloads/manual/nabirds", IDS)
+    assert main(["prepare", "nabirds", f"--data_dir={root}"]) == 0
+    return root, known
+
+
+def test_ids_are_those_of_555_classes():
+    assert len(IDS) == 555
+    assert sorted(IDS, key=str) != IDS
+
+
+def test_it_is_prepared_without_tensorflow_and_found(built):
+    root, _ = built
+    assert vtab.find(ROW, str(root)) == root / "nabirds" / "1.0.0"
+    assert "tensorflow" not in sys.modules
+    left = [path.name for path in (root / "nabirds").iterdir()]
+    assert left == ["1.0.0"]
+
+
+def test_splits_labels_and_bytes_are_those_of_the_raw_files(built):
+    root, known = built
+    for split, train in (("train", True), ("test", False)):
+        examples = records.open_split(root / "nabirds" / "1.0.0", split)
+        seen = set()
+        for i, example in enumerate(examples):
+            path = example["image/filename"].decode()
+            data, label, is_train = known[path]
+            assert (int(example["label"]), is_train) == (label, train)
+            assert data in examples.record(i)  # the file as it was
+            seen.add(path)
+        assert len(seen) == len(examples)
+        assert seen == {path for path, (_, _, t) in known.items() if t == train}
+
+
+def test_load_gives_pictures_and_labels(built):
+    root, known = built
+    expected = {}
+    for data, label, train in known.values():
+        picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        expected[picture.tobytes()] = label, train
+    parts = {part: vtab.load(ROW, part, data_dir=str(root)) for part in vtab.PARTS}
+    num = sum(train for _, _, train in known.values())
+    sizes = [len(parts[part]) for part in ("train", "val", "trainval", "test")]
+    assert sizes == [num * 9 // 10, num - num * 9 // 10, num, len(known) - num]
+    for part, pictures in parts.items():
+        found = {picture.tobytes(): label for picture, label in pictures}
+        assert len(found) == len(pictures)
+        for picture, label in found.items():
+            assert expected[picture] == (label, part != "test")
+    assert {label for _, label in parts["test"]} == set(range(555))
+
+
+def test_train_is_the_same_pictures_on_every_machine(built):
+    """In the order of a hash of the uuids, whatever the order of the lists."""
+    root, _ = built
+    examples = records.open_split(root / "nabirds" / "1.0.0", "train")
+    names = [example["image/filename"].decode() for example in examples]
+    lines = (root / "downloads/manual/nabirds/images.txt").read_text().splitlines()
+    uuids = {path: uuid for uuid, path in map(str.split, lines)}
+    hashes = [hashlib.md5(f"train{uuids[name]}".encode()).digest() for name in names]
+    assert hashes == sorted(hashes)
+
+
+# What is wrong with the publisher's files.
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "nabirds"
+    write_raw(folder, [3, 20, 100])
+    return folder
+
+
+def test_lists(raw):
+    pictures = nabirds.read_lists(raw, 3)
+    assert len(pictures) == 13
+    assert {p.path.parent.name: p.label for p in pictures.values()} == {
+        "0003": 0,
+        "0020": 1,
+        "0100": 2,
+    }
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_missing_list_is_an_error(name, raw):
+    (raw / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}: got no text file \(No such file"):
+        nabirds.read_lists(raw, 3)
+    (raw / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=f"{name}: got no text file .*unpack the pub"):
+        nabirds.read_lists(raw, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("images.txt", "1234"),
+        ("images.txt", "1234 ../../secret.jpg"),
+        ("images.txt", "1234 /etc/passwd"),
+        ("image_class_labels.txt", "1234 bird"),
+        ("image_class_labels.txt", ""),
+        ("train_test_split.txt", "1234 2"),
+        ("train_test_split.txt", "1234"),
+    ],
+)
+def test_a_malformed_line_is_named(name, line, raw):
+    lines = (raw / name).read_text().splitlines()
+    (raw / name).write_text("\n".join([*lines[:4], line, *lines[4:]]))
+    with pytest.raises(ValueError) as e:
+        nabirds.read_lists(raw, 3)
+    assert f"{raw / name}:5: got {line!r}; expected a uuid and " in str(e.value)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_other_pictures_are_errors(name, raw):
+    path = raw / name
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[1:]))
+    uuid = lines[0].split()[0]
+    with pytest.raises(ValueError, match=f"without counterpart, such as '{uuid}'"):
+        nabirds.read_lists(raw, 3)
+    path.write_text("\n".join([*lines, lines[2]]))
+    with pytest.raises(ValueError, match=rf"{name}:14: got uuid \S+ again"):
+        nabirds.read_lists(raw, 3)
+
+
+def test_a_missing_picture_is_an_error(raw):
+    gone = sorted((raw / "images").rglob("*.jpg"))[:2]
+    for path in gone:
+        path.unlink()
+    with pytest.raises(ValueError, match="got no such file, nor 1 others") as e:
+        nabirds.read_lists(raw, 3)
+    assert any(str(path) in str(e.value) for path in gone)
+
+
+def test_another_number_of_classes_is_an_error(raw):
+    with pytest.raises(ValueError, match="got 3 classes; expected 555"):
+        nabirds.read_lists(raw)
+
+
+def test_a_picture_that_is_none_leaves_nothing_behind(built, tmp_path, capsys):
+    manual = tmp_path / "downloads" / "manual" / "nabirds"
+    shutil.copytree(built[0] / "downloads" / "manual" / "nabirds", manual)
+    path = sorted((manual / "images").rglob("*.jpg"))[200]
+    path.write_bytes(b"hello")
+    assert main(["prepare", "nabirds", f"--data_dir={tmp_path}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"nabirds is not prepared: {path}: got 5 bytes that are no JPEG" in error
+    assert list(tmp_path.glob("nabirds/*")) == []
+    with pytest.raises(ValueError, match="got no prepared copy"):
+        vtab.find(ROW, str(tmp_path))
+
+
+def test_files_that_were_not_fetched_are_named(tmp_path, capsys):
+    assert main(["prepare", "nabirds", f"--data_dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"got no nabirds in {tmp_path / 'downloads/manual'}" in line
+    assert "https://dl.allaboutbirds.org/nabirds" in line

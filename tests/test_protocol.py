@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' protocol: what is tried, what is chosen, which runs follow."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vpt_jax import config as configs
+from vpt_jax import protocol
+from vpt_jax.data.vtab import BENCHMARKS
+
+VTAB = [name for name, row in BENCHMARKS.items() if row.group != "fgvc"]
+FGVC = [name for name, row in BENCHMARKS.items() if row.group == "fgvc"]
+
+
+def load(name, arg=""):
+    """The ConfigDict of a file in configs/."""
+    module = {}
+    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    exec(compile(path.read_text(), str(path), "exec"), module)
+    return module["get_config"](arg)
+
+
+def small(**changes):
+    """Two tasks, two rates, two decays, two seeds; keys as in `benchmark__mode`."""
+    values = load("vtab", "task=svhn,task=dtd").to_dict()
+    values["benchmark"] |= {"rates": (1.0, 10.0), "decays": (0.0, 0.01)}
+    values["seeds"] = (42, 44)
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            values[group][name] = value
+        else:
+            values[group] = value
+    return protocol.parse(values)
+
+
+def results_of(bench, accuracy, kinds=("linear", "grid")):
+    """Results of all trial runs, with `accuracy(task, kind, stage's config)`."""
+    found = {}
+    for job in protocol.jobs(bench, {}):
+        if job.kind in kinds:
+            stage = job.config.linear if job.kind == "linear" else job.config.tune
+            value = accuracy(job.task, job.kind, stage)
+            found[job.name] = {"rows": [{"val_accuracy": value}]}
+    return found
+
+
+# The configs.
+
+
+def test_vtab_is_the_published_protocol():
+    bench = protocol.parse(load("vtab"))
+    assert list(bench.tasks) == VTAB  # in VPT's order
+    assert bench.seeds == (42, 44, 82, 100, 800)
+    tried = protocol.choices(bench, "svhn")
+    assert len(tried) == 40
+    pairs = {(c["base_lr"], c["weight_decay"]) for c in tried}
+    assert pairs == set(
+        itertools.product(
+            (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05), (0.01, 0.001, 0.0001, 0)
+        )
+    )
+    jobs = protocol.planned(bench)
+    assert len(jobs) == 19 * (40 + 40 + 5)
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        config = job.config
+        if job.kind == "grid":
+            assert config.prompts.num_prompts == BENCHMARKS[job.task].prompts
+            assert config.tune.batch_size == (
+                64 if BENCHMARKS[job.task].prompts >= 100 else 128
+            )
+            assert (config.tune.epochs, config.tune.warmup_epochs) == (100, 10)
+            assert config.tune.optimizer == "sgd"
+        expected = "final" if job.kind == "final" else "select"
+        assert config.task.splits == expected
+        assert config.task.resize == "corner"
+        assert config.diverged == "last_finite"
+
+
+def test_trial_runs_never_see_the_test_set():
+    for name, arg in (("vtab", ""), ("fgvc", ""), ("swin", "task=svhn")):
+        for job in protocol.planned(protocol.parse(load(name, arg))):
+            if job.kind != "final":
+                assert job.config.task.splits == "select"
+                assert job.config.condense.keep_ratios == ()
+
+
+def test_fgvc_has_the_published_grid_and_trains_on_train():
+    bench = protocol.parse(load("fgvc"))
+    assert list(bench.tasks) == FGVC
+    assert len(protocol.choices(bench, "cub")) == 36  # without 0.05
+    final = [job for job in protocol.planned(bench) if job.kind == "final"]
+    assert {job.config.task.splits for job in final} == {"all"}
+
+
+def test_swin_tries_prompts_too():
+    bench = protocol.parse(load("swin", "task=svhn"))
+    assert bench.settings.name == "vtab"
+    counts = {c["num_prompts"] for c in protocol.choices(bench, "svhn")}
+    assert counts == {1, 5, 10, 50}
+    assert protocol.parse(load("swin", "fgvc,task=cub")).settings.name == "fgvc"
+    grid = bench.trials["svhn"]["grid"]
+    assert len(grid) == 160
+    # The probe has no prompts: its grid is not repeated per count.
+    assert len(bench.trials["svhn"]["linear"]) == 40
+    with pytest.raises(ValueError, match="add the argument fgvc"):
+        load("swin", "task=cub")
+    with pytest.raises(ValueError, match="cifar100 is not one of FGVC; drop"):
+        load("swin", "task=cifar100,fgvc")
+
+
+@pytest.mark.parametrize("name", ["vtab", "fgvc", "swin"])
+def test_published_has_no_grid(name):
+    bench = protocol.parse(load(name, "published"))
+    jobs = list(protocol.jobs(bench, {}))
+    assert {job.kind for job in jobs} == {"final"}
+    assert len(jobs) == 5 * len(bench.tasks)
+
+
+def test_published_rates_are_those_of_vpt():
+    bench = protocol.parse(load("vtab", "published"))
+    found = {
+        job.task: (job.config.tune.base_lr, job.config.tune.weight_decay)
+        for job in protocol.jobs(bench, {})
+    }
+    assert found["dmlab"] == found["eurosat"] == (1.0, 1e-3)
+    assert found["sun397"] == (25.0, 1e-4)
+    assert found["svhn"] == (2.5, 0.0)
+    how = {t: protocol.chosen(bench, t, "grid", {})["how"] for t in bench.tasks}
+    published = {task for task, value in how.items() if value == "published"}
+    assert published == {"dmlab", "eurosat", "sun397", "svhn"}
+    given_rate = load("vtab", "published")
+    given_rate.tune.base_lr = 5.0
+    bench = protocol.parse(given_rate)
+    assert protocol.chosen(bench, "svhn", "grid", {})["how"] == "given"
+    assert protocol.choices(bench, "svhn")[0]["base_lr"] == 5.0
+
+
+@pytest.mark.parametrize("word", ["svhn", "task=cub", "task=mnist", "seeds=3"])
+def test_unknown_arguments(word):
+    with pytest.raises(ValueError, match="use task=NAME"):
+        load("vtab", word)
+
+
+@pytest.mark.parametrize("name", ["vtab", "fgvc"])
+def test_smoke_is_small(name):
+    bench = protocol.parse(load(name, "smoke"))
+    assert len(protocol.planned(bench)) == (19 if name == "vtab" else 5) * (4 + 4 + 2)
+
+
+# What is chosen.
+
+
+def test_the_best_on_val_is_chosen_and_used():
+    bench = small()
+    best = {("svhn", "grid"): (10.0, 0.01), ("svhn", "linear"): (1.0, 0.01)}
+
+    def accuracy(task, kind, stage):
+        pair = stage.base_lr, stage.weight_decay
+        return 0.9 if best.get((task, kind)) == pair else 0.5
+
+    results = results_of(bench, accuracy)
+    jobs = [j for j in protocol.jobs(bench, results) if j.kind == "final"]
+    assert [job.name for job in jobs if job.task == "svhn"] == [
+        "svhn/final-seed42",
+        "svhn/final-seed44",
+    ]
+    (config, *_) = (job.config for job in jobs if job.task == "svhn")
+    assert (config.tune.base_lr, config.tune.weight_decay) == (10.0, 0.01)
+    assert (config.linear.base_lr, config.linear.weight_decay) == (1.0, 0.01)
+    assert (config.finetune.base_lr, config.finetune.weight_decay) == (1.0, 0.01)
+    assert config.seeds == (42,)
+    picked = protocol.chosen(bench, "svhn", "grid", results)
+    assert (picked["how"], picked["val_accuracy"]) == ("sweep", 0.9)
+
+
+def test_a_tie_takes_the_smaller_rate():
+    """VPT: the maximum, on an exact tie the strictly smaller rate."""
+    bench = small()
+    results = results_of(bench, lambda *_: 0.5)
+    picked = protocol.chosen(bench, "svhn", "grid", results)
+    assert (picked["base_lr"], picked["weight_decay"]) == (1.0, 0.0)
+
+
+WITH_COUNTS = small(benchmark__num_prompts=(5, 1))
+
+
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=8), st.randoms())
+def test_the_choice_is_that_of_the_definition(rights, rng):
+    bench = WITH_COUNTS
+    names = [job.name for job in bench.trials["svhn"]["grid"]]
+    value = dict(zip(names, rights, strict=True))
+    order = list(names)
+    rng.shuffle(order)  # results may come in any order
+    results = {n: {"rows": [{"val_accuracy": value[n] / 200}]} for n in order}
+    picked = protocol.chosen(bench, "svhn", "grid", results)
+
+    def merit(row):
+        return (
+            -row["val_accuracy"],
+            row["num_prompts"],
+            row["base_lr"],
+            row["weight_decay"],
+        )
+
+    best = min(protocol.grid(bench, "svhn", "grid", results), key=merit)
+    for key in ("num_prompts", "base_lr", "weight_decay", "val_accuracy"):
+        assert picked[key] == best[key]
+
+
+def test_prompt_counts_bring_their_batch_size():
+    bench = small(benchmark__num_prompts=(50, 100, 200))
+    sizes = {c["num_prompts"]: c["batch_size"] for c in protocol.choices(bench, "dtd")}
+    assert sizes == {50: 128, 100: 64, 200: 64}
+    bench = small(tune__batch_size=32)
+    assert {c["batch_size"] for c in protocol.choices(bench, "dtd")} == {32}
+
+
+def test_the_rate_is_scaled_once():
+    """The last runs have the batch size of the trials, so their rate is the same."""
+    bench = small()
+    grid = {(j.config.tune.base_lr, j.config.tune.batch_size) for j in planned(bench)}
+    assert grid == {(1.0, 128), (10.0, 128)}
+
+
+def planned(bench):
+    return [j for j in protocol.planned(bench) if j.task == "svhn"]
+
+
+# Which runs there are.
+
+
+def test_final_runs_wait_for_the_whole_grid_of_their_task():
+    bench = small()
+    results = results_of(bench, lambda *_: 0.5)
+    for missing in results:
+        part = {n: r for n, r in results.items() if n != missing}
+        final = {j.task for j in protocol.jobs(bench, part) if j.kind == "final"}
+        assert final == {"svhn", "dtd"} - {missing.split("/")[0]}
+
+
+def test_jobs_come_task_by_task_and_are_those_planned():
+    bench = small()
+    results = results_of(bench, lambda *_: 0.5)
+    names = [job.name for job in protocol.jobs(bench, results)]
+    assert names == [job.name for job in protocol.planned(bench)]
+    tasks = [name.split("/")[0] for name in names]
+    assert tasks == sorted(tasks, key=["dtd", "svhn"].index)
+
+
+def test_a_job_is_a_function_of_its_config():
+    """The same config gives equal jobs: names tell all that differs."""
+    first, again = protocol.planned(small()), protocol.planned(small())
+    assert first == again
+    configs_of = {job.name: configs.to_dict(job.config) for job in first}
+    assert len({str(c) for n, c in configs_of.items() if "grid" in n}) == 8
+
+
+def test_without_the_linear_probe_it_has_no_grid():
+    bench = small(baselines=("random",))
+    assert {job.kind for job in protocol.planned(bench)} == {"grid", "final"}
+
+
+# The board.
+
+
+def test_the_board_has_rows_choices_and_what_is_missing():
+    bench = small()
+    results = results_of(bench, lambda task, *_: 0.25 if task == "dtd" else 0.5)
+    row = {"stage": "tune", "seed": 42, "test_accuracy": 0.5, "latency_ms": 3.0}
+    results["svhn/final-seed42"] = {"rows": [row]}
+    board = protocol.board(bench, results)
+    assert list(board) == ["dtd", "svhn"]
+    assert board["svhn"]["missing"] == 1
+    assert board["dtd"]["missing"] == 2
+    assert board["svhn"]["rows"] == [
+        {"stage": "tune", "seed": 42, "test_accuracy": 0.5}  # nothing that is timed
+    ]
+    assert len(board["svhn"]["grid"]) == 4
+    assert board["dtd"]["chosen"]["val_accuracy"] == 0.25
+    assert board["svhn"]["group"] == "natural"
+    empty = protocol.board(bench, {})
+    assert empty["dtd"]["chosen"] is None
+    assert empty["dtd"]["missing"] == 10
+
+
+def test_a_run_that_diverged_counts_with_its_last_finite_epoch():
+    bench = small()
+    results = results_of(bench, lambda *_: 0.5)
+    name = bench.trials["svhn"]["grid"][0].name
+    results[name] = {
+        "rows": [{"val_accuracy": 0.7, "epochs": 3, "planned_epochs": 100}]
+    }
+    (row,) = (
+        r for r in protocol.grid(bench, "svhn", "grid", results) if r["epochs"] < 9
+    )
+    assert row["val_accuracy"] == 0.7
+    assert protocol.chosen(bench, "svhn", "grid", results)["val_accuracy"] == 0.7
+
+
+# What cannot work is one error, at once.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmark__mode": "best"}, "mode 'best'"),
+        ({"benchmark__rates": ()}, "rates or decays are empty"),
+        ({"benchmark__rates": (1.0, 1.0)}, "a value is there twice"),
+        ({"benchmark__rates": (1.0, -1.0)}, "rates is -1"),
+        ({"benchmark__final_splits": "select"}, "final_splits"),
+        ({"benchmark__speed": 1}, "unknown config key config.benchmark.speed"),
+        ({"tasks": {}}, "config.tasks is empty"),
+        ({"tasks__svhn": {"num_prompts": 5}}, "config.tasks.svhn.base_lr is missing"),
+        ({"tune__base_lr": 1.0}, "which chooses it; set benchmark.rates"),
+        ({"tune__weight_decay": 0.0}, "set benchmark.decays"),
+        ({"tune__epochs": 0}, "epochs is 0"),
+        ({"prompts__num_prompts": 0}, "at least one is needed"),
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "no repeats"),
+        ({"score__score": "none"}, "unknown score"),
+    ],
+)
+def test_what_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_published_mode_has_no_counts_to_try():
+    with pytest.raises(ValueError, match="tries none"):
+        small(benchmark__mode="published", benchmark__num_prompts=(1, 2))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training pictures of all proportions in one array, of which a crop is one slice.
+
+VPT trains the fine-grained sets on `Resize(256)`, `RandomCrop(224)` and flips, and
+evaluates on the centre. Pictures of which the short side is resized have one side in
+common, so they are glued along the other: each lies with its long side along axis 0,
+wide ones transposed. All shapes are static then, and the whole set stays on the device.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class Strip(NamedTuple):
+    """`n` pictures; a pytree, of NumPy arrays as loaded, of JAX arrays to be cropped.
+
+    Picture `i` is `pixels[start[i] : start[i] + length[i]]`: its rows, or its columns
+    where it is wide.
+    """
+
+    pixels: Any  # uint8 [total, height, 3]; height is the short side of every picture
+    start: Any  # int32 [n]
+    length: Any  # int32 [n], at least height
+    wide: Any  # bool [n]
+
+
+def make(pixels: np.ndarray, length: ArrayLike, wide: ArrayLike) -> Strip:
+    """A strip of pictures that follow each other without gaps.
+
+    Raises:
+      ValueError: If `pixels` has not as many rows as `length` adds up to, or more than
+        int32 can count.
+    """
+    length = np.asarray(length, np.int64)
+    ends = np.cumsum(length)
+    total = int(ends[-1]) if len(ends) else 0
+    if total != len(pixels) or total > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"got {len(pixels)} rows of pixels and lengths that add up to {total}; "
+            "expected the same number, below 2^31; make the strip again, of fewer "
+            "pictures."
+        )
+    start = (ends - length).astype(np.int32)
+    return Strip(pixels, start, length.astype(np.int32), np.asarray(wide, bool))
+
+
+def join(first: Strip, second: Strip) -> Strip:
+    """The pictures of two strips in memory, those of `first` first."""
+    pixels, length, wide = (
+        np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in ("pixels", "length", "wide")
+    )
+    return make(pixels, length, wide)
+
+
+def count(images: Any) -> int:
+    """The number of pictures, of an array or a strip."""
+    return len(images.start) if isinstance(images, Strip) else len(images)
+
+
+def side_of(strip: Strip) -> int:
+    """Side of the squares that are cropped: 224 px where pictures are 256 px high.
+
+    The only side of which 256/224, rounded down, is the height.
+    """
+    return -(-strip.pixels.shape[1] * 224 // 256)
+
+
+def take(images: Any, index: jax.Array, key: jax.Array) -> jax.Array:
+    """Examples to train on: of a strip, random crops that are flipped half of the time.
+
+    Every crop within a picture is equally likely, as with torchvision's `RandomCrop`.
+
+    Args:
+      images: An array, of which examples are taken as they are, or a `Strip`.
+      index: Integers `[b]`.
+      key: A JAX random key; not used with an array.
+
+    Returns:
+      `images[index]`, or uint8 `[b, s, s, 3]` for the `s` of `side_of`.
+    """
+    if not isinstance(images, Strip):
+        return images[index]
+    along_key, across_key, flip_key = jax.random.split(key, 3)
+    shape, spare = index.shape, _spare(images, index)
+    along = jax.random.randint(along_key, shape, 0, spare[0] + 1)
+    across = jax.random.randint(across_key, shape, 0, spare[1] + 1)
+    flip = jax.random.bernoulli(flip_key, 0.5, shape)
+    crops = _cut(images, index, along, across)
+    return jnp.where(flip[:, None, None, None], crops[:, :, ::-1], crops)
+
+
+def view(images: Any, index: Any) -> Any:
+    """Examples to look at: of a strip, the centres, as `pictures.RULES`' `crop`.
+
+    Args:
+      images: An array, or a `Strip` on the device.
+      index: Integers `[b]`.
+
+    Returns:
+      `images[index]`, or uint8 `[b, s, s, 3]` for the `s` of `side_of`.
+    """
+    return _centres(images, index) if isinstance(images, Strip) else images[index]
+
+
+@jax.jit
+def _centres(strip: Strip, index: jax.Array) -> jax.Array:
+    # Halves to even, as Python and with it torchvision's CenterCrop.
+    at = (jnp.round(spare / 2).astype(jnp.int32) for spare in _spare(strip, index))
+    return _cut(strip, index, *at)
+
+
+def _spare(strip: Strip, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pixels by which pictures exceed the crop, along the strip and across it."""
+    side, height = side_of(strip), strip.pixels.shape[1]
+    return strip.length[index] - side, jnp.full(index.shape, height - side, jnp.int32)
+
+
+def _cut(
+    strip: Strip, index: jax.Array, along: jax.Array, across: jax.Array
+) -> jax.Array:
+    """Upright squares at offsets `[b]` within pictures `index [b]`."""
+    side = side_of(strip)
+
+    def one(i: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        at = strip.start[i] + x, y, 0
+        square = jax.lax.dynamic_slice(strip.pixels, at, (side, side, 3))
+        return jnp.where(strip.wide[i], square.swapaxes(0, 1), square)
+
+    return jax.vmap(one)(index, along, across)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Performs one run of a benchmark: its folder appears, by a rename, when it is whole.
+
+Until then the run lies in a hidden folder beside it, from which it goes on if it was
+interrupted. What jobs share (the backbone, the pictures on the device, compiled
+functions) stays in the process from one job to the next.
+"""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vpt_jax import experiment
+from vpt_jax import workdir as files
+from vpt_jax.protocol import Job
+from vpt_jax.stages import Run, Unit, features_of
+
+FOLDER = "runs"  # of the workdir
+RESULT = "result.json"
+
+_load_model = functools.lru_cache(maxsize=1)(experiment.load_model)
+_load_pictures = functools.lru_cache(maxsize=1)(experiment.load_pictures)
+
+
+def folder(workdir: Path, name: str) -> Path:
+    """Where a finished job lies."""
+    return workdir / FOLDER / name
+
+
+def partial_folder(workdir: Path, name: str) -> Path:
+    """Where an unfinished job lies."""
+    path = folder(workdir, name)
+    return path.with_name(f".{path.name}")
+
+
+def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
+    """The result of a finished job, None of another.
+
+    Raises:
+      ValueError: If its folder holds a run of another config.
+    """
+    path = folder(workdir, job.name)
+    if not (path / RESULT).exists():
+        return None
+    experiment.check_same_config(job.config, path)
+    return json.loads((path / RESULT).read_text(encoding="utf-8"))
+
+
+def perform(job: Job, workdir: Path, prefix: str = "") -> dict[str, Any]:
+    """Runs a job in this process, from where it stopped; its folder is whole after.
+
+    Returns:
+      The result: `rows`, and `seconds` if this call did all of it, else None.
+    """
+    path, partial = folder(workdir, job.name), partial_folder(workdir, job.name)
+    # A job that was submitted twice is waited for, not done twice.
+    with files.locked(partial.with_name(f"{partial.name}.lock"), wait=True):
+        done = result_of(workdir, job)
+        if done is None and (partial / RESULT).exists():  # killed before the rename
+            publish(partial, path)
+            done = result_of(workdir, job)
+        if done is not None:
+            return done
+        result = _run(job, partial, prefix)
+        if files.writes():
+            publish(partial, path)
+    return result
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Renames a job's finished folder, without what was only needed to resume."""
+    for name in ("checkpoints", "results"):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def carried(job: Job) -> dict[str, bytes]:
+    """Runs a job where the workdir is not: the files of its folder, by path."""
+    with tempfile.TemporaryDirectory(prefix="vpt_jax-") as scratch:
+        perform(job, Path(scratch))
+        path = folder(Path(scratch), job.name)
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+        return {p.relative_to(path).as_posix(): p.read_bytes() for p in found}
+
+
+def unpack(job: Job, workdir: Path, content: dict[str, bytes]) -> None:
+    """Writes what `carried` returned; the job's folder appears when it is whole."""
+    partial = partial_folder(workdir, job.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, data in content.items():
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    publish(partial, folder(workdir, job.name))
+
+
+@functools.lru_cache(maxsize=1)
+def _forget_compiled(task: str) -> None:
+    """Programs of another task, with other shapes, would only take memory."""
+    del task
+    jax.clear_caches()
+
+
+_FEATURES: dict[Any, jax.Array] = {}
+
+
+def _features(shared: Run) -> jax.Array:
+    """`features_of`, once for all of a task's linear probes."""
+    key = shared.config.backbone, shared.config.task
+    if key not in _FEATURES:
+        _FEATURES.clear()
+        _FEATURES[key] = features_of(shared)
+    return _FEATURES[key]
+
+
+def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
+    fresh, start = not workdir.exists(), time.perf_counter()
+    _forget_compiled(job.task)
+    model = _load_model(job.config.backbone)
+    pictures = _load_pictures(job.config.task, model.model.image_size)
+    units = experiment.plan(job.config)
+    if job.kind == "linear":
+        units = [Unit("linear", job.config.seeds[0], keep_ratio=0.0)]
+    with experiment.started(job.config, workdir, model, pictures, echo=False) as shared:
+        if job.kind == "linear":
+            shared = shared._replace(features=_features(shared))
+        rows, seconds = experiment.run_units(shared, units, prefix)
+        if job.kind == "final":
+            content = experiment.make_report(shared, rows, seconds, "")
+            if files.writes():
+                files.write_json(workdir / "report.json", content)
+    if files.writes() and job.kind != "final":
+        shutil.rmtree(workdir / "prompts", ignore_errors=True)  # of a trial: 4 MB each
+    elapsed = time.perf_counter() - start
+    result = {
+        "rows": rows,
+        "seconds": round(elapsed, 3) if fresh else None,
+        "backbone": model.info,
+        "versions": experiment.versions(),
+    }
+    if files.writes():
+        files.write_json(workdir / RESULT, result)
+    return result

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' protocol: which runs there are, and what is made of their results.
+
+A benchmark is a list of tasks. In mode `sweep`, every task's rate and decay are chosen
+as VPT's are: one training per pair of a grid, each on the smaller training set, judged
+on the validation set after its last epoch. Then every seed trains with the chosen pair
+and is tested once. In mode `published`, the pairs come from the config.
+
+All is pure. A `Job` is one run, a function of its config alone; `jobs` names those that
+can be named from the results there are; `board` is what a leaderboard shows. Nothing
+here reads a clock or a file, so results in any order, from any machine, give one board.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vpt_jax import config as configs
+from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.prompts import check_choice
+
+MODES = ("sweep", "published")
+TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
+GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
+Results = Mapping[str, Mapping[str, Any]]  # name of a finished job to its result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Which rates and decays are tried, and what follows.
+
+    `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
+    layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
+    rate of the task. `final_splits` is what the last runs train and report on.
+    """
+
+    name: str
+    mode: str
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+    num_prompts: tuple[int, ...] = ()
+    finetune_rate: float = 0.1
+    final_splits: str = "final"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("final_splits", self.final_splits, ("final", "all"))
+        configs.positive(finetune_rate=self.finetune_rate)
+        for rate in self.rates:
+            configs.positive(rates=rate)
+        if self.mode == "published" and self.num_prompts:
+            raise ValueError(
+                f"num_prompts is {self.num_prompts} in mode 'published', which tries"
+                " none; set prompts.num_prompts, or mode 'sweep'."
+            )
+        if self.mode == "sweep" and not (self.rates and self.decays):
+            raise ValueError("rates or decays are empty; mode 'sweep' needs both.")
+        for name in ("rates", "decays", "num_prompts"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} is {values}; a value is there twice.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """What a task has of its own: prompts per layer, rate and decay, and their source.
+
+    `how` is `published` where rate and decay were, else `default`.
+    """
+
+    num_prompts: int | tuple[int, ...]
+    base_lr: float
+    weight_decay: float
+    how: str = "default"
+
+    def __post_init__(self) -> None:
+        check_choice("how", self.how, ("published", "default"))
+
+
+class Benchmark(NamedTuple):
+    """A checked benchmark; `base` lacks what each task fills in.
+
+    `trials` are the runs that need no others' results, by task and kind.
+    """
+
+    settings: BenchmarkConfig
+    tasks: dict[str, OwnConfig]
+    seeds: tuple[int, ...]
+    base: dict[str, Any]
+    trials: dict[str, dict[str, tuple["Job", ...]]]
+
+
+class Job(NamedTuple):
+    """One run: `name` is also its folder, `kind` one of `TRIALS` or "final"."""
+
+    name: str
+    kind: str
+    config: configs.Config
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.config.task.name
+
+
+def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
+    """Checks a benchmark's config: `benchmark`, `tasks`, and a run's keys.
+
+    In the latter, `prompts.num_prompts`, `tune.base_lr`, `tune.weight_decay` and
+    `tune.batch_size` may be None: each task's own, and the reference's batch size.
+
+    Raises:
+      ValueError: If a key is wrong, of the benchmark or of any task's runs.
+    """
+    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    settings = configs.build(
+        BenchmarkConfig, plain.pop("benchmark"), "config.benchmark."
+    )
+    tasks = plain.pop("tasks", {})
+    if not tasks:
+        raise ValueError("config.tasks is empty; name at least one task.")
+    # A ConfigDict sorts by name.
+    order = [name for name in BENCHMARKS if name in tasks]
+    order += [name for name in tasks if name not in BENCHMARKS]
+    own = {n: configs.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
+    tune = plain.get("tune", {})
+    if settings.mode == "sweep":
+        for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
+            if tune.get(key) is not None:
+                raise ValueError(
+                    f"config.tune.{key} is {tune[key]} in mode 'sweep', which chooses"
+                    f" it; set benchmark.{instead}, or mode 'published'."
+                )
+    seeds = tuple(plain.get("seeds", ()))
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"config.seeds is {seeds}; pass at least one seed, no repeats."
+        )
+    bench = Benchmark(settings, own, seeds, plain, {})
+    for task in own:
+        bench.trials[task] = {kind: _trials(bench, task, kind) for kind in TRIALS}
+    planned(bench)  # what cannot work fails now, not after the first task
+    return bench
+
+
+def to_dict(bench: Benchmark) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return configs.plain(
+        {
+            **bench.base,
+            "benchmark": dataclasses.asdict(bench.settings),
+            "tasks": {n: dataclasses.asdict(own) for n, own in bench.tasks.items()},
+        }
+    )
+
+
+def batch_size(num_prompts: int | Sequence[int]) -> int:
+    """The reference's: 64 from 100 prompts per layer on, else 128."""
+    most = num_prompts if isinstance(num_prompts, int) else max(num_prompts)
+    return 64 if most >= 100 else 128
+
+
+def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
+    """The values that are tried for a task: the order breaks exact ties.
+
+    The reference takes the strictly smaller rate on a tie. We go on where it leaves
+    the order to the file system: fewer prompts, smaller rate, smaller decay.
+    """
+    settings, own, base = bench.settings, bench.tasks[task], bench.base
+    fixed = base.get("prompts", {}).get("num_prompts")
+    counts = settings.num_prompts or (own.num_prompts if fixed is None else fixed,)
+    tune = base.get("tune", {})
+    rates, decays = sorted(settings.rates), sorted(settings.decays)
+    if settings.mode == "published":
+        given = tune.get("base_lr"), tune.get("weight_decay")
+        rates = [own.base_lr if given[0] is None else given[0]]
+        decays = [own.weight_decay if given[1] is None else given[1]]
+    size = tune.get("batch_size")
+    return [
+        {
+            "num_prompts": count,
+            "base_lr": rate,
+            "weight_decay": decay,
+            "batch_size": size or batch_size(count),
+        }
+        for count, rate, decay in itertools.product(
+            sorted(counts) if settings.num_prompts else counts, rates, decays
+        )
+    ]
+
+
+def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
+    """All runs that can be named now, task by task; the last ones need a grid's end."""
+    for task in bench.tasks:
+        trials = [job for found in bench.trials[task].values() for job in found]
+        yield from trials
+        if all(job.name in results for job in trials):
+            yield from _final(
+                bench,
+                task,
+                chosen(bench, task, "grid", results),
+                chosen(bench, task, "linear", results),
+            )
+
+
+def planned(bench: Benchmark) -> list[Job]:
+    """All runs there will be; the configs of last ones are not final before a grid."""
+    found = []
+    for task in bench.tasks:
+        first = choices(bench, task)[0]
+        for kind in TRIALS:
+            found += bench.trials[task][kind]
+        found += _final(bench, task, first, first)
+    return found
+
+
+def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str, Any]:
+    """The best values of a task: highest validation accuracy after the last epoch.
+
+    A run that diverged counts with its last finite epoch. See `choices` for ties.
+
+    Returns:
+      As `choices`, with `how` they were found and their `val_accuracy`.
+    """
+    tried = choices(bench, task)
+    if not bench.trials[task][kind]:
+        how = bench.tasks[task].how if kind == "grid" else "default"
+        tune = bench.base.get("tune", {})
+        if tune.get("base_lr") is not None or tune.get("weight_decay") is not None:
+            how = "given"
+        return {**tried[0], "how": how, "val_accuracy": None}
+    rows = grid(bench, task, kind, results)
+    # max keeps the first of equals, and choices are in the order of preference.
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    keys = ("num_prompts", "base_lr", "weight_decay", "batch_size")
+    return {key: best[key] for key in keys} | {
+        "how": "sweep",
+        "val_accuracy": best["val_accuracy"],
+    }
+
+
+def grid(
+    bench: Benchmark, task: str, kind: str, results: Results
+) -> list[dict[str, Any]]:
+    """What was tried for a task, each with its validation accuracy and epochs."""
+    found = []
+    for job in bench.trials[task][kind]:
+        if job.name not in results:
+            continue
+        row = results[job.name]["rows"][0]
+        stage = getattr(job.config, "tune" if kind == "grid" else "linear")
+        found.append(
+            {
+                "num_prompts": job.config.prompts.num_prompts,
+                "base_lr": stage.base_lr,
+                "weight_decay": stage.weight_decay,
+                "batch_size": stage.batch_size,
+                "val_accuracy": row["val_accuracy"],
+                "epochs": row.get("epochs", stage.epochs),
+                "planned_epochs": stage.epochs,
+            }
+        )
+    return found
+
+
+def board(bench: Benchmark, results: Results) -> dict[str, dict[str, Any]]:
+    """What a leaderboard shows of every task; see `leaderboard.py`."""
+    shown = {}
+    for task in bench.tasks:
+        own = bench._replace(tasks={task: bench.tasks[task]})
+        final = [job for job in jobs(own, results) if job.kind == "final"]
+        rows = [r for job in final for r in results.get(job.name, {}).get("rows", ())]
+        missing = sum(job.name not in results for job in planned(own))
+        known = BENCHMARKS.get(task)
+        shown[task] = {
+            "group": known.group if known else "other",
+            "classes": known.classes if known else None,
+            "chosen": chosen(bench, task, "grid", results) if final else None,
+            "chosen_linear": chosen(bench, task, "linear", results) if final else None,
+            "grid": grid(bench, task, "grid", results),
+            "rows": [{k: v for k, v in r.items() if k != "latency_ms"} for r in rows],
+            "missing": missing,
+        }
+    return shown
+
+
+def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
+    """The runs among which rate and decay of the prompts, or of the probe, are chosen.
+
+    They never see the test set. The linear probe has a grid of its own, as published.
+    """
+    if bench.settings.mode == "published":
+        return ()
+    if kind == "linear" and "linear" not in bench.base.get("baselines", ()):
+        return ()
+    found = {}
+    for choice in choices(bench, task):
+        config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+        name = f"{task}/{kind}"
+        if kind == "grid":
+            name += f"-{_count(choice['num_prompts'])}"
+        name += f"-lr{choice['base_lr']:g}-wd{choice['weight_decay']:g}"
+        # The probe has no prompts: other counts would be the same run again.
+        found.setdefault(name, Job(name, kind, config))
+    return tuple(found.values())
+
+
+def _final(
+    bench: Benchmark, task: str, best: Mapping[str, Any], linear: Mapping[str, Any]
+) -> list[Job]:
+    splits = bench.settings.final_splits
+    return [
+        Job(
+            f"{task}/final-seed{seed}",
+            "final",
+            _config(bench, task, best, linear, splits, (seed,)),
+        )
+        for seed in bench.seeds
+    ]
+
+
+def _count(num_prompts: int | Sequence[int]) -> str:
+    counts = [num_prompts] if isinstance(num_prompts, int) else num_prompts
+    return f"{'+'.join(map(str, counts))}prompts"
+
+
+def _config(
+    bench: Benchmark,
+    task: str,
+    best: Mapping[str, Any],
+    linear: Mapping[str, Any],
+    splits: str,
+    seeds: tuple[int, ...],
+) -> configs.Config:
+    """A run's config: the base with a task, its prompts, rates and decays filled in."""
+    base, less = bench.base, bench.settings.finetune_rate
+    values = dict(base)
+    values["task"] = {**base.get("task", {}), "name": task, "splits": splits}
+    values["prompts"] = {**base.get("prompts", {}), "num_prompts": best["num_prompts"]}
+    values["tune"] = _stage(base, "tune", best)
+    values["linear"] = _stage(base, "linear", linear)
+    values["finetune"] = _stage(base, "finetune", best, less)
+    values |= {"seeds": seeds, "diverged": "last_finite"}
+    if splits == "select":
+        values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}
+        values["baselines"] = ()
+    return configs.parse(values)
+
+
+def _stage(
+    base: Mapping[str, Any], name: str, best: Mapping[str, Any], factor: float = 1.0
+) -> dict[str, Any]:
+    """A stage's values with the chosen rate, times a factor, decay and batch size."""
+    filled = {
+        "base_lr": factor * best["base_lr"],
+        "weight_decay": best["weight_decay"],
+        "batch_size": best["batch_size"],
+    }
+    return {k: v for k, v in base.get(name, {}).items() if v is not None} | filled
