@@ -36,7 +36,7 @@ def environment(place):
     """Of a user's shell, but with caches of our own; one device, as a machine has."""
     names = ("JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "TFDS_DATA_DIR")
     kept = {k: v for k, v in os.environ.items() if k not in names}
-    return kept | {"VPT_JAX_CACHE": str(place / "cache"), "PYTHONPATH": ""}
+    return kept | {"VPT_JAX_CACHE": str(place / "cache")}
 
 
 def command(place, workdir, *more):
