@@ -357,7 +357,7 @@ def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
 def test_commands_in_boards_do_not_say_where_they_ran():
     command = (
         "python -m vpt_jax.main --config=configs/vtab.py:smoke --workdir=/a/b"
-        " --config.tune.epochs=3 --launcher=ray --list"
+        " --config.tune.epochs=3 --launcher=ray -address ray://host:1"
     )
     assert cli.without_place(command) == (
         "python -m vpt_jax.main --config=configs/vtab.py:smoke --config.tune.epochs=3"

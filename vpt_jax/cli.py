@@ -22,6 +22,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results are kept; by default out/ and the config's name."
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
+_PLACE = ("workdir", "launcher", "address", "resources")
 
 
 def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
@@ -67,13 +68,15 @@ def keep_compiled() -> None:
 
 
 def without_place(command: str) -> str:
-    """A command without the flags that say where it runs: those of the config."""
-    words = shlex.split(command)
-    return shlex.join(
-        word
-        for word in words
-        if not word.startswith("-") or word.startswith("--config") or word == "-m"
-    )
+    """A command without the flags that say where it runs: what the results are of."""
+    kept, words = [], iter(shlex.split(command))
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if not word.startswith("-") or name not in _PLACE:
+            kept.append(word)
+        elif not equals:  # --workdir DIR
+            next(words, None)
+    return shlex.join(kept)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
+from vpt_jax.data.tasks import SPLITS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
 from vpt_jax.prompts import check_choice
@@ -22,7 +23,6 @@ from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
 BASELINES = ("linear", "random", "scratch")
 DIVERGED = ("error", "last_finite")
-SPLITS = ("all", "select", "final")
 
 
 def positive(**values: int | float) -> None:
