@@ -303,6 +303,17 @@ def test_a_run_that_diverged_counts_with_its_last_finite_epoch():
     assert protocol.chosen(bench, "svhn", "grid", results)["val_accuracy"] == 0.7
 
 
+def test_a_run_that_was_never_finite_is_not_chosen():
+    bench = small()
+    results = results_of(bench, lambda *_: 0.5)
+    first, second, *_ = (job.name for job in bench.trials["svhn"]["grid"])
+    row = {"val_accuracy": 0.9, "epochs": 0, "planned_epochs": 100}
+    results[first] = {"rows": [row]}
+    results[second] = {"rows": [row | {"val_accuracy": 0.6, "epochs": 1}]}
+    picked = protocol.chosen(bench, "svhn", "grid", results)
+    assert picked["val_accuracy"] == 0.6
+
+
 # What cannot work is one error, at once.
 
 

@@ -233,8 +233,9 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
             how = "given"
         return {**tried[0], "how": how, "val_accuracy": None}
     rows = grid(bench, task, kind, results)
-    # max keeps the first of equals, and choices are in the order of preference.
-    best = max(rows, key=lambda row: row["val_accuracy"])
+    # max keeps the first of equals, and choices are in the order of preference. A run
+    # that was never finite has learnt nothing: the reference skips it.
+    best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
     keys = ("num_prompts", "base_lr", "weight_decay", "batch_size")
     return {key: best[key] for key in keys} | {
         "how": "sweep",
