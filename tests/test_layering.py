@@ -23,6 +23,11 @@ HEAVY = (
 # Arrows of import point down this list only. The library comes last.
 ORDER = (
     "pretrain",
+    "studies.all",
+    "studies.prompts",
+    "studies.cost",
+    "studies.inference",
+    "studies.study",
     "main",
     "benchmark",
     "launch",

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy against the number of prompts: laws, knee, verdicts, and a small lab."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised
+from test_protocol import load
+
+import vpt_jax
+from vpt_jax import config as configs
+from vpt_jax.checkpoint import save_backbone
+from vpt_jax.studies import prompts, study
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+COUNTS = (1, 2, 5, 10, 20, 40)
+
+
+def result(by_count, finetuned=(40.0, 41.0, 39.0)):
+    full = [40.5, 41.5, 39.4]
+    return {
+        "seeds": [0, 1, 2],
+        "num_prompts": 20,
+        "none": [20.0, 20.5, 20.2],
+        "by_count": {str(c): list(v) for c, v in by_count.items()},
+        "full": full,
+        "by_ratio": {
+            mode: {"0.3": list(finetuned), "0.1": [30.0, 31.0, 29.0]}
+            for mode in prompts.MODES
+        },
+    }
+
+
+def grown(law):
+    noise = np.random.default_rng(0).normal(0, 0.2, (len(COUNTS), 3))
+    return {c: 20 + law(c) + own for c, own in zip(COUNTS, noise, strict=True)}
+
+
+def test_a_planted_law_is_predicted_exactly():
+    m = np.asarray(COUNTS, float)
+    errors = prompts.held_out_errors(COUNTS, 3 + 2 * np.log(m))
+    assert errors["log"] < 1e-9 < 1 < errors["linear"]
+    errors = prompts.held_out_errors(COUNTS, 3 + 0.5 * m)
+    assert errors["linear"] < 1e-9 < 1 < errors["log"]
+
+
+@pytest.mark.parametrize(
+    ("law", "expected"),
+    [
+        (lambda m: 4 * np.log(m), "supported"),
+        (lambda m: 0.7 * m, "not supported"),
+        (lambda m: 0.0, "undecided"),
+    ],
+)
+def test_the_verdict_on_linear_growth_follows_the_data(law, expected):
+    section = prompts.show(result(grown(law)))
+    assert section.verdicts[0].verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("finetuned", "expected"),
+    [
+        ((40.4, 41.3, 39.2), "supported"),
+        ((35.4, 36.5, 34.3), "not supported"),
+        ((44.0, 36.0, 37.0), "undecided"),
+    ],
+)
+def test_the_verdict_on_seventy_percent_follows_the_data(finetuned, expected):
+    section = prompts.show(result(grown(np.log), finetuned))
+    assert section.verdicts[1].verdict == expected
+
+
+def test_knee():
+    values = np.asarray([[10, 11, 12], [20, 21, 22], [20.1, 20.9, 22.1]], float)
+    assert prompts.knee((1, 5, 10), values) == 5
+    assert prompts.knee((1, 5), values[:2]) == 5
+
+
+def test_one_seed_decides_nothing():
+    found = result({c: [20.0 + c] for c in COUNTS}, finetuned=(40.4,))
+    found |= {"seeds": [0], "full": [40.5], "none": [20.0]}
+    for mode in prompts.MODES:
+        found["by_ratio"][mode] = {"0.3": [40.4]}
+    verdicts = prompts.show(found).verdicts
+    assert {v.verdict for v in verdicts} == {"undecided"}
+
+
+@pytest.fixture
+def miniature_lab(tmp_path):
+    """Digits, 16 of them to train on, and a backbone that has learnt nothing."""
+    model = vpt_jax.ViT("demo/16")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    path = tmp_path / "small.safetensors"
+    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    values = load("demo", "digits,smoke,seeds=2").to_dict()
+    values["backbone"] |= {"variant": "demo/16", "checkpoint": str(path)}
+    lab = study.make_lab(configs.parse(values), tmp_path / "out")
+    task = lab.pictures.task
+    few = task._replace(
+        train=type(task.train)(task.train.images[:16], task.train.labels[:16]),
+        val=type(task.val)(task.val.images[:20], task.val.labels[:20]),
+        test=type(task.test)(task.test.images[:40], task.test.labels[:40]),
+    )
+    images, labels = jnp.asarray(few.train.images), jnp.asarray(few.train.labels)
+    return lab._replace(pictures=type(lab.pictures)(few, images, labels))
+
+
+def test_a_small_lab(miniature_lab):
+    """Everything that is trained is found again, and the result is plain."""
+    found = prompts.run(miniature_lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
+    assert json.loads(json.dumps(found)) == found
+    assert set(found["by_count"]) == {"1", "2", "3"}
+    assert all(len(v) == 2 for v in found["by_count"].values())
+    before = sorted(p for p in miniature_lab.workdir.rglob("*.safetensors"))
+    again = prompts.run(miniature_lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
+    assert again == found
+    assert sorted(miniature_lab.workdir.rglob("*.safetensors")) == before
+    section = prompts.show(found)
+    page = study.html(section)
+    assert page.count("<svg") == 2
+    study.print_section(section)
