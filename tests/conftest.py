@@ -7,11 +7,16 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
 
 import vpt_jax
+
+# No test fails because the machine is busy.
+hypothesis.settings.register_profile("vpt_jax", deadline=None)
+hypothesis.settings.load_profile("vpt_jax")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
