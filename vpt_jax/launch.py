@@ -124,7 +124,7 @@ class Ray:
     def __init__(
         self, workdir: Path, address: str, resources: Mapping[str, Any]
     ) -> None:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         self._ray, self._workdir = ray, workdir
         self.sees_files = not address.startswith("ray://")
