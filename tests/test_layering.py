@@ -23,10 +23,17 @@ HEAVY = (
 # Arrows of import point down this list only. The library comes last.
 ORDER = (
     "pretrain",
+    "studies.importance",
+    "studies.importance_page",
+    "studies.planted",
+    "studies.removal",
+    "studies.ranks",
     "studies.all",
     "studies.prompts",
     "studies.cost",
     "studies.inference",
+    "studies.rank",
+    "studies.spectra",
     "studies.study",
     "main",
     "benchmark",
