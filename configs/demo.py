@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # On precomputed features: 100 epochs take seconds.
     c.linear = c.tune.copy_and_resolve_references()
     c.linear.update(epochs=100, warmup_epochs=10, base_lr=0.2)
-    c.score = ConfigDict({"score": "key_gate", "reduction": "", "batch_size": 64})
+    c.score = ConfigDict({"score": "removal", "reduction": "", "batch_size": 64})
     c.condense = ConfigDict({"keep_ratios": (0.3, 0.1), "scopes": ("global", "layer")})
     c.finetune = c.tune.copy_and_resolve_references()
     c.finetune.update(epochs=4, warmup_epochs=0, base_lr=0.3 * TASKS[task])

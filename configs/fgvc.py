@@ -116,7 +116,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {"optimizer": "sgd", "schedule": "epoch", "epochs": 20, "warmup_epochs": 0}
     )
     c.finetune.head = False
-    c.score = ConfigDict({"score": "key_gate", "reduction": "", "batch_size": 64})
+    c.score = ConfigDict({"score": "removal", "reduction": "", "batch_size": 64})
     c.condense = ConfigDict(
         {"keep_ratios": (0.5, 0.3, 0.2, 0.1), "scopes": ("global",)}
     )

@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     c.linear = c.tune.copy_and_resolve_references()
-    c.score = ConfigDict({"score": "key_gate", "reduction": "", "batch_size": 64})
+    c.score = ConfigDict({"score": "removal", "reduction": "", "batch_size": 64})
     c.condense = ConfigDict({"keep_ratios": (0.3, 0.1), "scopes": ("global", "layer")})
     # Prompts that are tuned already: a fifth of the epochs, a tenth of the rate.
     c.finetune = c.tune.copy_and_resolve_references()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from vpt_jax.condense import (
     example_values,
     pad_batch,
 )
+from vpt_jax.models.layers import Attention
 
 NUM = (3, 0, 5)
 DATA_SCORES = [s for s in SCORES if s not in ("l2_norm", "random")]
@@ -106,6 +108,103 @@ def test_key_gate_gradient_is_the_central_difference_in_float64():
             np.testing.assert_allclose(v.mean(0), -g, atol=1e-12)
 
 
+def attention_that_loses(factors, call, args, kwargs, context):
+    """An attention without a factor of what each prompt's removal takes away.
+
+    Written from q, k and v: the oracle of the score `removal`.
+    """
+    module = context.module
+    if not isinstance(module, Attention) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    queries, x, extra, _ = args
+    factor = factors.pop(0)  # [b, n]
+    if extra is None:
+        return call(*args, **kwargs)
+    b, n = factor.shape
+    q = module.query(queries) / np.sqrt(module.query(queries).shape[-1])
+    own = module.key_value(x)
+    k, v = (
+        jnp.concatenate([o, jnp.repeat(e[None], b, axis=0)], axis=2)
+        for o, e in zip(own, extra, strict=True)
+    )
+    a = jax.nn.softmax(jnp.einsum("bhqc,bhtc->bhqt", q, k))
+    o = jnp.einsum("bhqt,bhtc->bhqc", a, v)
+    for j in range(n):
+        share = a[..., -n + j] / (1 - a[..., -n + j])
+        lost = share[..., None] * (o - v[:, :, None, -n + j])
+        o = o + factor[:, j, None, None, None] * lost
+    return module.out(o), a
+
+
+def test_removal_is_the_derivative_of_what_attention_loses(problem):
+    trainable, b = problem[2], 7
+
+    def losses(factors):
+        with nn.intercept_methods(
+            functools.partial(attention_that_loses, list(factors))
+        ):
+            return loss_of(problem)
+
+    factors = tuple(jnp.zeros((b, n)) for n in NUM)
+    expected = jax.grad(lambda f: losses(f).sum())(factors)
+    got = vpt_jax.importance(*problem[:3], [problem[3]], reduction="mean")
+    for s, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(s, e.mean(0), rtol=1e-4, atol=1e-6)
+    # And the whole factor is the removal itself.
+    mask = (jnp.array([True, False, True]), jnp.ones(0, bool), jnp.ones(5, bool))
+    one = (factors[0].at[:, 1].set(1.0), *factors[1:])
+    without = vpt_jax.condense(trainable["prompts"], mask)
+    np.testing.assert_allclose(
+        losses(one), loss_of(problem, prompts=without), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+def test_a_gate_by_head_and_query_weighs_as_one_for_all_if_all_are_equal(
+    problem, formulation
+):
+    model, backbone, trainable, batch = problem
+
+    def run(gate):
+        return model.apply(
+            {"params": backbone},
+            batch["image"],
+            prompts=trainable["prompts"],
+            prompt_gate=gate,
+            prompt_mask=mask,
+            formulation=formulation,
+        )
+
+    mask = tuple(jnp.arange(n) != 1 for n in NUM)
+    plain = tuple(jnp.linspace(0.3, 1.2, n) for n in NUM)
+    features, out = run(plain)
+    shapes = [block["prompt_attention"].shape for block in out["blocks"]]
+    fine = tuple(
+        jnp.zeros(s) + g[None, None, None] for s, g in zip(shapes, plain, strict=True)
+    )
+    np.testing.assert_allclose(run(fine)[0], features, atol=1e-6)
+
+
+def test_second_order_removal_comes_closer_to_leave_one_out(problem):
+    """Where a prompt's removal changes little; the oracle is exact."""
+    model, backbone, trainable, batch = problem
+    pictures = jax.random.normal(jax.random.key(7), (400, 8, 8, 3))
+    features, _ = model.apply(
+        {"params": backbone}, pictures, prompts=trainable["prompts"]
+    )
+    logits = vpt_jax.apply_head(trainable["head"], features)
+    # Labels drawn from the model's own prediction: then the mean square of derivatives
+    # is the curvature, and the mean derivative about 0.
+    labels = jax.random.categorical(jax.random.key(8), logits)
+    given = (*problem[:3], [{"image": pictures, "label": labels}])
+    exact = flat(vpt_jax.importance(*given, score="leave_one_out"))
+    errors = [
+        np.abs(flat(vpt_jax.importance(*given, reduction=reduction)) - exact).mean()
+        for reduction in ("mean", "second_order")
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_leave_one_out_is_the_loss_without_each_prompt(problem):
     model, backbone, trainable, batch = problem
     got = vpt_jax.importance(*problem[:3], [batch], score="leave_one_out")
@@ -163,7 +262,9 @@ def test_attention_is_the_mean_weight_received(problem):
 def test_signed_is_key_gate_with_its_sign(problem):
     batch = problem[3]
     signed = vpt_jax.importance(*problem[:3], [batch], score="signed")
-    kept = vpt_jax.importance(*problem[:3], [batch], reduction="abs_mean")
+    kept = vpt_jax.importance(
+        *problem[:3], [batch], score="key_gate", reduction="abs_mean"
+    )
     np.testing.assert_allclose(np.abs(flat(signed)), flat(kept), atol=1e-7)
     assert flat(signed).min() < 0 < flat(signed).max()
 
@@ -204,7 +305,9 @@ def test_scores_do_not_depend_on_how_examples_are_batched(problem, score):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions(problem, reduction):
     model, backbone, trainable, batch = problem
-    got = vpt_jax.importance(*problem[:3], [batch], reduction=reduction)
+    got = vpt_jax.importance(
+        *problem[:3], [batch], score="key_gate", reduction=reduction
+    )
 
     def losses(prompts, **kwargs):
         return loss_of(problem, prompts=prompts, **kwargs), {}
@@ -215,6 +318,7 @@ def test_reductions(problem, reduction):
         "abs_mean": lambda v: np.abs(v.mean(0)),
         "mean_square": lambda v: (v**2).mean(0),
         "mean": lambda v: v.mean(0),
+        "second_order": lambda v: v.mean(0) + (v**2).mean(0) / 2,
     }[reduction]
     expected = np.concatenate([by_hand(np.asarray(v)) for v in values])
     np.testing.assert_allclose(flat(got), expected, rtol=1e-4, atol=1e-7)
@@ -236,7 +340,7 @@ def test_a_smaller_last_batch_does_not_compile_again(problem):
     assert _batch_sums._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("score", ["key_gate", "leave_one_out", "l2_norm"])
+@pytest.mark.parametrize("score", ["removal", "key_gate", "leave_one_out", "l2_norm"])
 def test_masked_prompts_are_out_and_the_rest_is_scored_without_them(problem, score):
     model, backbone, trainable, batch = problem
     mask = tuple(jnp.arange(n) != 1 for n in NUM)
@@ -264,7 +368,7 @@ def test_shallow_prompts_are_scored_too(problem, score):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"score": "magic"}, "unknown score 'magic'; choose one of 'key_gate'"),
+        ({"score": "magic"}, "unknown score 'magic'; choose one of 'removal'"),
         ({"reduction": "sum"}, "unknown reduction 'sum'"),
         ({"score": "random"}, "needs key="),
         ({"score": "l2_norm", "reduction": "mean"}, "reads no examples"),

@@ -185,6 +185,7 @@ def problem(name="vit_jax"):
 @pytest.mark.parametrize(
     ("score", "deep"),
     [
+        ("removal", True),
         ("key_gate", True),
         ("key_gate", False),
         ("signed", True),

@@ -77,9 +77,9 @@ def test_the_report_has_a_row_for_every_model(finished):
     ] == [
         ("linear", None, None, 0.0),
         ("tune", None, None, 1.0),
-        ("condense", "key_gate", "global", 0.3),
-        ("finetune", "key_gate", "global", 0.3),
-        ("finetune", "key_gate", "layer", 0.3),
+        ("condense", "removal", "global", 0.3),
+        ("finetune", "removal", "global", 0.3),
+        ("finetune", "removal", "layer", 0.3),
         ("finetune", "random", "global", 0.3),
         ("scratch", None, None, 0.3),
     ]
@@ -136,14 +136,14 @@ def test_stages_build_on_each_other(finished):
         return vpt_jax.load_prompts(workdir / "prompts" / f"seed0-{name}.safetensors")
 
     tuned = load("tune")
-    scores = json.loads((workdir / "scores" / "seed0-key_gate.json").read_text())
+    scores = json.loads((workdir / "scores" / "seed0-removal.json").read_text())
     mask = vpt_jax.keep_mask(
         tuple(map(jnp.asarray, scores["layers"])), keep_ratio=0.3, scope="global"
     )
-    condensed = load("condense-key_gate-global-30percent")
+    condensed = load("condense-removal-global-30percent")
     expected = vpt_jax.condense(tuned.prompts, mask)
     jax.tree.map(np.testing.assert_array_equal, condensed.prompts, expected)
-    finetuned = load("finetune-key_gate-global-30percent")
+    finetuned = load("finetune-removal-global-30percent")
     assert vpt_jax.counts(finetuned.prompts) == vpt_jax.counts(expected)
     for part in ("kernel", "bias"):  # the head is frozen, bit for bit
         np.testing.assert_array_equal(finetuned.head[part], tuned.head[part])
@@ -207,7 +207,7 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
 ):
     _, workdir, _ = finished
     experiment.run(smoke(checkpoint, seeds=(1, 0), baselines=()), tmp_path)
-    name = "finetune-key_gate-global-30percent.safetensors"
+    name = "finetune-removal-global-30percent.safetensors"
     alone = (workdir / "prompts" / f"seed0-{name}").read_bytes()
     assert (tmp_path / "prompts" / f"seed0-{name}").read_bytes() == alone
     assert (tmp_path / "prompts" / f"seed1-{name}").read_bytes() != alone

@@ -15,7 +15,7 @@ from test_protocol import load
 import vpt_jax
 from vpt_jax import config as configs
 from vpt_jax.checkpoint import save_backbone
-from vpt_jax.studies import rank, spectra, study
+from vpt_jax.studies import growth, rank, rank_page, spectra, study
 from vpt_jax.studies.spectra import energy_rank, entropy_rank
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -131,37 +131,62 @@ def test_ranks_of_matrices_that_are_known():
     np.testing.assert_allclose(spectra.cumulative(known)[0], [1 / 2, 5 / 6, 1])
 
 
-@pytest.mark.parametrize("form", spectra.GROWTH)
+@pytest.mark.parametrize("form", growth.GROWTH)
 def test_a_planted_growth_is_recovered_and_predicted(form):
     x = np.array(rank.PROMPTS) / 65
     slopes = np.array([[2.0], [-5.0]])
-    y = 3 + slopes * spectra.GROWTH[form](x)
-    a, b = spectra.fit(x, y, form)
+    y = 3 + slopes * growth.GROWTH[form](x)
+    a, b = growth.fit(x, y, form)
     np.testing.assert_allclose(a, 3)
     np.testing.assert_allclose(b, slopes[:, 0])
-    errors = {f: spectra.held_out(x, y, f) for f in spectra.GROWTH}
+    errors = {f: growth.held_out(x, y, f) for f in growth.GROWTH}
     assert errors[form].max() < 1e-9
     assert all(e.min() > 0.1 for f, e in errors.items() if f != form)
 
 
-def planted(form, noise=0.05, slope=5.0, **changes):
-    """A result whose 95 % ranks grow as `form` says, in 4 layers of 2 heads."""
+def planted(form, noise=0.05, slope=5.0, seeds=3):
+    """A result whose ranks grow as `form` says, in 4 layers of 2 heads.
+
+    Every seed and share of the pictures has noise of its own.
+    """
     rng, n = np.random.default_rng(0), 65
     rows = []
     for m in rank.PROMPTS:
-        r = 10 + slope * spectra.GROWTH[form](m / n) + rng.normal(0, noise, (4, 2))
-        ranks = {name: r.tolist() for name in rank.MEASURES}
-        rows.append(
-            {
-                "kind": "random",
-                "seed": 0,
-                "m": m,
-                "mass": np.zeros((4, 2)).tolist(),
-                "ranks": dict.fromkeys(spectra.MATRICES, ranks),
-                **changes,
-            }
-        )
-    return {"tokens": n, "rows": rows, "fits": rank.growth_fits(rows, n)}
+        for seed in range(seeds if m else 1):
+            r = 10 + slope * growth.GROWTH[form](m / n)
+            r = r + rng.normal(0, noise, (seeds, 4, 2))
+            ranks = {name: r.tolist() for name in spectra.MEASURES}
+            rows.append(
+                {
+                    "kind": "random",
+                    "seed": seed,
+                    "m": m,
+                    "mass": np.zeros((4, 2)).tolist(),
+                    "ranks": dict.fromkeys(spectra.MATRICES, ranks),
+                }
+            )
+    fits = growth.growth_fits(rows, n, ("all", "rows"), tuple(spectra.MEASURES))
+    return {"tokens": n, "rows": rows, "fits": fits}
+
+
+def test_no_two_repetitions_share_a_prompt_or_a_picture():
+    ranks = np.arange(9.0).reshape(3, 3)[..., None, None]  # 3 * seed + share
+    np.testing.assert_array_equal(growth.repetitions(ranks).ravel(), [0, 4, 8])
+    # Without prompts there is one seed for all.
+    np.testing.assert_array_equal(growth.repetitions(ranks[:1]).ravel(), [0, 1, 2])
+
+
+def test_a_fit_of_repetitions_is_that_of_each(getkey):
+    result = planted("log", seeds=2)
+    found = result["fits"]["rows"]["95"]["sqrt"]
+    table = growth.table_of(result["rows"], "random", "rows", "95")
+    assert [len(ranks) for ranks in table.values()] == [1] + [2] * 9
+    x = np.array(list(table)) / 65
+    for i in range(2):
+        y = [(ranks[i] if m else ranks[0])[i, 1, 1] for m, ranks in table.items()]
+        expected = growth.held_out(x, np.array(y), "sqrt")
+        # As written: four digits.
+        assert found["held_out"][i][1][1] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -174,25 +199,40 @@ def planted(form, noise=0.05, slope=5.0, **changes):
     ],
 )
 def test_the_verdict_on_growth_follows_from_the_errors(form, noise, expected):
-    result = planted(form, noise)
-    assert rank.growth_verdict(result, "all").verdict == expected
+    found = rank_page.growth_verdict(planted(form, noise), "all")
+    assert found.verdict == expected
+    assert "± inf" not in found.because
+
+
+def test_one_seed_decides_nothing_about_growth():
+    found = rank_page.growth_verdict(planted("linear", seeds=1), "all")
+    assert found.verdict == "undecided"
 
 
 def test_what_does_not_grow_is_no_faster_than_anything():
-    found = rank.growth_verdict(planted("linear", slope=-1.0), "all")
+    found = rank_page.growth_verdict(planted("linear", slope=-1.0), "all")
     assert (found.verdict, "not grow" in found.because) == ("supported", True)
 
 
 def test_the_verdict_on_low_rank_follows_its_rule():
-    assert rank.low_rank_verdict(planted("log"), "all").verdict == "supported"
+    def verdict(result, matrix="all"):
+        return rank_page.low_rank_verdict(result, matrix).verdict
+
+    assert verdict(planted("log")) == "supported"
     # 10 + 20 * 200 / 65 is more than half of 65, less than half of 265.
     faster = planted("linear", slope=20.0)
-    assert rank.low_rank_verdict(faster, "all").verdict == "supported"
-    assert rank.low_rank_verdict(faster, "rows").verdict == "not supported"
+    assert verdict(faster) == "supported"
+    assert verdict(faster, "rows") == "not supported"
+    # One seed of three in which no head stays low: neither.
+    mixed = planted("log")
+    for row in mixed["rows"]:
+        if row["m"] == 200 and row["seed"] == 1:
+            row["ranks"] = {"rows": {"95": np.full((3, 4, 2), 60.0).tolist()}}
+    assert verdict(mixed, "rows") == "undecided"
     full = planted("log")
     for row in full["rows"]:
-        row["ranks"] = {"all": {"95": np.full((4, 2), 60.0).tolist()}}
-    assert rank.low_rank_verdict(full, "all").verdict == "not supported"
+        row["ranks"] = {"all": {"95": np.full((3, 4, 2), 60.0).tolist()}}
+    assert verdict(full) == "not supported"
 
 
 def softmax_pair(seed, n=12, m=5, c=4, size=2.0):
@@ -328,7 +368,7 @@ def test_a_small_lab_is_measured_the_same_every_time(lab):
         for matrix, ranks in row["ranks"].items():
             most = 5 + row["m"] if matrix == "all" else 5
             for values in ranks.values():
-                assert np.shape(values) == (6, 4)
+                assert np.shape(values) == (2, 6, 4)
                 assert np.all((np.array(values) >= 1) & (np.array(values) <= most))
     page = study.html(rank.show(json.loads(text)))
     assert page.count("<svg") == 3 and "Undecided" in page
@@ -341,6 +381,20 @@ def test_a_batch_that_is_not_full_counts_its_pictures_once(lab, monkeypatch):
     monkeypatch.setattr(rank, "BATCH", 4)
     parts = rank.measure(lab, images, prompts)
     np.testing.assert_allclose(parts["ranks"]["all"]["95"], whole["ranks"]["all"]["95"])
+    # Shares are of every second picture; both of one size, so their mean is the mean.
+    values, _ = spectra.singular_values(
+        lab.model.backbone,
+        prompts,
+        images,
+        model=lab.model.model,
+        normalisation="half",
+        deep=True,
+    )
+    for name in ("99", "effective"):
+        ranks = spectra.MEASURES[name](values["rows"])
+        expected = [ranks[:, ::2].mean(axis=1), ranks[:, 1::2].mean(axis=1)]
+        # As written: four digits.
+        np.testing.assert_allclose(whole["ranks"]["rows"][name], expected, atol=1e-4)
 
 
 def test_fits_and_every_figure_of_a_longer_grid(lab):
@@ -349,7 +403,7 @@ def test_fits_and_every_figure_of_a_longer_grid(lab):
     assert [v.verdict in study.VERDICTS for v in section.verdicts] == [True] * 6
     for by_measure in result["fits"].values():
         for forms in by_measure.values():
-            assert set(forms) == set(spectra.GROWTH)
+            assert set(forms) == set(growth.GROWTH)
             assert np.isfinite([forms[f]["held_out"] for f in forms]).all()
 
 

@@ -389,6 +389,7 @@ def test_key_gate_gradient_is_the_central_difference_in_float64(problem):
 @pytest.mark.parametrize(
     ("score", "deep"),
     [
+        ("removal", True),
         ("key_gate", True),
         ("key_gate", False),
         ("attention", False),

@@ -196,7 +196,7 @@ def test_the_next_batch_is_started_before_a_result_is_read(monkeypatch):
 
         def __array__(self, dtype=None, copy=None):
             events.append(f"read {self.number}")
-            return np.array(1)
+            return np.array([True, False])
 
     monkeypatch.setattr(train, "eval_step", lambda *args, **kwargs: Result(len(events)))
     args = {}, {}, np.zeros((5, 4, 4, 3), np.uint8), np.zeros(5, np.int32)

@@ -8,7 +8,7 @@ network; the mask keeps shapes, removal makes it smaller.
 
 Removing a prompt is giving its key an attention weight of 0, not multiplying the
 prompt by 0: LayerNorm returns its bias for a zero prompt, and that key keeps its share
-of the softmax. So the default score is the gradient with respect to a gate on the key.
+of the softmax. So prompts are scored by the gradient with respect to a gate on the key.
 """
 
 import functools
@@ -33,6 +33,7 @@ from vpt_jax.prompts import (
 )
 
 SCORES = (
+    "removal",
     "key_gate",
     "signed",
     "taylor",
@@ -47,6 +48,7 @@ Batch = dict[str, Any]
 
 # What each score does with its examples when the caller does not say.
 DEFAULT_REDUCTION = {
+    "removal": "mean_abs",
     "key_gate": "mean_abs",
     "taylor": "mean_abs",
     "grad_norm": "mean",
@@ -60,6 +62,7 @@ REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
     "abs_mean": (lambda x: x, abs),
     "mean_square": (lambda x: x * x, lambda x: x),
     "mean": (lambda x: x, lambda x: x),
+    "second_order": (lambda x: x + 0.5 * x * x, lambda x: x),
 }
 
 
@@ -75,7 +78,7 @@ def importance(
     trainable: dict[str, Any],
     batches: Iterable[Batch],
     *,
-    score: str = "key_gate",
+    score: str = "removal",
     reduction: str | None = None,
     deep: bool = True,
     prompt_mask: Mask | None = None,
@@ -90,8 +93,11 @@ def importance(
     example's loss, the value of prompt `j` for that example is
 
     =============== ==================================================================
+    `removal`       the loss change on removal, exact in the softmax and first order
+                    behind it: `key_gate` by head and query, divided by one minus the
+                    attention that the prompt has there (see `example_values`). Default.
     `key_gate`      `-dL/dg_j`, `g_j = 1` a gate on key `j`'s softmax numerator: the
-                    first-order estimate of the loss change on removal. Default.
+                    first-order estimate of the loss change on removal.
     `signed`        `key_gate` with its sign kept (`reduction` is `"mean"`).
     `taylor`        `-<p_j, dL/dp_j>`, the literal gate on the token. For deep prompts
                     it is degenerate: LayerNorm does not change when `p` is scaled.
@@ -111,9 +117,12 @@ def importance(
         `[b]`, and optionally `mask` `[b]` (False: padding, does not count). A smaller
         last batch is padded, so nothing recompiles. Read once, batch by batch.
       score: See above.
-      reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"` or
-        `"mean"`. None takes the score's own: `mean_abs` for `key_gate` and `taylor`
-        (gradients average to about 0 after training, their sizes do not), else `mean`.
+      reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"`, `"mean"`,
+        or `"second_order"`, the mean of `x + x**2 / 2`: with `removal` it estimates
+        the mean change of the loss (`leave_one_out`), as the mean square of
+        log-likelihoods' derivatives is their Fisher information. None takes the
+        score's own: `mean_abs` for `removal`, `key_gate` and `taylor` (gradients
+        average to about 0 after training, their sizes do not), else `mean`.
       deep: As the model is run.
       prompt_mask: Scores are taken with these prompts removed; those score `-inf`.
       loss_fn: `(logits [b, k], batch) -> [b]`. Must be a module-level function (or the
@@ -264,6 +273,8 @@ def example_values(
       deep: False for shallow prompts, whose attention is averaged over the layers.
     """
     b = jax.eval_shape(lambda p: losses(p)[0], prompts).shape[0]
+    if score == "removal":
+        return _removal(losses, prompts, b, deep)
     if score in ("key_gate", "signed"):
         gates = tuple(jnp.ones((b, p.shape[0]), wide(p.dtype)) for p in prompts)
         grads = jax.grad(lambda g: losses(prompts, prompt_gate=g)[0].sum())(gates)
@@ -283,6 +294,39 @@ def example_values(
         mean = functools.reduce(jnp.add, received) / len(received)
         return (mean, *(jnp.zeros((b, 0)) for _ in prompts[1:]))
     return _leave_one_out(losses, prompts, prompt_mask)
+
+
+def _removal(
+    losses: Callable, prompts: Prompts, b: int, deep: bool
+) -> tuple[jax.Array, ...]:
+    """The score `removal`: how a removed key's attention goes to the others, exactly.
+
+    A query that gave the prompt's key the weight `a` and attended to `o` attends to
+    `o + a / (1 - a) (o - v)` without it, `v` the prompt's value. The derivative of a
+    gate at 1 is `a (v - o)`: removal is that, divided by `-(1 - a)`, head by head and
+    query by query. Where a prompt is more than a key of one layer (shallow prompts;
+    outputs that are averaged), it is the derivative of a gate on all that it is.
+    """
+
+    def gated(gates: Any) -> tuple[jax.Array, list[jax.Array]]:
+        loss, out = losses(prompts, prompt_gate=gates)
+        return loss.sum(), [block["prompt_attention"] for block in out["blocks"]]
+
+    blocks = jax.eval_shape(lambda p: losses(p)[1]["blocks"], prompts)
+    only_keys = [deep and "prompts" not in block for block in blocks]
+    gates = tuple(
+        jnp.ones(
+            block["prompt_attention"].shape if fine else (b, p.shape[0]),
+            wide(p.dtype),
+        )
+        for p, block, fine in zip(prompts, blocks, only_keys, strict=True)
+    )
+    grads, attention = jax.grad(gated, has_aux=True)(gates)
+    # A prompt with all of the attention cannot be spared; 1e-6 is float32's limit.
+    return tuple(
+        -(g / jnp.maximum(1 - a, 1e-6)).sum(axis=(1, 2)) if fine else -g
+        for g, a, fine in zip(grads, attention, only_keys, strict=True)
+    )
 
 
 def _leave_one_out(

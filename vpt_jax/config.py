@@ -127,7 +127,7 @@ class TrainConfig:
 class ScoreConfig:
     """How prompts are scored; an empty reduction is the score's own."""
 
-    score: str = "key_gate"
+    score: str = "removal"
     reduction: str = ""
     batch_size: int = 64
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from vpt_jax.models.inputs import Inputs, check_prompts, prepare
-from vpt_jax.models.vit import drop, insert
+from vpt_jax.models.vit import drop, insert, with_rows
 
 BLOCK = r"encoderblock_(\d+)"
 """How vit_jax, big_vision and scenic name their encoder blocks."""
@@ -75,6 +75,7 @@ def prompted(
         exactly, as if it had been removed.
       prompt_gate: Float `[n_i]` or `[b, n_i]` per layer that multiplies the prompt's
         softmax numerator: 1 leaves it, 0 removes it (at 0 the gate's gradient is 0).
+        Of deep prompts also `[b, h, t, n_i]`, by head and the model's own token.
       deep: False runs VPT-Shallow: later layers have 0 prompts.
       block: Regular expression for the end of a block's path, with one group, the
         layer's number from 0. Narrow it when a model has several encoders:
@@ -419,7 +420,8 @@ class _Run:
 
         Args:
           attend: `nn.dot_product_attention` or what takes its `bias` and `mask`.
-          weight: None or `[b or 1, n]`; 0 removes a key.
+          weight: None, `[b or 1, n]` or, by head and token, `[b, h, t, n]`; 0
+            removes a key.
           sow_in: None, or the module that is to keep the attention weights.
         """
         layer, num_tokens = self.layer, self.num_tokens
@@ -445,11 +447,20 @@ class _Run:
                     " prompts. (With nested contexts, masks and gates go to the inner.)"
                 )
             if weight is not None:
-                rows, dtype = weight.shape[0], weight.dtype
-                own = jnp.ones((rows, num_tokens - num), dtype)
-                w = [own[:, :FIRST], weight, own[:, FIRST:]]
-                w = jnp.concatenate(w, axis=1)
-                w = w[:, None, None, :]
+                # [rows, 1, 1, t] for all heads and queries alike, or [b, h, t, t].
+                w = weight if weight.ndim == 4 else weight[:, None, None, :]
+                dtype, heads = weight.dtype, query.shape[-2]
+                if weight.ndim == 4:
+                    if w.shape[1:3] != (heads, num_tokens - num):
+                        raise ValueError(
+                            f"prompt_gate of block {layer} has shape {w.shape}; its"
+                            f" attention has {heads} heads and {num_tokens - num}"
+                            " tokens besides the prompts. Pass [b, n_i]."
+                        )
+                    # What the prompts attend to ends with this block.
+                    w = with_rows(w, num, FIRST)
+                own = jnp.ones((*w.shape[:-1], num_tokens - num), dtype)
+                w = jnp.concatenate([own[..., :FIRST], w, own[..., FIRST:]], axis=-1)
                 # Not log 0: its gradient is not finite. Masked weights are exactly 0.
                 keep = w > 0
                 log = jnp.log(jnp.where(keep, w, jnp.ones((), dtype)))

@@ -25,6 +25,7 @@ from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import normalise
 from vpt_jax.data.strips import Strip, view
 from vpt_jax.data.tasks import Split, Task
+from vpt_jax.prompts import Mask
 
 
 class Unit(NamedTuple):
@@ -154,6 +155,26 @@ def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return tuple(jnp.asarray(s, jnp.float32) for s in layers)
     tuned, _ = trained(run, Unit("tune", seed))
+    start = time.perf_counter()
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    scores = score_over(run, tuned, score, key=key)
+    seconds = time.perf_counter() - start
+    if files.writes():
+        layers = [np.asarray(s).tolist() for s in scores]
+        files.write_json(path, {"score": score, "seed": seed, "layers": layers})
+    run.log.line(f"seed{seed}-score-{score}: {seconds:.1f} s")
+    return scores
+
+
+def score_over(
+    run: Run,
+    trainable: dict[str, Any],
+    score: str,
+    *,
+    key: jax.Array | None = None,
+    prompt_mask: Mask | None = None,
+) -> tuple[jax.Array, ...]:
+    """Importance over the run's training set, see `vpt_jax.importance`."""
     settings, num = run.config.score, len(run.labels)
     steps = math.ceil(num / settings.batch_size)
 
@@ -164,24 +185,18 @@ def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
             image = normalise(image, run.backbone_info["normalisation"])
             yield {"image": image, "label": run.labels[part]}
 
-    start = time.perf_counter()
-    scores = vpt_jax.importance(
+    return vpt_jax.importance(
         run.model,
         run.backbone,
-        tuned,
+        trainable,
         batches(),
         score=score,
         reduction=(settings.reduction or None) if score == settings.score else None,
         deep=run.config.prompts.deep,
-        key=jax.random.fold_in(jax.random.key(seed), 1),
+        prompt_mask=prompt_mask,
+        key=key,
         progress=lambda done: run.log.progress(f"score {score}: {done}/{steps}"),
     )
-    seconds = time.perf_counter() - start
-    if files.writes():
-        layers = [np.asarray(s).tolist() for s in scores]
-        files.write_json(path, {"score": score, "seed": seed, "layers": layers})
-    run.log.line(f"seed{seed}-score-{score}: {seconds:.1f} s")
-    return scores
 
 
 def fit(

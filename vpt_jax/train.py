@@ -23,7 +23,7 @@ import optax
 from vpt_jax.condense import cross_entropy
 from vpt_jax.data import cache, strips
 from vpt_jax.data.augment import normalise
-from vpt_jax.prompts import apply_head, check_choice, prompt_dropout
+from vpt_jax.prompts import Mask, apply_head, check_choice, prompt_dropout
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step")  # how often the learning rate moves
@@ -96,10 +96,12 @@ def predict(
     model: Any,
     recipe: Recipe,
     key: jax.Array | None = None,
+    prompt_mask: Mask | None = None,
 ) -> jax.Array:
     """Logits `[b, k]` of uint8 `images [b, s, s, 3]`; dropout if a key is given.
 
-    With `model=None`, `images` are features `[b, d]` already (a linear probe).
+    With `model=None`, `images` are features `[b, d]` already (a linear probe). Prompts
+    whose `prompt_mask` is False do not take part, as if they had been removed.
     """
     if model is None:
         return apply_head(trainable["head"], images)
@@ -110,6 +112,7 @@ def predict(
         {"params": backbone},
         normalise(images, recipe.normalisation),
         prompts=prompts,
+        prompt_mask=prompt_mask,
         deep=recipe.deep,
     )
     return apply_head(trainable["head"], features)
@@ -122,6 +125,7 @@ def train_step(
     learning_rate: jax.Array,
     weight_decay: jax.Array,
     key: jax.Array,
+    prompt_mask: Mask | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -136,6 +140,9 @@ def train_step(
       weight_decay: Coupled L2 (SGD) or decoupled (AdamW).
       key: Of the run; the step's own key is `fold_in(key, step)`, so that a restart
         draws the same numbers.
+      prompt_mask: Train the network without the prompts whose mask is False: shapes,
+        and so the compiled program, are the same for every selection. Those prompts
+        get no gradient; `condense` removes them afterwards.
       model: Static.
       recipe: Static.
 
@@ -151,6 +158,7 @@ def train_step(
             model=model,
             recipe=recipe,
             key=jax.random.fold_in(key, state.step),
+            prompt_mask=prompt_mask,
         )
         mask = batch["mask"].astype(jnp.float32)
         losses = cross_entropy(logits, batch) * mask
@@ -180,6 +188,7 @@ def train_epoch(
     learning_rates: jax.Array,
     weight_decay: jax.Array,
     key: jax.Array,
+    prompt_mask: Mask | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -197,6 +206,7 @@ def train_epoch(
       learning_rates: `[steps]`.
       weight_decay: Scalar.
       key: Of the run.
+      prompt_mask: See `train_step`.
       model: Static.
       recipe: Static.
 
@@ -210,7 +220,15 @@ def train_epoch(
         image = strips.take(images, index, crop_key)
         batch = {"image": image, "label": labels[index], "mask": real}
         return train_step(
-            state, backbone, batch, rate, weight_decay, key, model=model, recipe=recipe
+            state,
+            backbone,
+            batch,
+            rate,
+            weight_decay,
+            key,
+            prompt_mask,
+            model=model,
+            recipe=recipe,
         )
 
     state, sums = jax.lax.scan(step, state, (order, mask, learning_rates))
@@ -280,39 +298,67 @@ def eval_step(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
+    prompt_mask: Mask | None = None,
     *,
     model: Any,
     recipe: Recipe,
 ) -> jax.Array:
-    """Number of right answers among the real examples of one batch.
+    """Which answers of one batch are right, bool `[b]`; padding never is.
 
     `trainable["prompts"]` may be what `prefill` made of the prompts.
     """
-    logits = predict(trainable, backbone, images, model=model, recipe=recipe)
-    return ((logits.argmax(-1) == labels) & mask).sum()
+    logits = predict(
+        trainable,
+        backbone,
+        images,
+        model=model,
+        recipe=recipe,
+        prompt_mask=prompt_mask,
+    )
+    return (logits.argmax(-1) == labels) & mask
 
 
 def evaluate(
     trainable: dict[str, Any],
     backbone: Any,
-    images: np.ndarray,
+    images: Any,
+    labels: np.ndarray,
+    **settings: Any,
+) -> float:
+    """Accuracy in [0, 1]: the mean of `answers`, whose arguments it takes."""
+    right = answers(trainable, backbone, images, labels, **settings)
+    return int(right.sum()) / len(labels)
+
+
+def answers(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: Any,
     labels: np.ndarray,
     *,
     model: Any,
     recipe: Recipe,
     batch_size: int,
-) -> float:
-    """Accuracy in [0, 1]; every example counts once, the last batch is padded.
+    prompt_mask: Mask | None = None,
+) -> np.ndarray:
+    """Which pictures are classified right, bool `[n]`; the last batch is padded.
 
     `images` may be a memory map that is larger than memory, see `_batches`.
     """
-    counts = (
+    found = (
         eval_step(
-            trainable, backbone, batch, labels[index], mask, model=model, recipe=recipe
+            trainable,
+            backbone,
+            batch,
+            labels[index],
+            mask,
+            prompt_mask,
+            model=model,
+            recipe=recipe,
         )
         for batch, index, mask in _batches(images, batch_size)
     )
-    return sum(int(count) for count in _one_late(counts)) / len(labels)
+    return np.concatenate(list(_one_late(found)))[: len(labels)]
 
 
 def _batches(

@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
     """Checked arguments of a forward pass, one entry per layer."""
 
     prompts: list[Any]  # None where a layer has none
-    weights: list[jax.Array | None]  # of the prompts' keys, [b or 1, n_i]
+    # Of the prompts' keys, [b or 1, n_i]; or [b, h, q, n_i], by head and query.
+    weights: list[jax.Array | None]
     deep: bool
     formulation: str
 
@@ -49,6 +50,11 @@ def prepare(
     weights = key_weights(mask, gate, num)
     prefilled = any(isinstance(p, KeyValue) for p in prompts)
     if not deep:
+        if weights[0] is not None and weights[0].ndim == 4:
+            raise ValueError(
+                f"prompt_gate has shape {weights[0].shape}, by head and query, with"
+                " deep=False; shallow prompts act in every layer, pass [b, n_0]."
+            )
         if any(num[1:]):
             raise ValueError(
                 f"prompts have counts {num} with deep=False; shallow prompts belong to"
@@ -100,7 +106,10 @@ def key_weights(
     gate: Sequence[jax.Array] | None,
     num: tuple[int, ...],
 ) -> list[jax.Array | None]:
-    """Mask times gate as float32 `[b or 1, n_i]` per layer; None where neither is."""
+    """Mask times gate as float32 `[b or 1, n_i]` per layer; None where neither is.
+
+    A gate `[b, h, q, n_i]` (per head and query) keeps its axes.
+    """
     for name, given in (("prompt_mask", mask), ("prompt_gate", gate)):
         if given is None:
             continue
@@ -114,14 +123,15 @@ def key_weights(
     for i, n in enumerate(num):
         weight = None
         if n and gate is not None:
-            weight = batched(gate[i], 2).astype(wide(gate[i].dtype))
+            weight = gate[i] if gate[i].ndim == 4 else batched(gate[i], 2)
+            weight = weight.astype(wide(weight.dtype))
         if n and mask is not None:
             keep = batched(mask[i], 2)
-            weight = (
-                keep.astype(jnp.float32)
-                if weight is None
-                else jnp.where(keep, weight, jnp.zeros((), weight.dtype))
-            )
+            if weight is None:
+                weight = keep.astype(jnp.float32)
+            else:
+                keep = keep if weight.ndim == 2 else keep[:, None, None]
+                weight = jnp.where(keep, weight, jnp.zeros((), weight.dtype))
         result.append(weight)
     return result
 

@@ -53,7 +53,8 @@ def attend(
       q: `[b, h, q, c]`, already scaled.
       k: `[b, h, t, c]`.
       v: `[b, h, t, c]`.
-      key_weight: None, or `[b or 1, t]` float32, at least one positive per row.
+      key_weight: None, or `[b or 1, t]` float32, at least one positive per row; or
+        `[b, h, q, t]`, where every query and head weighs the keys for itself.
 
     Returns:
       The attended values `[b, h, q, c]`, and the attention weights
@@ -65,7 +66,7 @@ def attend(
         top = lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         weights = jnp.exp(logits - top)
     else:
-        w = key_weight[:, None, None, :]
+        w = key_weight if key_weight.ndim == 4 else key_weight[:, None, None, :]
         # The largest logit among keys that count, or a removed key could make the
         # others underflow.
         top = jnp.where(w > 0, logits, -jnp.inf).max(axis=-1, keepdims=True)
@@ -288,7 +289,7 @@ class Block(nn.Module):
         Args:
           x: Tokens `[b, t, d]`.
           prompts: None, `[n, d]`, `[b, n, d]`, or what `prefill` made of them.
-          key_weight: None or `[b or 1, t + n]`, see `attend`.
+          key_weight: None, `[b or 1, t + n]` or `[b, h, q, t + n]`, see `attend`.
           read: Only these `q` tokens are computed and returned; the others are keys and
             values alone.
 

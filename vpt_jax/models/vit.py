@@ -176,6 +176,7 @@ class Encoder(nn.Module):
             if given.deep or i == 0:
                 num = p.shape[-2]
                 x = insert(x, p, first)
+            w = with_rows(w, num, first) if w is not None and w.ndim == 4 else w
             x, attention = block(x, None, _spread(w, first, t - first))
             out.append(
                 {
@@ -213,12 +214,18 @@ def drop(x: jax.Array, num: int, at: int, axis: int = 1) -> jax.Array:
     return jnp.concatenate([x[(*before, part)] for part in parts], axis)
 
 
+def with_rows(weight: jax.Array, num: int, at: int) -> jax.Array:
+    """Puts `num` rows of ones into `weight [b, h, t, n]` before row `at`."""
+    ones = jnp.ones((*weight.shape[:2], num, weight.shape[3]), weight.dtype)
+    return jnp.concatenate([weight[:, :, :at], ones, weight[:, :, at:]], axis=2)
+
+
 def _spread(weight: jax.Array | None, before: int, after: int) -> jax.Array | None:
-    """The prompts' key weights among those of other tokens, which are 1."""
+    """The prompts' key weights `[..., n]` among those of other tokens, which are 1."""
     if weight is None:
         return None
-    ones = [jnp.ones((weight.shape[0], n), weight.dtype) for n in (before, after)]
-    return jnp.concatenate([ones[0], weight, ones[1]], axis=1)
+    ones = [jnp.ones((*weight.shape[:-1], n), weight.dtype) for n in (before, after)]
+    return jnp.concatenate([ones[0], weight, ones[1]], axis=-1)
 
 
 class ViT(nn.Module):
@@ -360,7 +367,8 @@ class ViT(nn.Module):
           prompt_mask: Boolean `[n_i]` per layer; False takes the prompt out of
             attention exactly, as if it had been removed.
           prompt_gate: Float `[n_i]` or `[b, n_i]` per layer that multiplies the
-            prompt's softmax numerator: 1 leaves it, 0 removes it. For scoring.
+            prompt's softmax numerator: 1 leaves it, 0 removes it. For scoring. Of deep
+            prompts also by head and query, with the shape of `prompt_attention` below.
           deep: False runs VPT-Shallow: the first layer's prompts are inserted as
             tokens once and evolve; masks and gates act on them in every layer.
           formulation: `"kv"` (keys and values, exact and cheap) or `"tokens"`

@@ -80,12 +80,16 @@ def exponentials(
     reasons of the two guards see `layers.attend`.
 
     Args:
-      groups: Logits `[b, h, w, q, t]` and the keys' weights (None or `[b or 1, t]`).
+      groups: Logits `[b, h, w, q, t]` and the keys' weights: None, `[b or 1, t]`, or
+        `[b, h, w, q, t]`.
 
     Returns:
       Every group's exponentials, and the sum of all `[b, h, w, q, 1]`.
     """
-    expanded = [(x, None if w is None else w[:, None, None, None]) for x, w in groups]
+    expanded = [
+        (x, w[:, None, None, None] if w is not None and w.ndim == 2 else w)
+        for x, w in groups
+    ]
     counted = (x if w is None else jnp.where(w > 0, x, -jnp.inf) for x, w in expanded)
     tops = [x.max(axis=-1, keepdims=True) for x in counted]
     top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
@@ -170,7 +174,8 @@ class WindowAttention(nn.Module):
         Args:
           x: Windows `[b, w, t, d]`, the first `num_prompts` of the `t` are prompts.
           extra: None or prompts' keys and values `[(b,) h, n, d / h]`.
-          key_weight: None or the prompts' weights `[b or 1, n]`, see `layers.attend`.
+          key_weight: None or the prompts' weights `[b or 1, n]`, see `layers.attend`;
+            with `extra` also `[b, h, w * t, n]`, by head and query.
           num_prompts: Prompts among the tokens.
 
         Returns:
@@ -189,6 +194,11 @@ class WindowAttention(nn.Module):
         if extra is None:
             weight = key_weight
             if weight is not None:
+                if weight.ndim == 4:
+                    raise ValueError(
+                        f"prompt_gate has a shape {weight.shape}, by head and query,"
+                        " where prompts are tokens of every window; pass [b, n_i]."
+                    )
                 ones = jnp.ones((weight.shape[0], t - n), weight.dtype)
                 weight = jnp.concatenate([weight, ones], axis=1)
             (own,), total = exponentials([(logits, weight)])
@@ -196,6 +206,8 @@ class WindowAttention(nn.Module):
             given = own[..., n:, :n]
         else:
             key, value = (e.astype(self.dtype) for e in extra)
+            if key_weight is not None and key_weight.ndim == 4:
+                key_weight = key_weight.reshape(b, h, w, t, -1)
             groups = [
                 (logits, None),
                 (shared_product("bhwqc->bhwqn", q, key), key_weight),

@@ -20,7 +20,15 @@ from vpt_jax import workdir as files
 from vpt_jax.studies import study
 from vpt_jax.studies.study import Result, Section
 
-NAMES = ("prompts", "cost")
+NAMES = (
+    "prompts",
+    "rank",
+    "importance",
+    "selection",
+    "unlabelled",
+    "cost",
+    "transfer",
+)
 
 
 def main(values: ConfigDict, workdir: Path, command: str) -> None:
@@ -41,8 +49,8 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
 def html(sections: list[Section], about: Result) -> str:
     """The page: all verdicts first, then every study."""
     rows = "".join(
-        f"<tr><td>{escape(claim.claim)}</td><td>{escape(claim.verdict)}</td>"
-        f"<td>{escape(claim.because)}</td></tr>"
+        f"<tr><td>{escape(claim.claim)}</td><td><b>{escape(claim.verdict)}</b></td>"
+        f"<td class='soft'>{escape(claim.because)}</td></tr>"
         for section in sections
         for claim in section.verdicts
     )

@@ -4,7 +4,8 @@
 Two oracles, both from the loss of every training example with and without a prompt:
 `mean`, the mean change, is what `leave_one_out` gives; `size`, the mean of the change's
 absolute value, is what `mean_abs` estimates. They are different questions: a prompt
-that helps half of the pictures and harms the others has a size and no mean.
+that helps half of the pictures and harms the others has a size and no mean. Which
+question is the right one is seen when many prompts go at once: the study cuts by both.
 """
 
 import functools
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax import workdir as files
 from vpt_jax.condense import REDUCTIONS
 from vpt_jax.prompts import counts
 from vpt_jax.stages import Run
@@ -25,25 +25,27 @@ from vpt_jax.studies.ranks import kendall, pearson, percentile, precision, spear
 
 # name: (what is computed of every example, reduction over examples)
 SCORES = {
+    "removal": ("removal", "mean_abs"),
+    "removal, second_order": ("removal", "second_order"),
+    "removal, mean": ("removal", "mean"),
     "key_gate": ("key_gate", "mean_abs"),
     "key_gate, abs_mean": ("key_gate", "abs_mean"),
     "key_gate, mean_square": ("key_gate", "mean_square"),
+    "key_gate, second_order": ("key_gate", "second_order"),
     "signed": ("key_gate", "mean"),
     "taylor": ("taylor", "mean_abs"),
     "grad_norm": ("grad_norm", "mean"),
     "attention": ("attention", "mean"),
     "l2_norm": ("l2_norm", ""),
     "random": ("random", ""),
-    "removal": ("removal", "mean_abs"),
-    "removal, mean": ("removal", "mean"),
-    "removal_curved": ("removal_curved", "mean"),
 }
 ORACLES = ("size", "mean")
 DTYPES = ("float32", "bfloat16")
 SHARE = 0.3  # of the prompts: what "the best" are
+CUTS = importance_page.CUTS  # of the prompts kept, before any fine-tuning
 GROUPS, GROUP_SHARE = 20, 0.1
 PLANTED_EXAMPLES = 128
-ADDED = ("signed", "removal, mean", "removal_curved", "leave_one_out")
+ADDED = ("signed", "removal, mean", "removal, second_order", "leave_one_out")
 
 
 def run(lab: study.Lab) -> study.Result:
@@ -61,21 +63,7 @@ def run(lab: study.Lab) -> study.Result:
 def _seed(
     lab: study.Lab, shared: Run, seed: int, trainable: dict[str, Any], data: Any
 ) -> dict[str, Any]:
-    size = lab.config.score.batch_size
-    model, backbone = lab.model.model, lab.model.backbone
-
-    def values(what: str, dtype: str = "float32") -> np.ndarray:
-        # Minutes of work, kept as what is trained is.
-        path = shared.workdir / "removal" / f"seed{seed}-{what}-{dtype}.npy"
-        if path.exists():
-            return np.load(path)
-        cast = model.clone(dtype=jnp.dtype(dtype))
-        found = removal.values(what, cast, backbone, trainable, data, size)
-        if files.writes():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, found)
-        return found
-
+    values = functools.partial(removal.kept, lab, shared, seed)
     exact = values("exact")
     oracles = {"size": np.abs(exact).mean(0), "mean": exact.mean(0)}
     num = counts(trainable["prompts"])
@@ -94,11 +82,11 @@ def _seed(
     ]
     float32 = functools.partial(
         removal.values,
-        model=model,
-        backbone=backbone,
+        model=lab.model.model,
+        backbone=lab.model.backbone,
         trainable=trainable,
         data=data,
-        batch_size=size,
+        batch_size=lab.config.score.batch_size,
     )
     return {
         "seed": seed,
@@ -209,15 +197,17 @@ def _masked(float32: Any, masks: np.ndarray, num: tuple[int, ...]) -> np.ndarray
 
 def _cuts(
     float32: Any, scores: Any, oracles: Any, num: tuple[int, ...]
-) -> dict[str, float]:
-    """Mean loss with the best by each score alone, before any fine-tuning."""
+) -> dict[str, list[float]]:
+    """Mean loss with the best by each score alone, before fine-tuning, by `CUTS`."""
     named = {**scores, **{f"oracle, {name}": x for name, x in oracles.items()}}
     masks = [
-        vpt_jax.keep_mask((jnp.asarray(x, jnp.float32),), keep_ratio=SHARE)[0]
+        vpt_jax.keep_mask((jnp.asarray(x, jnp.float32),), keep_ratio=ratio)[0]
         for x in named.values()
+        for ratio in CUTS
     ]
     losses = _masked(float32, np.stack([np.asarray(m) for m in masks]), num)
-    return dict(zip(named, losses.tolist(), strict=True))
+    rows = losses.reshape(len(named), len(CUTS)).tolist()
+    return dict(zip(named, rows, strict=True))
 
 
 def _groups(
@@ -232,8 +222,12 @@ def _groups(
     losses = _masked(float32, masks, num)
     result = {"actual": (losses[1:] - losses[0]).tolist()}
     for name in ADDED:
-        of = exact if name == "leave_one_out" else found[SCORES[name][0]]
-        result[name] = (~masks[1:] @ of.mean(axis=0)).tolist()
+        if name == "leave_one_out":
+            score = exact.mean(axis=0)
+        else:
+            what, reduction = SCORES[name]
+            score = reduce(found[what], reduction)
+        result[name] = (~masks[1:] @ score).tolist()
     return result
 
 

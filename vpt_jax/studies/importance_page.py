@@ -8,9 +8,19 @@ import numpy as np
 
 from vpt_jax import figures
 from vpt_jax.studies.ranks import pearson, ranks
-from vpt_jax.studies.study import Figure, Result, Section, Table, Verdict, verdict
+from vpt_jax.studies.study import (
+    Figure,
+    Result,
+    Section,
+    Table,
+    Verdict,
+    clear,
+    verdict,
+    with_margin,
+)
 
-DEFAULT, BETTER, CURVED = "key_gate", "removal", "removal_curved"
+DEFAULT, GATE, SECOND = "removal", "key_gate", "removal, second_order"
+CUTS, KEPT = (0.5, 0.3, 0.1), 0.3
 ENOUGH = 0.8  # Spearman's correlation over all prompts
 COLOURS = {"size": "#0072B2", "mean": "#D55E00"}
 NAMES = {"size": "size of the change", "mean": "mean change"}
@@ -22,17 +32,18 @@ def show(result: Result) -> Section:
         f"Every prompt was removed by its key mask and the loss of"
         f" {result['examples']} training pictures taken without it."
         " The size of the change is the mean of its absolute value per picture, what"
-        " key_gate's mean_abs estimates; the mean change is leave_one_out, the change"
-        " of the training loss. They order the prompts differently (Spearman"
+        " mean_abs estimates; the mean change is leave_one_out, the change of the"
+        " training loss. They order the prompts differently (Spearman"
         f" {_spread([s['oracles_agree'] for s in result['seeds']])}).",
-        "removal is key_gate with the softmax's exact answer to a removed key instead"
-        " of its derivative; removal_curved adds the loss's curvature by one more"
-        " backward pass.",
+        "key_gate is the derivative of a gate on the prompt's key; removal has the"
+        " softmax's exact answer to a removed key in its place, at the same cost;"
+        " second_order adds half the mean square over pictures, the loss's curvature.",
     ]
     tables = [
         _agreement(result),
         _stability(result),
-        _costs_and_cuts(result),
+        _cuts(result),
+        _costs(result),
         _planted(result),
         _groups(result),
     ]
@@ -69,21 +80,22 @@ def show(result: Result) -> Section:
         shown,
         [
             *(_finds(result, *claim) for claim in _CLAIMS),
+            _right_question(result),
             _taylor(result),
-            *(_additive(result, name) for name in ("signed", CURVED, "leave_one_out")),
+            *(_additive(result, name) for name in ("signed", SECOND, "leave_one_out")),
         ],
     )
 
 
 _CLAIMS = (
-    (DEFAULT, "size", "The default score (key_gate, mean_abs) finds the prompts whose"
+    (DEFAULT, "size", "The default score (removal, mean_abs) finds the prompts whose"
      " removal changes the loss of pictures most."),
-    (DEFAULT, "mean", "The default score finds the prompts whose removal raises the"
+    (GATE, "size", "key_gate (mean_abs) finds the prompts whose removal changes the"
+     " loss of pictures most."),
+    (GATE, "mean", "key_gate (mean_abs) finds the prompts whose removal raises the"
      " training loss most (leave_one_out)."),
-    (BETTER, "size", "removal, at the same cost, finds the prompts whose removal"
-     " changes the loss of pictures most."),
-    (CURVED, "mean", "removal_curved, with one more backward pass, finds the prompts"
-     " whose removal raises the training loss most."),
+    (SECOND, "mean", "removal with second_order finds the prompts whose removal raises"
+     " the training loss most (leave_one_out)."),
 )  # fmt: skip
 
 
@@ -108,6 +120,23 @@ def _finds(result: Result, score: str, oracle: str, claim: str) -> Verdict:
         " every seed and precision; not supported if a mean is below."
     )
     return verdict(claim, True if enough else False if far else None, because)
+
+
+def _right_question(result: Result) -> Verdict:
+    """Which oracle's choice leaves the smaller loss when most prompts go at once."""
+    i = CUTS.index(KEPT)
+    gain = [
+        seed["cuts"]["oracle, mean"][i] - seed["cuts"]["oracle, size"][i]
+        for seed in result["seeds"]
+    ]
+    return verdict(
+        "Prompts that change the loss of pictures most are better kept than those whose"
+        " removal raises the training loss most.",
+        clear(gain),
+        f"with the best {100 * KEPT:g} % by exact removal alone, the training loss by"
+        f" mean is that by size {with_margin(gain, 3)} (paired, 95 % interval over"
+        " seeds).",
+    )
 
 
 def _taylor(result: Result) -> Verdict:
@@ -174,7 +203,13 @@ def _spread(values: list[Any]) -> str:
 def _agreement(result: Result) -> Table:
     header = ["Score"]
     header += [f"{o}, {d}" for o in NAMES for d in _dtypes(result)]
-    header += [f"{o}: {x}" for o in NAMES for x in ("Kendall", "in layers", "top 30 %")]
+    more = {
+        "kendall": "Kendall",
+        "layer_spearman": "in layers",
+        "layer_kendall": "Kendall in layers",
+        "precision": "top 30 %",
+    }
+    header += [f"{o}: {x}" for o in NAMES for x in more.values()]
     rows = []
     for name in _scores(result):
         row = [name]
@@ -186,7 +221,7 @@ def _agreement(result: Result) -> Table:
         row += [
             f"{np.mean(of(result, name, 'float32', o, what)):.2f}"
             for o in NAMES
-            for what in ("kendall", "layer_spearman", "precision")
+            for what in more
         ]
         rows.append(row)
     return Table(
@@ -194,8 +229,9 @@ def _agreement(result: Result) -> Table:
         rows,
         "Agreement with exact removal (size and mean of the change, both in float32)."
         " First Spearman's correlation over all prompts, of scores in either precision;"
-        " then, in float32, Kendall's tau, the mean over layers of Spearman's"
-        " correlation within them, and the share of the true best 30 % found.",
+        " then, in float32, Kendall's tau over all prompts, the means over layers of"
+        " Spearman's correlation and Kendall's tau within them, and the share of the"
+        " true best 30 % found.",
     )
 
 
@@ -229,26 +265,30 @@ def _stability(result: Result) -> Table:
     )
 
 
-def _costs_and_cuts(result: Result) -> Table:
+def _costs(result: Result) -> Table:
     one = result["cost"]["loss"]
-    rows = [
-        [name, f"{seconds:.2f}", f"{seconds / one:.1f}"]
-        for name, seconds in result["cost"].items()
-    ]
-    cuts = {
-        name: _spread([seed["cuts"][name] for seed in result["seeds"]])
-        for name in result["seeds"][0]["cuts"]
-    }
-    whole = _spread([seed["loss"] for seed in result["seeds"]])
-    left = [["all prompts", whole], *([name, loss] for name, loss in cuts.items())]
-    width = max(len(rows), len(left))
-    rows += [["", "", ""]] * (width - len(rows))
-    left += [["", ""]] * (width - len(left))
     return Table(
-        ["Computed", "seconds per batch", "forward passes", "Kept by", "loss"],
-        [a + b for a, b in zip(rows, left, strict=True)],
-        "Left: time of one batch, compiled, median of three. Right: training loss with"
-        " the best 30 % of the prompts alone, before fine-tuning.",
+        ["Computed", "seconds per batch", "forward passes"],
+        [
+            [name, f"{seconds:.2f}", f"{seconds / one:.1f}"]
+            for name, seconds in result["cost"].items()
+        ],
+        "Time of one batch, compiled, median of three, and as a multiple of that of"
+        " the loss alone.",
+    )
+
+
+def _cuts(result: Result) -> Table:
+    seeds = result["seeds"]
+    rows = [
+        [name, *(_spread([seed["cuts"][name][i] for seed in seeds]) for i in range(n))]
+        for name, n in ((name, len(cut)) for name, cut in seeds[0]["cuts"].items())
+    ]
+    return Table(
+        ["Kept by", *(f"best {100 * ratio:g} %" for ratio in CUTS)],
+        rows,
+        f"Training loss with the best prompts alone, before fine-tuning; with all it is"
+        f" {_spread([seed['loss'] for seed in seeds])}.",
     )
 
 
@@ -295,7 +335,7 @@ def _groups(result: Result) -> Table:
 
 def _draw_scatter(figure: Any, result: Result) -> bool:
     """Rank against rank, for the default and for the better scores."""
-    panels = ((DEFAULT, "size"), (DEFAULT, "mean"), (CURVED, "mean"))
+    panels = ((GATE, "size"), (DEFAULT, "size"), (SECOND, "mean"))
     points = None
     all_axes = figure.subplots(1, len(panels))
     for axes, (score, oracle) in zip(all_axes, panels, strict=True):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention matrices, their singular values, and how ranks grow with prompts.
+"""Attention matrices, their singular values, and what counts as their rank.
 
 What docs/rank_bound.md says of these matrices is checked in tests/test_study_rank.py.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +16,16 @@ import numpy as np
 
 from vpt_jax.data.augment import normalise
 from vpt_jax.models.layers import Attention
-from vpt_jax.models.vit import drop
+from vpt_jax.prompts import counts
+
+# JAX decomposes the matrices of a batch on all cores at once, by SciPy's OpenBLAS,
+# which shares each of them out to all cores again: on two busy cores a matrix of 265
+# rows takes 180 ms instead of 3. It reads this when JAX first decomposes something.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Of n tokens and m prompts: all rows and keys [n + m, n + m], as papers mean it; the
 # tokens' rows [n, n + m], all that is computed here; of those the tokens' keys [n, n].
 MATRICES = ("all", "rows", "block")
-# How a rank may grow with x = m / n.
-GROWTH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "log": np.log1p,
-    "sqrt": np.sqrt,
-    "linear": lambda x: x,
-}
 
 
 def attention_matrices(
@@ -61,7 +61,7 @@ def attention_matrices(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "normalisation", "deep"))
-def singular_values(
+def _of_pictures(
     backbone: Any,
     prompts: Sequence[jax.Array],
     images: jax.Array,
@@ -69,13 +69,26 @@ def singular_values(
     model: Any,
     normalisation: str,
     deep: bool,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+) -> list[jax.Array]:
+    images = normalise(images, normalisation)
+    return attention_matrices(model, backbone, images, prompts, deep=deep)
+
+
+def singular_values(
+    backbone: Any,
+    prompts: Sequence[jax.Array],
+    images: jax.Array | np.ndarray,
+    *,
+    model: Any,
+    normalisation: str,
+    deep: bool,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Singular values of every picture's attention, and the attention on prompts.
 
     One compilation per number of prompts. The cost is that of the decompositions,
-    layers times heads times pictures of them: about 0.5 ms each for 65 tokens and 20 ms
-    for 265 on one CPU core. Eigenvalues of `A A^T` take longer there and lose half of
-    the digits.
+    layers times heads times pictures of them, about 0.2 ms for 65 tokens and 3 ms for
+    265 on one CPU core. They are done on the host, on all its cores: accelerators
+    decompose small matrices one after the other.
 
     Args:
       backbone: The model's parameters.
@@ -89,18 +102,37 @@ def singular_values(
       By name in `MATRICES`, `[layers, b, h, k]`, falling; and the share of the tokens'
       attention that prompts get, `[layers, b, h]`.
     """
-    images = normalise(images, normalisation)
-    matrices = attention_matrices(model, backbone, images, prompts, deep=deep)
-    m, first = prompts[0].shape[0], int(model.class_token) + model.registers
-    values: dict[str, list[jax.Array]] = {name: [] for name in MATRICES}
-    mass = []
-    for a in matrices:
-        rows = drop(a, m, first, axis=2)
-        block = drop(rows, m, first, axis=3)
-        for name, matrix in zip(MATRICES, (a, rows, block), strict=True):
-            values[name].append(jnp.linalg.svd(matrix, compute_uv=False))
-        mass.append(rows[..., first : first + m].sum(axis=-1).mean(axis=-1))
-    return {name: jnp.stack(v) for name, v in values.items()}, jnp.stack(mass)
+    found = _of_pictures(
+        backbone,
+        prompts,
+        images,
+        model=model,
+        normalisation=normalisation,
+        deep=deep,
+    )
+    m, first = counts(prompts)[0], int(model.class_token) + model.registers
+    own = slice(first, first + m)
+    mass, matrices = [], []
+    for a in map(np.asarray, found):
+        rows = np.delete(a, own, axis=-2)
+        mass.append(rows[..., own].sum(axis=-1).mean(axis=-1))
+        matrices += [a, rows, np.delete(rows, own, axis=-1)]
+    values = [_decomposed(a) for a in matrices]
+    number = len(MATRICES)
+    return (
+        {name: np.stack(values[i::number]) for i, name in enumerate(MATRICES)},
+        np.stack(mass),
+    )
+
+
+_svd = jax.jit(functools.partial(jnp.linalg.svd, compute_uv=False))
+
+
+def _decomposed(matrices: np.ndarray) -> np.ndarray:
+    # One batch at a time: two that JAX (0.10) decomposes at once can wait for each
+    # other's threads for ever.
+    host = jax.local_devices(backend="cpu")[0]
+    return np.asarray(_svd(jax.device_put(matrices, host)))
 
 
 def energy_rank(values: np.ndarray, share: float) -> np.ndarray:
@@ -129,24 +161,13 @@ def cumulative(values: np.ndarray, power: int = 1) -> np.ndarray:
     return total / total[..., -1:]
 
 
-def fit(x: np.ndarray, y: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares `a + b GROWTH[form](x)`, for `x [c]` and `y [..., c]`."""
-    f = GROWTH[form](x)
-    centred = f - f.mean()
-    b = np.asarray((y * centred).sum(axis=-1) / (centred @ centred))
-    return np.asarray(y.mean(axis=-1) - b * f.mean()), b
-
-
-def held_out(x: np.ndarray, y: np.ndarray, form: str) -> np.ndarray:
-    """Root mean square error at points that a fit has not seen, one at a time.
-
-    Of `y [..., c]` at `x [c]` (at least 3 points, or a line cannot be wrong); `[...]`.
-    """
-    errors = []
-    for i in range(len(x)):
-        a, b = fit(np.delete(x, i), np.delete(y, i, axis=-1), form)
-        errors.append(a + b * GROWTH[form](x[i]) - y[..., i])
-    return np.asarray(np.sqrt(np.mean(np.square(errors), axis=0)))
+MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "90": functools.partial(energy_rank, share=0.90),
+    "95": functools.partial(energy_rank, share=0.95),
+    "99": functools.partial(energy_rank, share=0.99),
+    "effective": entropy_rank,
+    "energy_entropy": functools.partial(entropy_rank, power=2),
+}
 
 
 def linformer_rank(n: int, epsilon: float) -> float:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vpt_jax import cli, experiment, page, stages
@@ -30,6 +31,7 @@ from vpt_jax.prompts import check_choice
 from vpt_jax.stages import Run, Unit
 
 VERDICTS = ("supported", "not supported", "undecided")
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Result = dict[str, Any]
 
 
@@ -99,7 +101,7 @@ def running(lab: Lab, **changes: Mapping[str, Any]) -> Iterator[Run]:
     config = dataclasses.replace(lab.config, seeds=(0,), **groups)
     text = json.dumps(configs.to_dict(config), sort_keys=True)
     folder = lab.workdir / "trained" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    with experiment.started(config, folder, lab.model, lab.pictures, echo=False) as run:
+    with experiment.started(config, folder, lab.model, lab.pictures) as run:
         yield run
 
 
@@ -112,6 +114,43 @@ def verdict(claim: str, supported: bool | None, because: str) -> Verdict:
     """A verdict; None is undecided."""
     names = {True: "supported", False: "not supported", None: "undecided"}
     return Verdict(claim, names[supported], because)
+
+
+def student(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, to a thousandth of it."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    # Cornish and Fisher's expansion around the normal quantile.
+    z = 1.959964
+    first = (z**3 + z) / 4 / freedom
+    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+
+
+def paired(differences: Any) -> tuple[float, float]:
+    """Mean of differences `[seeds]`, and half the width of its 95 % interval.
+
+    Student's t, which with three seeds is 4.3 standard errors: a mean is clear if it is
+    further from 0 than this. Infinite with one seed.
+    """
+    values = np.asarray(differences, np.float64)
+    num = len(values)
+    if num < 2:
+        return float(values.mean()), float("inf")
+    error = values.std(ddof=1) / np.sqrt(num)
+    return float(values.mean()), float(student(num - 1) * error)
+
+
+def with_margin(differences: Any, digits: int = 2) -> str:
+    """`mean ± half the 95 % interval`; with one seed the number alone."""
+    mean, margin = paired(differences)
+    text = f"{mean:+.{digits}f}"
+    return f"{text} ± {margin:.{digits}f}" if np.isfinite(margin) else text
+
+
+def clear(differences: Any) -> bool | None:
+    """Whether a mean is clearly above 0 (True), below (False), or neither (None)."""
+    mean, margin = paired(differences)
+    return None if abs(mean) <= margin else mean > 0
 
 
 def html(section: Section) -> str:
