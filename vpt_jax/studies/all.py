@@ -49,8 +49,9 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
 def html(sections: list[Section], about: Result) -> str:
     """The page: all verdicts first, then every study."""
     rows = "".join(
-        f"<tr><td>{escape(claim.claim)}</td><td><b>{escape(claim.verdict)}</b></td>"
-        f"<td class='soft'>{escape(claim.because)}</td></tr>"
+        f"<tr><td><b>{escape(claim.verdict.capitalize())}</b></td>"
+        f"<td class='prose'>{escape(claim.claim)}<br>"
+        f"<span class='soft'>{escape(claim.because)}</span></td></tr>"
         for section in sections
         for claim in section.verdicts
     )
@@ -60,8 +61,8 @@ def html(sections: list[Section], about: Result) -> str:
         f"""<p>Kim et al., "Do We Really Need a Large Number of Visual Prompts?", arXiv
 2305.17223. Every verdict follows from the numbers beside it by a rule in the study's
 code; they hold for this backbone and this task.</p>
-<div class="wide"><table><thead><tr><th>Claim</th><th>Verdict</th><th>Because</th></tr>
-</thead><tbody>{rows}</tbody></table></div>
+<div class="wide"><table><thead><tr><th>Verdict</th>
+<th class="prose">Claim, and the numbers</th></tr></thead><tbody>{rows}</tbody></table></div>
 {"".join(map(study.html, sections))}
 <h2>How this was made</h2><pre>{escape(json.dumps(about, indent=2))}</pre>""",
     )
