@@ -20,7 +20,10 @@ from vpt_jax.studies.study import (
 
 # The rules of the automatic ratio: points of val accuracy, and the bound's confidence.
 TOLERANCE, CONFIDENCE = 5.0, 0.9
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#777777")
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
+    *("#000000", "#56B4E9", "#8C564B", "#9467BD", "#777777"),
+)
 
 
 def show(result: Result) -> Section:
@@ -42,8 +45,8 @@ def show(result: Result) -> Section:
     captions = (
         (
             "Accuracy against prompts kept, by score and scope",
-            "Means over seeds; bars, where they do not hide the lines, are one sample"
-            " standard deviation. Solid: over all layers; dashed: layer by layer.",
+            "Means over seeds; the tables have the deviations. Solid: over all layers;"
+            " dashed: layer by layer, of the same colour (fine-tuned only).",
         ),
         (
             "Which layers keep their prompts",
