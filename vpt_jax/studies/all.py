@@ -49,7 +49,8 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
 def html(sections: list[Section], about: Result) -> str:
     """The page: all verdicts first, then every study."""
     rows = "".join(
-        f"<tr class='prose'><td><b>{escape(claim.verdict.capitalize())}</b></td>"
+        "<tr class='prose'>"
+        f"<td><b>{escape(claim.verdict.capitalize())}</b></td>"
         f"<td class='prose'>{escape(claim.claim)}<br>"
         f"<span class='soft'>{escape(claim.because)}</span></td></tr>"
         for section in sections
