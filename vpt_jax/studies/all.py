@@ -49,8 +49,7 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
 def html(sections: list[Section], about: Result) -> str:
     """The page: all verdicts first, then every study."""
     rows = "".join(
-        "<tr class='prose'>"
-        f"<td><b>{escape(claim.verdict.capitalize())}</b></td>"
+        f"<tr class='prose'><td><b>{escape(claim.verdict.capitalize())}</b></td>"
         f"<td class='prose'>{escape(claim.claim)}<br>"
         f"<span class='soft'>{escape(claim.because)}</span></td></tr>"
         for section in sections
@@ -63,7 +62,8 @@ def html(sections: list[Section], about: Result) -> str:
 2305.17223. Every verdict follows from the numbers beside it by a rule in the study's
 code; they hold for this backbone and this task.</p>
 <div class="wide"><table><thead><tr><th>Verdict</th>
-<th class="prose">Claim, and the numbers</th></tr></thead><tbody>{rows}</tbody></table></div>
+<th class="prose">Claim, and the numbers</th></tr></thead><tbody>{rows}</tbody>
+</table></div>
 {"".join(map(study.html, sections))}
 <h2>How this was made</h2><pre>{escape(json.dumps(about, indent=2))}</pre>""",
     )
