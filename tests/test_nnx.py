@@ -73,7 +73,8 @@ def test_jit_and_gradients_with_respect_to_prompts(setting, bridged):
     expected, grads = jax.jit(
         jax.value_and_grad(lambda p: jnp.sin(apply(setting, p)[0]).sum())
     )(prompts)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    # A sum of sines near 0: its rounding is that of terms of size 1.
+    np.testing.assert_allclose(value, expected, atol=1e-5)
     for a, b, p in zip(got, grads, prompts, strict=True):
         assert a.shape == p.shape
         np.testing.assert_allclose(a, b, atol=5e-6)

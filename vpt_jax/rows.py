@@ -12,7 +12,7 @@ import numpy as np
 
 Row = dict[str, Any]
 
-DEFAULT_SCORE = "removal"
+DEFAULT_SCORE = "key_gate"  # of reports that do not say
 # What a row is compared as, in the order of the table.
 KINDS = ("linear", "tune", "global", "layer", "condense", "random", "scratch")
 # These kinds have no ratio of kept prompts: the others are measured against them.
