@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "skip": (),
             "normalisation": "",
             "dtype": "float32",
+            "remat": "none",
         }
     )
     c.prompts = ConfigDict({"num_prompts": 20, "deep": True, "dropout": 0.1})

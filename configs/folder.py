@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "skip": (),
             "normalisation": "",
             "dtype": "float32",
+            "remat": "none",
         }
     )
     c.prompts = ConfigDict({"num_prompts": 50, "deep": True, "dropout": 0.1})

@@ -97,6 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # Empty: the backbone's own. VPT's pipeline has imagenet, whatever it is.
             "normalisation": "",
             "dtype": "float32",
+            "remat": "none",
         }
     )
     # None: each task's own.

@@ -17,7 +17,7 @@ from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.models.posemb import RESIZES
-from vpt_jax.models.vit import NORMS, READOUTS
+from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
@@ -56,7 +56,8 @@ class TaskConfig:
 class BackboneConfig:
     """Pretrained weights, see `load_backbone`.
 
-    Empty fields take what is known of the checkpoint.
+    Empty fields take what is known of the checkpoint. `remat` saves memory for time in
+    training, see `ViT`.
     """
 
     variant: str
@@ -68,8 +69,10 @@ class BackboneConfig:
     skip: tuple[str, ...] = ()
     normalisation: str = ""
     dtype: str = "float32"
+    remat: str = "none"
 
     def __post_init__(self) -> None:
+        check_choice("backbone.remat", self.remat, tuple(REMATS))
         check_choice("backbone.readout", self.readout, ("", *READOUTS))
         check_choice("backbone.norm", self.norm, ("", *NORMS))
         check_choice("backbone.resize", self.resize, ("", *RESIZES))

@@ -105,6 +105,13 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         skip=settings.skip,
         dtype=jnp.dtype(settings.dtype),
     )
+    if settings.remat != "none":
+        if not isinstance(model, vpt_jax.ViT):
+            raise ValueError(
+                f"config.backbone.remat is {settings.remat!r}, which only a ViT has;"
+                " leave it out for a Swin."
+            )
+        model = model.clone(remat=settings.remat)
     card = vpt_jax.read_card(settings.checkpoint)
     normalisation = settings.normalisation or card.get("normalisation")
     if not normalisation:

@@ -98,6 +98,26 @@ def init_prompts(
     )
 
 
+def per_example(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What all examples of a batch share, `x [...]` or `[1, ...]`, once for each.
+
+    A product with ones, whose derivative, the sum over the batch, is a product too:
+    XLA's CPU code takes 0.5 ms for that where a sum of `[8, 12, 100, 64]` over its
+    first axis takes 7. Ones like `like [b, ...]` keep its sharding over a mesh.
+
+    Returns:
+      `[b, ...]`; `x` itself if it has the rank of `like` and `b` entries.
+    """
+    if x.ndim == like.ndim:
+        if x.shape[0] == like.shape[0]:
+            return x
+        x = x[0]
+    if not x.size:
+        return jnp.zeros((like.shape[0], *x.shape), x.dtype)
+    ones = jnp.ones_like(like[(slice(None), *(0,) * (like.ndim - 1))], x.dtype)
+    return jnp.einsum("b,...->b...", ones, x, precision=jax.lax.Precision.HIGHEST)
+
+
 def prompt_dropout(
     key: jax.Array, prompts: Prompts, rate: float, batch_size: int
 ) -> PyTree[Float[Array, "b _ _"]]:
@@ -123,7 +143,9 @@ def prompt_dropout(
     def drop(i: int, p: jax.Array) -> jax.Array:
         shape = (batch_size, *p.shape)
         keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape)
-        return jnp.where(keep, p[None] / (1 - rate), jnp.zeros((), p.dtype))
+        return jnp.where(
+            keep, per_example(p / (1 - rate), keep), jnp.zeros((), p.dtype)
+        )
 
     return tuple(drop(i, p) for i, p in enumerate(prompts))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vpt_jax.models.posemb import grid_side, sincos_table
+from vpt_jax.prompts import per_example
 
 
 class KeyValue(NamedTuple):
@@ -138,9 +139,12 @@ class HeadProjection(nn.Module):
         bias = self.param(
             "bias", nn.initializers.zeros, (h, width // h), self.param_dtype
         )
-        y = jnp.einsum("...td,dhc->...htc", x, kernel.astype(self.dtype))
-        bias = jnp.expand_dims(bias.astype(self.dtype)[:, None], range(y.ndim - 3))
-        return y + bias
+        # A plain product and a transpose of its result: of the one einsum
+        # `...td,dhc->...htc` XLA makes a product with a transposed kernel, which it
+        # copies in every step (on CPU 23 + 3 ms against 17 of ViT-B/16, batch 8).
+        y = x @ kernel.astype(self.dtype).reshape(width, width)
+        y = y + jnp.expand_dims(bias.astype(self.dtype).reshape(-1), range(y.ndim - 1))
+        return y.reshape(*y.shape[:-1], h, width // h).swapaxes(-3, -2)
 
 
 class OutProjection(nn.Module):
@@ -159,7 +163,9 @@ class OutProjection(nn.Module):
             self.param_dtype,
         )
         bias = self.param("bias", nn.initializers.zeros, (h * c,), self.param_dtype)
-        y = jnp.einsum("bhtc,hcd->btd", x, kernel.astype(self.dtype))
+        b, t = x.shape[0], x.shape[2]
+        y = x.swapaxes(1, 2).reshape(b, t, h * c)
+        y = y @ kernel.astype(self.dtype).reshape(h * c, h * c)
         return y + bias.astype(self.dtype)[None, None]
 
 
@@ -194,14 +200,9 @@ class Attention(nn.Module):
         q = q * q.shape[-1] ** -0.5
         k, v = self.key_value(x)
         if extra is not None:
-            # zeros_like instead of broadcast_to keeps k's batch sharding when the
-            # caller's mesh has explicit axes.
-            per_example = [
-                jnp.zeros_like(k[:, :, :1]) + batched(e, 4).astype(k.dtype)
-                for e in extra
-            ]
-            k = jnp.concatenate([k, per_example[0]], axis=2)
-            v = jnp.concatenate([v, per_example[1]], axis=2)
+            more_k, more_v = (per_example(e.astype(k.dtype), k) for e in extra)
+            k = jnp.concatenate([k, more_k], axis=2)
+            v = jnp.concatenate([v, more_v], axis=2)
         out, weights = attend(q, k, v, key_weight)
         return self.out(out), weights
 

@@ -42,11 +42,10 @@ from vpt_jax.models.layers import (
     LayerNorm,
     MlpBlock,
     PatchEmbedding,
-    batched,
     mean_tokens,
 )
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
-from vpt_jax.prompts import check_choice
+from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
     # Liu et al., section 3.3.
@@ -331,8 +330,7 @@ class Swin(nn.Module):
                 tokens = given.formulation == "tokens"
                 if p is not None and (tokens or (reads_prompts and layer == last)):
                     if given.deep or layer == 0:
-                        # zeros_like keeps the batch sharding under explicit meshes.
-                        state = jnp.zeros_like(x[:, :1]) + batched(p, 3)
+                        state = per_example(p, x)
                     x, state, attention = block.as_tokens(x, state, weight)
                     out["blocks"].append({"prompts": state})
                 else:

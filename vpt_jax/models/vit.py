@@ -29,10 +29,9 @@ from vpt_jax.models.layers import (
     Block,
     LayerNorm,
     PatchEmbedding,
-    batched,
     mean_tokens,
 )
-from vpt_jax.prompts import check_choice
+from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.
@@ -62,6 +61,13 @@ NAMED_VARIANTS = ("Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14", "g/14", "demo
 READOUTS = ("cls", "mean", "mean_with_prompts")
 NORMS = ("before", "after")
 POSEMBS = ("learned", "sincos")
+# What the backward pass finds in memory; the rest it computes once more.
+REMATS: dict[str, Any] = {
+    "none": None,
+    # Outputs of projections and MLP; attention weights are the largest of the rest.
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,  # only the inputs of blocks
+}
 
 
 def decode_variant(variant: str) -> dict[str, Any]:
@@ -93,6 +99,7 @@ class Encoder(nn.Module):
     posemb: str
     layer_scale: bool
     swiglu: bool
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -136,6 +143,18 @@ class Encoder(nn.Module):
         """Tokens of the last block that are read."""
         return slice(0, 1) if self.readout == "cls" else slice(self.prefix, None)
 
+    def _run(
+        self, block: Block, x: jax.Array, p: Any, w: Any, read: slice = slice(None)
+    ) -> tuple[jax.Array, jax.Array]:
+        """The block, of which the backward pass keeps what `remat` says."""
+        if self.remat == "none":
+            return block(x, p, w, read)
+
+        def call(block: Block, x: jax.Array, p: Any, w: Any) -> Any:
+            return block(x, p, w, read)
+
+        return nn.remat(call, policy=REMATS[self.remat])(block, x, p, w)
+
     def _as_keys(
         self, x: jax.Array, given: Inputs, out: list[Any]
     ) -> tuple[jax.Array, int]:
@@ -148,9 +167,8 @@ class Encoder(nn.Module):
             if last and self.readout == "mean_with_prompts" and p is not None:
                 num = p.shape[-2]
                 x = insert(x, p, self.prefix)
-                x, attention = block(
-                    x, None, _spread(w, self.prefix, t - self.prefix), read
-                )
+                w = _spread(w, self.prefix, t - self.prefix)
+                x, attention = self._run(block, x, None, w, read)
                 attention = attention[..., self.prefix : self.prefix + num]
                 out.append(
                     {
@@ -160,7 +178,7 @@ class Encoder(nn.Module):
                     }
                 )
             else:
-                x, attention = block(x, p, _spread(w, t, 0), read)
+                x, attention = self._run(block, x, p, _spread(w, t, 0), read)
                 out.append({"tokens": x, "prompt_attention": attention[..., t:]})
         return x, num
 
@@ -177,7 +195,8 @@ class Encoder(nn.Module):
                 num = p.shape[-2]
                 x = insert(x, p, first)
             w = with_rows(w, num, first) if w is not None and w.ndim == 4 else w
-            x, attention = block(x, None, _spread(w, first, t - first))
+            w = _spread(w, first, t - first)
+            x, attention = self._run(block, x, None, w)
             out.append(
                 {
                     "tokens": drop(x, num, first),
@@ -202,8 +221,7 @@ class Encoder(nn.Module):
 
 def insert(x: jax.Array, tokens: jax.Array, at: int) -> jax.Array:
     """Puts tokens `[n, d]` or `[b, n, d]` into `x [b, t, d]` before token `at`."""
-    # zeros_like instead of broadcast_to keeps x's batch sharding (explicit meshes).
-    new = jnp.zeros_like(x[:, :1]) + batched(tokens.astype(x.dtype), 3)
+    new = per_example(tokens.astype(x.dtype), x)
     return jnp.concatenate([x[:, :at], new, x[:, at:]], axis=1)
 
 
@@ -250,6 +268,10 @@ class ViT(nn.Module):
       posemb: `"learned"`, or `"sincos"`, a fixed table (see `sincos_table`).
       layer_scale: A learned factor per channel after attention and MLP (DINOv2).
       swiglu: SwiGLU instead of GELU in the MLP (DINOv2's giant).
+      remat: What training computes a second time rather than keep in memory, with the
+        same numbers: `"none"`; `"attention"`, the attention weights and elementwise
+        work (little time, a third less memory); `"block"`, everything but the blocks'
+        inputs (a third more time, a fraction of the memory). `docs/performance.md`.
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
@@ -269,6 +291,7 @@ class ViT(nn.Module):
     posemb: str = "learned"
     layer_scale: bool = False
     swiglu: bool | None = None
+    remat: str = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -297,6 +320,7 @@ class ViT(nn.Module):
         check_choice("readout", self.readout, READOUTS)
         check_choice("norm", self.norm, NORMS)
         check_choice("posemb", self.posemb, POSEMBS)
+        check_choice("remat", self.remat, tuple(REMATS))
         if self.readout == "cls" and not self.class_token:
             raise ValueError(
                 "readout 'cls' needs class_token=True; a model without a class token is"
@@ -335,6 +359,7 @@ class ViT(nn.Module):
             posemb=self.posemb,
             layer_scale=self.layer_scale,
             swiglu=bool(self.swiglu),
+            remat=self.remat,
             **kinds,
         )
 

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""How near the arithmetic floor we are: least work, XLA's counts, measured time.
+
+python benchmarks/roofline.py                       # ViT-B/16, batch 8, 100 prompts
+python benchmarks/roofline.py --variant=S/16 --batch=32 --prompts 50 100 200
+python benchmarks/roofline.py --dtype=bfloat16 --batch=128       # on a GPU or TPU
+python benchmarks/roofline.py --remat                # memory and time of every policy
+python benchmarks/roofline.py --compile              # seconds to compile
+
+Rows: inference with prefilled prompts; a tuning step; a step of the score `removal`; a
+fine-tuning step after global condensation to 100, 30 and 10 % (random scores, so that
+counts differ from layer to layer). The least work of a training step is one product
+for everything forward and, above the first prompt, one for every activation gradient;
+frozen weights have none. The least traffic reads all weights once forward, once
+backward. The machine's rate is measured first: the product that the MLP needs.
+Programs take turns within a round; times are medians. Weights are random.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vpt_jax
+from vpt_jax import condense, train
+from vpt_jax.models.vit import REMATS
+
+CLASSES = 100
+
+
+class Program(NamedTuple):
+    """A compiled program, what it must do at least, and how to run it."""
+
+    what: str
+    counts: tuple[int, ...]
+    least_flop: float  # per picture
+    least_bytes: float  # per step
+    compiled: Any
+    run: Callable[[], Any]
+    compile_seconds: float
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", default="B/16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompts", type=int, nargs="+", default=(100,))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--remat", action="store_true", help="the policies' table")
+    parser.add_argument("--compile", action="store_true", help="compilation alone")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    return parser.parse_args()
+
+
+def least_training_macs(model: vpt_jax.ViT, counts: Sequence[int], batch: int) -> float:
+    """Multiply-accumulates per picture of a step that learns deep prompts.
+
+    Forward as `vpt_jax.macs` counts it. Backward, from the top down to the first layer
+    with prompts: for every product the gradient of the input that depends on prompts.
+    """
+    forward = vpt_jax.macs(model, counts, prompt_batch=batch)
+    d, m, t = model.width, model.mlp_dim, (model.image_size // model.patch) ** 2 + 1
+    total, first = 0.0, next((i for i, n in enumerate(counts) if n), model.depth)
+    for i in range(first, model.depth):
+        n, q = counts[i], 1 if i == model.depth - 1 else t
+        mlp_and_out = 2 * q * d * m + q * d * d
+        prompts = 2 * n * d * d / batch
+        if i == first:  # the tokens do not depend on any prompt yet
+            attention, projections = q * (t + n) * d + 2 * q * n * d, 0
+        else:
+            attention, projections = 4 * q * (t + n) * d, q * d * d + 2 * t * d * d
+        total += mlp_and_out + prompts + attention + projections
+    return forward + total
+
+
+def matrix_rate(model: vpt_jax.ViT, batch: int) -> float:
+    """FLOP per second of the MLP's first product, the best of nine."""
+    t = (model.image_size // model.patch) ** 2 + 1
+    x = jnp.ones((batch * t, model.width), model.dtype)
+    w = jnp.ones((model.width, model.mlp_dim), model.dtype)
+    product = jax.jit(jnp.matmul).lower(x, w).compile()
+    seconds = min(timed(lambda: product(x, w)) for _ in range(9))
+    return 2 * x.size * model.mlp_dim / seconds
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def compiled(what: str, counts: Any, least: tuple, function: Any, *args: Any, **static):
+    lowered = function.lower(*args, **static)
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    return Program(what, counts, *least, program, lambda: program(*args), seconds)
+
+
+class Inputs(NamedTuple):
+    """What every program takes."""
+
+    model: vpt_jax.ViT
+    backbone: Any
+    batch: dict[str, jax.Array]
+    key: jax.Array
+
+
+def make_inputs(args: argparse.Namespace) -> Inputs:
+    model = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype))
+    side, key = model.image_size, jax.random.key(0)
+    backbone = jax.jit(model.init)(key, jnp.zeros((1, side, side, 3)))["params"]
+    pictures = np.random.default_rng(0).integers(0, 256, (args.batch, side, side, 3))
+    batch = {
+        "image": jnp.asarray(pictures, jnp.uint8),
+        "label": jnp.arange(args.batch) % CLASSES,
+        "mask": jnp.ones(args.batch, bool),
+    }
+    return Inputs(model, backbone, batch, key)
+
+
+def trainable_of(given: Inputs, num: Any) -> dict[str, Any]:
+    return {
+        "prompts": vpt_jax.init_prompts(given.key, given.model, num),
+        "head": vpt_jax.init_head(given.key, given.model.width, CLASSES),
+    }
+
+
+def step_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program:
+    """One training step; not donated, so that it can run again and again."""
+    model, backbone, batch, key = given
+    recipe = train.Recipe(dropout=0.0)
+    step = jax.jit(train.train_step, static_argnames=("model", "recipe"))
+    state = train.init_state(trainable, recipe)
+    counts = vpt_jax.counts(trainable["prompts"])
+    size = len(batch["label"])
+    least = (
+        2 * least_training_macs(model, counts, size),
+        2 * sum(x.nbytes for x in jax.tree.leaves(backbone)),
+    )
+    inputs = (state, backbone, batch, 0.1, 1e-3, key)
+    return compiled(what, counts, least, step, *inputs, model=model, recipe=recipe)
+
+
+def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
+    """Prompts kept by random scores over all layers."""
+    scores = tuple(
+        jax.random.uniform(jax.random.fold_in(key, i), (len(p),))
+        for i, p in enumerate(prompts)
+    )
+    return vpt_jax.condense(prompts, vpt_jax.keep_mask(scores, keep_ratio=ratio))
+
+
+def programs(given: Inputs, num: int) -> list[Program]:
+    """All rows for one number of prompts."""
+    model, backbone, batch, key = given
+    traffic = sum(x.nbytes for x in jax.tree.leaves(backbone))
+    trainable = trainable_of(given, num)
+    counts = vpt_jax.counts(trainable["prompts"])
+    ready = {
+        **trainable,
+        "prompts": vpt_jax.prefill(model, backbone, trainable["prompts"]),
+    }
+    recipe = train.Recipe(dropout=0.0)
+    found = [
+        compiled(
+            "inference",
+            counts,
+            (2 * vpt_jax.macs(model, counts), traffic),
+            train.eval_step,
+            *(ready, backbone, batch["image"], batch["label"], batch["mask"]),
+            model=model,
+            recipe=recipe,
+        )
+    ]
+    if not num:
+        return found
+    found.append(step_program(given, "tuning step", trainable))
+    pictures = {**batch, "image": train.normalise(batch["image"], "half")}
+    found.append(
+        compiled(
+            "score step",
+            counts,
+            found[-1][2:4],
+            condense._batch_sums,
+            *(backbone, trainable, pictures, None),
+            model=model,
+            score="removal",
+            reduction="mean_abs",
+            deep=True,
+            loss_fn=vpt_jax.cross_entropy,
+        )
+    )
+    for ratio in (0.3, 0.1):
+        small = {**trainable, "prompts": condensed(trainable["prompts"], ratio, key)}
+        found.append(step_program(given, f"fine-tuning, {ratio:.0%}", small))
+    return found
+
+
+def remat_programs(given: Inputs, num: int) -> list[Program]:
+    """The tuning step with every policy."""
+    trainable = trainable_of(given, num)
+    return [
+        step_program(
+            given._replace(model=given.model.clone(remat=name)),
+            f"remat={name}",
+            trainable,
+        )
+        for name in REMATS
+    ]
+
+
+def compile_programs(given: Inputs, num: int) -> list[Program]:
+    """The tuning step with equal counts, and with as many counts as layers."""
+    depth = given.model.depth
+    rising = [num - depth // 2 + i for i in range(depth)]
+    return [
+        step_program(given, "equal counts", trainable_of(given, num)),
+        step_program(given, "all counts differ", trainable_of(given, rising)),
+    ]
+
+
+def measure(found: list[Program], rounds: int) -> list[float]:
+    """Median seconds of each."""
+    times: list[list[float]] = [[] for _ in found]
+    for number in range(rounds + 1):
+        for mine, program in zip(times, found, strict=True):
+            seconds = timed(program.run)
+            if number:  # the first round warms up
+                mine.append(seconds)
+    return [float(np.median(mine)) for mine in times]
+
+
+def main() -> None:
+    args = parse()
+    given = make_inputs(args)
+    rate = matrix_rate(given.model, args.batch)
+    where = (
+        f"{args.variant}, batch {args.batch}, {args.dtype}; jax {jax.__version__},"
+        f" {jax.devices()[0].device_kind}, {platform.machine()};"
+        f" matrix products at {rate / 1e9:.0f} GFLOP/s"
+    )
+    print(where, flush=True)
+    print(
+        f"\n{'':22}{'prompts':>8}{'GFLOP/picture':>18}{'GB/step':>16}{'temp.':>9}"
+        f"{'compile':>9}{'ms per':>9}{'of the':>8}\n{'':22}{'':>8}{'least':>9}"
+        f"{'XLA':>9}{'least':>8}{'XLA':>8}{'MB':>9}{'s':>9}{'picture':>9}{'rate':>8}"
+    )
+    rows = []
+    for num in args.prompts:
+        make = remat_programs if args.remat else programs
+        found = (compile_programs if args.compile else make)(given, num)
+        if args.compile:  # of several compilations, taken in turns, the median
+            again = []
+            for _ in range(args.rounds - 1):
+                jax.clear_caches()
+                again.append(compile_programs(given, num))
+            found = [
+                first._replace(
+                    compile_seconds=float(
+                        np.median([p.compile_seconds for p in (first, *others)])
+                    )
+                )
+                for first, *others in zip(found, *again, strict=True)
+            ]
+        seconds = [None] * len(found) if args.compile else measure(found, args.rounds)
+        for program, second in zip(found, seconds, strict=True):
+            cost = program.compiled.cost_analysis()
+            memory = program.compiled.memory_analysis().temp_size_in_bytes
+            row = {
+                "what": program.what,
+                "counts": program.counts,
+                "least_gflop": program.least_flop / 1e9,
+                "xla_gflop": cost["flops"] / args.batch / 1e9,
+                "least_gb": program.least_bytes / 1e9,
+                "xla_gb": cost["bytes accessed"] / 1e9,
+                "temp_mb": memory / 2**20,
+                "compile_s": program.compile_seconds,
+                "ms": second and 1000 * second / args.batch,
+                "rate": second and program.least_flop * args.batch / second / rate,
+            }
+            rows.append(row)
+            mean = sum(program.counts) / len(program.counts)
+            time_text = f"{row['ms']:9.1f}{row['rate']:8.2f}" if second else ""
+            print(
+                f"{program.what:22}{mean:8.1f}{row['least_gflop']:9.2f}"
+                f"{row['xla_gflop']:9.2f}{row['least_gb']:8.2f}{row['xla_gb']:8.2f}"
+                f"{row['temp_mb']:9.0f}{row['compile_s']:9.1f}{time_text}",
+                flush=True,
+            )
+    print(
+        "\nprompts: mean over the layers; of the rate: least work per second, as a part"
+        " of the machine's matrix products"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"where": where, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guard on what programs cost: FLOP, memory, compilations; never seconds."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import vpt_jax
+from vpt_jax import cli, train
+from vpt_jax.models.vit import REMATS
+from vpt_jax.prompts import per_example
+
+path = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
+spec = importlib.util.spec_from_file_location("roofline", path)
+roofline = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(roofline)
+
+BATCH = 8
+# What the command asks of XLA's CPU backend where `backbone.remat` is set.
+SPARE = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def make_model(**changes):
+    """Four layers of ViT-B's shape but a quarter of its width: compiles in seconds."""
+    sizes = {"width": 192, "depth": 4, "num_heads": 3, "mlp_dim": 768, "patch": 16}
+    return vpt_jax.ViT(**{**sizes, "image_size": 224, **changes})
+
+
+def compiled_step(model, num, formulation="kv", spare=False):
+    """A tuning step's compiled program; no weights are made."""
+    prompts = jax.eval_shape(
+        lambda: vpt_jax.init_prompts(jax.random.key(0), model, num)
+    )
+    head = jax.eval_shape(lambda: vpt_jax.init_head(jax.random.key(0), model.width, 10))
+    side = model.image_size
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
+    )
+
+    def loss(trainable, backbone, images, labels):
+        features, _ = model.apply(
+            {"params": backbone},
+            images,
+            prompts=trainable["prompts"],
+            formulation=formulation,
+        )
+        logits = vpt_jax.apply_head(trainable["head"], features)
+        return vpt_jax.cross_entropy(logits, {"label": labels}).mean()
+
+    images = jax.ShapeDtypeStruct((BATCH, side, side, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    args = ({"prompts": prompts, "head": head}, shapes["params"], images, labels)
+    return jax.jit(jax.grad(loss)).lower(*args).compile(SPARE if spare else None)
+
+
+def flop(program):
+    return program.cost_analysis()["flops"]
+
+
+def temporary(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("num", [(40, 0, 7, 3), (0, 0, 30, 10), (0, 0, 0, 20)])
+def test_a_training_step_does_hardly_more_than_the_least_work(num):
+    # Nothing is computed for prompts as tokens, for the last block's patches, or below
+    # the lowest prompted layer. XLA also counts what is not a product: less than 9 % at
+    # this width (2 % of ViT-B/16's, see docs/performance.md).
+    model = make_model()
+    least = 2 * BATCH * roofline.least_training_macs(model, num, BATCH)
+    assert 1 <= flop(compiled_step(model, num)) / least < 1.09
+
+
+def test_without_prompts_the_least_training_work_is_the_forward_pass():
+    model = make_model()
+    none = (0,) * model.depth
+    assert roofline.least_training_macs(model, none, 8) == vpt_jax.macs(model, none)
+
+
+def test_memory_of_keys_and_values_of_tokens_and_of_every_remat():
+    num = 100
+    tokens = temporary(compiled_step(make_model(), num, "tokens"))
+    shares = {
+        name: temporary(compiled_step(make_model(remat=name), num, spare=True)) / tokens
+        for name in REMATS
+    }
+    # Four layers; the twelve of ViT-B/16 are in docs/performance.md: 0.14 for blocks.
+    assert shares["block"] < 0.35
+    assert shares["block"] < shares["attention"] < shares["none"] < 0.65
+
+
+def test_remat_asks_for_the_order_that_spares_memory(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    cli.spare_memory(ConfigDict({"backbone": {"remat": "none"}}))
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
+    cli.spare_memory(ConfigDict({"backbone": {"remat": "block"}}))
+    ((option, order),) = SPARE.items()
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=x --{option}={order}"
+    cli.spare_memory(ConfigDict({"backbone": {"remat": "attention"}}))
+    assert os.environ["XLA_FLAGS"].count(option) == 1
+
+
+@pytest.mark.parametrize("remat", sorted(set(REMATS) - {"none"}))
+@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+def test_remat_changes_no_number(remat, formulation):
+    model = make_model(image_size=32, depth=3)
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (2, 32, 32, 3))
+    backbone = jax.jit(model.init)(key, images)["params"]
+    prompts = vpt_jax.init_prompts(key, model, (2, 0, 3))
+    mask = tuple(jnp.arange(len(p)) != 1 for p in prompts)
+
+    def gradient(model):
+        def loss(prompts):
+            features, _ = model.apply(
+                {"params": backbone},
+                images,
+                prompts=prompts,
+                prompt_mask=mask,
+                formulation=formulation,
+            )
+            return jnp.sin(features).sum()
+
+        return jax.jit(jax.grad(loss))(prompts)
+
+    for a, b in zip(gradient(model), gradient(model.clone(remat=remat)), strict=True):
+        # The same sums, which XLA may fuse in another order.
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=1e-5 * max(1, np.abs(a).max(initial=0))
+        )
+
+
+def test_an_unknown_remat_is_named():
+    with pytest.raises(ValueError, match="unknown remat 'all'; choose one of 'none'"):
+        make_model(remat="all")
+
+
+def test_one_copy_for_each_example_and_the_sum_of_their_gradients():
+    like = jnp.zeros((3, 4, 5))
+    x = jax.random.normal(jax.random.key(0), (2, 5))
+    copies, pull = jax.vjp(lambda x: per_example(x, like), x)
+    np.testing.assert_array_equal(copies, np.broadcast_to(x, (3, 2, 5)))
+    g = jax.random.normal(jax.random.key(1), (3, 2, 5))
+    np.testing.assert_allclose(pull(g)[0], g.sum(0), rtol=1e-6)
+    np.testing.assert_array_equal(per_example(x[None], like), copies)
+    np.testing.assert_array_equal(per_example(copies, like), copies)
+
+
+def test_masks_of_any_selection_share_one_program():
+    model = make_model(image_size=32)
+    key = jax.random.key(0)
+    backbone = jax.jit(model.init)(key, jnp.zeros((1, 32, 32, 3)))["params"]
+    prompts = vpt_jax.init_prompts(key, model, 6)
+    trainable = {"prompts": prompts, "head": vpt_jax.init_head(key, model.width, 3)}
+    scores = tuple(jax.random.uniform(key, (6,)) * (i + 1) for i in range(model.depth))
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    recipe = train.Recipe()
+    before = train.eval_step._cache_size()
+    for ratio in (1.0, 0.7, 0.5, 0.3, 0.1):
+        mask = vpt_jax.keep_mask(scores, keep_ratio=ratio)
+        train.evaluate(
+            trainable,
+            backbone,
+            images,
+            np.zeros(2, np.int32),
+            model=model,
+            recipe=recipe,
+            batch_size=2,
+            prompt_mask=mask,
+        )
+    assert train.eval_step._cache_size() == before + 1
