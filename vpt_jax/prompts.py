@@ -99,12 +99,14 @@ def init_prompts(
 
 
 def prompt_dropout(
-    key: jax.Array, prompts: Prompts, rate: float, batch_size: int
-) -> PyTree[Float[Array, "b _ _"]]:
-    """Drops prompt elements independently for every example of a batch.
+    key: jax.Array, prompts: Prompts, rate: float, batch_size: int | None
+) -> PyTree[Float[Array, "*b _ _"]]:
+    """Drops prompt elements independently, for every example of a batch or for all.
 
     The reference drops after expanding the prompts to the batch, so each example
-    has its own mask; kept elements are scaled by `1 / (1 - rate)`.
+    has its own mask; kept elements are scaled by `1 / (1 - rate)`. With one mask for
+    the whole batch the expectation is the same, and keys and values of the prompts are
+    computed once per step instead of once per example.
 
     Args:
       key: A JAX random key; layer `i` uses `fold_in(key, i)`, so that a layer's mask
@@ -112,18 +114,24 @@ def prompt_dropout(
       prompts: One `[n_i, d]` array per layer.
       rate: Probability of dropping an element, in `[0, 1)`. The reference uses 0.1
         for deep prompts and 0 for shallow ones.
-      batch_size: Number of examples `b`.
+      batch_size: Number of examples `b`; None draws one mask for all of them.
 
     Returns:
-      One `[b, n_i, d]` array per layer, which the model takes in place of prompts.
+      One `[b, n_i, d]` array per layer (`[n_i, d]` without a batch size), which the
+      model takes in place of prompts.
+
+    Raises:
+      ValueError: If the rate is not in `[0, 1)`.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
 
     def drop(i: int, p: jax.Array) -> jax.Array:
-        shape = (batch_size, *p.shape)
+        batch = () if batch_size is None else (batch_size,)
+        shape = (*batch, *p.shape)
         keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape)
-        return jnp.where(keep, p[None] / (1 - rate), jnp.zeros((), p.dtype))
+        p = jnp.expand_dims(p, range(len(batch)))
+        return jnp.where(keep, p / (1 - rate), jnp.zeros((), p.dtype))
 
     return tuple(drop(i, p) for i, p in enumerate(prompts))
 

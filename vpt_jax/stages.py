@@ -302,6 +302,7 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
     return train.Recipe(
         optimizer=settings.optimizer,
         dropout=run.config.prompts.dropout,
+        shared_dropout=run.config.prompts.dropout_shared,
         deep=run.config.prompts.deep,
         normalisation=run.backbone_info["normalisation"],
         train_head=settings.head or stage != "finetune",
