@@ -14,7 +14,7 @@ how closely, is in `tests/test_together.py`.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,14 +31,14 @@ def stack(trees: Sequence[Any]) -> Any:
     """Trees of equal shapes as one; a new first axis `[r]` of all leaves counts runs.
 
     Raises:
-      ValueError: If shapes differ: prompts of other counts need `pad_prompts`.
+      ValueError: If shapes differ.
     """
     first, *others = [jax.tree.map(jnp.shape, tree) for tree in trees]
     for number, other in enumerate(others, start=1):
         if other != first:
             raise ValueError(
                 f"run {number} has shapes {other} and run 0 {first}; all must be the"
-                " same (`pad_prompts` and a prompt mask make counts equal)."
+                " same. Instead of condensed prompts train all of them under a mask."
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
@@ -69,7 +69,7 @@ def train_epoch(
     learning_rates: jax.Array,
     weight_decay: jax.Array,
     key: jax.Array,
-    prompt_mask: Mask | None = None,
+    prompt_mask: Sequence[jax.Array] | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -131,7 +131,7 @@ def eval_step(
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
-    prompt_mask: Mask | None = None,
+    prompt_mask: Sequence[jax.Array] | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -151,7 +151,7 @@ def answers(
     model: Any,
     recipe: Recipe,
     batch_size: int,
-    prompt_mask: Mask | None = None,
+    prompt_mask: Sequence[jax.Array] | None = None,
 ) -> np.ndarray:
     """Which pictures each run classifies right, bool `[r, n]`, see `train.answers`.
 
@@ -212,13 +212,14 @@ def fit(
     recipe: Recipe,
     batch_size: int,
     at_once: int,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    progress: Callable[[int, dict[int, dict[str, float]]], None] | None = None,
 ) -> list[Trained]:
     """Trains all runs, `at_once` at a time, as each would be trained alone.
 
     One program is compiled: runs are cut into parts of one size, the last part filled
-    up by repeating its last run. A run whose loss or prompts are no longer finite keeps
-    those of the epoch before, and does not touch the others.
+    up by repeating its last run. What a run learns depends on that size by rounding,
+    not on the other runs or its place. A run whose loss or prompts are no longer finite
+    keeps those of the epoch before, and does not touch the others.
 
     Args:
       runs: What is trained; shapes, and numbers of epochs and steps, are the same.
@@ -230,8 +231,8 @@ def fit(
       batch_size: Of each run.
       at_once: At most so many runs in one program. Memory grows with it as with the
         batch size: activations of `at_once * batch_size` pictures are held.
-      progress: Called as `(number of the run, epoch from 1, {'loss', 'accuracy'})`
-        after each epoch of each run that is still finite.
+      progress: Called after each epoch of a program as `(epoch, metrics)`: from 1, and
+        `loss` and `accuracy` by the number of each run that is still finite.
 
     Returns:
       One `Trained` per run, in their order.
@@ -249,48 +250,45 @@ def fit(
     found: list[Trained] = []
     for start in range(0, len(runs), size):
         part = list(runs[start : start + size])
-        real = len(part)
-        part += part[-1:] * (size - real)
-
-        def tell(number: int, *news: Any, start: int = start, real: int = real) -> None:
-            if progress is not None and number < real:
-                progress(start + number, *news)
-
-        ended = _fit_part(
-            part,
+        ended = [Trained(_on_host(run.trainable), 0) for run in part]
+        epochs = _epochs(
+            part + part[-1:] * (size - len(part)),
             one_seed,
-            tell,
             (backbone, images, labels),
             batch_size,
             model=model,
             recipe=recipe,
         )
-        found += ended[:real]
+        alive = set(range(len(part)))
+        for epoch, (trainables, metrics) in enumerate(epochs, start=1):
+            now = unstack(trainables)
+            alive = {i for i in alive if _is_finite((metrics[i]["loss"], now[i]))}
+            for i in alive:
+                ended[i] = Trained(now[i], epoch)
+            if progress is not None:
+                progress(epoch, {start + i: metrics[i] for i in sorted(alive)})
+            if not alive:
+                break
+        found += ended
     return found
 
 
-def _fit_part(
+def _epochs(
     runs: Sequence[Training],
     one_seed: bool,
-    tell: Callable[..., None],
     shared: tuple[Any, Any, jax.Array],
     batch_size: int,
     **static: Any,
-) -> list[Trained]:
-    """`fit` of the runs of one program."""
+) -> Iterator[tuple[Any, list[dict[str, float]]]]:
+    """Prompts and heads (stacked, on the host) and metrics after every epoch."""
     seeds = [run.seed for run in (runs[:1] if one_seed else runs)]
     keys = [jax.random.key(seed) for seed in seeds]
-    key = keys[0] if one_seed else jnp.stack(keys)
     masks = [run.prompt_mask for run in runs]
-    prompt_mask = None if masks == [None] * len(runs) else stack(masks)
+    masked = any(mask is not None for mask in masks)
     rates = np.stack([run.learning_rates for run in runs])
-    decays = jnp.asarray([run.weight_decay for run in runs], jnp.float32)
     states = init_states(stack([run.trainable for run in runs]), static["recipe"])
-    # Copies: the states are donated, and their last finite values may be the result.
-    ended = [Trained(own, 0) for own in unstack(_on_host(states.trainable))]
-    finite = [True] * len(runs)
     for epoch in range(rates.shape[1]):
-        orders, mask = zip(
+        orders, reals = zip(
             *(train.epoch_order(s, epoch, len(shared[2]), batch_size) for s in seeds),
             strict=True,
         )
@@ -298,25 +296,23 @@ def _fit_part(
             states,
             *shared,
             orders[0] if one_seed else np.stack(orders),
-            mask[0],
+            reals[0],
             rates[:, epoch],
-            decays,
-            key,
-            prompt_mask,
+            jnp.asarray([run.weight_decay for run in runs], jnp.float32),
+            keys[0] if one_seed else jnp.stack(keys),
+            stack(masks) if masked else None,
             **static,
         )
-        loss, accuracy = (np.asarray(metrics[n]) for n in ("loss", "accuracy"))
-        for number, now in enumerate(unstack(_on_host(states.trainable))):
-            leaves = jax.tree.leaves(now)
-            finite[number] &= all(np.isfinite(x).all() for x in (loss[number], *leaves))
-            if finite[number]:
-                ended[number] = Trained(now, epoch + 1)
-                news = {"loss": loss[number], "accuracy": accuracy[number]}
-                tell(number, epoch + 1, {k: float(v) for k, v in news.items()})
-        if not any(finite):
-            break
-    return ended
+        yield (
+            # A copy: the states are donated.
+            _on_host(states.trainable),
+            [{k: float(v) for k, v in own.items()} for own in unstack(metrics)],
+        )
 
 
 def _on_host(tree: Any) -> Any:
     return jax.tree.map(np.array, tree)
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
