@@ -10,39 +10,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_tiny
 
 import vpt_jax
 from vpt_jax import together, train
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax's Adam
 NUM = (3, 2)
 EPOCHS, BATCH = 3, 4
 SGD = train.Recipe(dropout=0.2)
 ADAM = train.Recipe(optimizer="adamw", dropout=0.2)
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A model and its backbone; programs are shared by the tests of this file."""
-    return make_tiny(depth=2)
+def make_backbone(model):
+    """Random numbers in all parameters; nothing is compiled for them."""
+    side, rng = model.image_size, np.random.default_rng(0)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), shapes
+    )
 
 
 @pytest.fixture(scope="module")
-def shared(small):
-    """`(backbone, images, labels)`, uint8 pictures."""
-    keys = jax.random.split(jax.random.key(1))
-    images = jax.random.randint(keys[0], (10, 8, 8, 3), 0, 256).astype(jnp.uint8)
-    return small[1], images, jax.random.randint(keys[1], (10,), 0, 3)
+def model():
+    return vpt_jax.ViT(
+        width=16, depth=2, num_heads=2, mlp_dim=24, patch=4, image_size=8
+    )
 
 
-def training(model, seed, lr, wd=0.01, prompt_mask=None):
+@pytest.fixture(scope="module")
+def shared(model):
+    """`(backbone, images, labels)`, uint8 pictures; the tests share programs too."""
+    rng = np.random.default_rng(1)
+    images = jnp.asarray(rng.integers(0, 256, (10, 8, 8, 3), np.uint8))
+    labels = jnp.asarray(rng.integers(0, 3, 10, np.int32))
+    return make_backbone(model), images, labels
+
+
+def training(model, seed, lr, wd=0.01, keep=None):
+    """A run; with `keep`, under a mask of so many prompts."""
     keys = jax.random.split(jax.random.key(seed))
     start = {
         "prompts": vpt_jax.init_prompts(keys[0], model, NUM),
         "head": vpt_jax.init_head(keys[1], model.width, 3),
     }
     rates = train.learning_rates(lr, EPOCHS, 0, 3)
-    return together.Training(start, rates, wd, seed, prompt_mask)
+    scores = tuple(jnp.arange(n, dtype=jnp.float32) for n in NUM)
+    mask = keep and vpt_jax.keep_mask(scores, keep=keep)
+    return together.Training(start, rates, wd, seed, mask)
 
 
 def alone(run, shared, model, recipe):
@@ -78,33 +93,37 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.parametrize(
-    ("seeds", "recipe", "scale"),
-    [((0, 1), SGD, 0.1), ((5, 5), ADAM, 0.01)],
-    ids=["seeds", "grid"],
-)
-def test_each_run_is_what_it_is_alone(small, shared, seeds, recipe, scale):
-    """With dropout, its own order, rates and decay; the last batch is partial."""
-    model = small[0]
-    runs = [
-        training(model, seed, scale * lr, wd)
-        for seed, lr, wd in zip(seeds, (0.5, 2.0), (0.1, 0.0), strict=True)
-    ]
-    with jax.numpy_dtype_promotion("standard"):  # optax's Adam
-        found = fit(runs, shared, model, recipe, 2)
-        for run, got in zip(runs, found, strict=True):
-            assert got.epochs == EPOCHS
-            own = alone(run, shared, model, recipe)
-            # Adam divides by the gradient's size: rounding is not small beside it.
-            assert_close(got.trainable, own, 1e-4 if recipe == SGD else 1e-3)
-            moved = np.abs(np.asarray(own["prompts"][0]) - run.trainable["prompts"][0])
-            assert moved.max() > 0.01
+def test_seeds_and_masks_are_what_each_is_alone(model, shared):
+    """Prompts, order, dropout, rates, decay and mask of its own; a partial batch.
+
+    Prompts that are masked do not move.
+    """
+    runs = [training(model, 0, 0.05, 0.0, keep=1), training(model, 1, 0.2, 0.0, keep=4)]
+    for run, got in zip(runs, fit(runs, shared, model, SGD, 2), strict=True):
+        own = alone(run, shared, model, SGD)
+        assert got.epochs == EPOCHS
+        assert_close(got.trainable, own, 1e-4)
+        for p, start, keep in zip(
+            got.trainable["prompts"],
+            run.trainable["prompts"],
+            run.prompt_mask,
+            strict=True,
+        ):
+            moved = np.abs(p - start).max(axis=1)
+            assert (moved[keep] > 0.01).all() and not moved[~keep].any()
 
 
-def test_in_parts_one_program_is_compiled_and_places_do_not_matter(small, shared):
+def test_a_grid_is_what_each_of_its_runs_is_alone(model, shared):
+    """One seed: the batches and dropout are shared, rates and decay are not."""
+    runs = [training(model, 5, 0.005, 0.1), training(model, 5, 0.02, 0.0)]
+    for run, got in zip(runs, fit(runs, shared, model, ADAM, 2), strict=True):
+        # Adam divides by the gradient's own size: rounding is not small beside it.
+        assert_close(got.trainable, alone(run, shared, model, ADAM), 1e-3)
+
+
+def test_in_parts_one_program_is_compiled_and_places_do_not_matter(model, shared):
     """Five runs, two at a time, the last beside itself; bit for bit in any order."""
-    model = small[0]
-    runs = [training(model, seed, 0.1 * (seed + 1)) for seed in range(5)]
+    runs = [training(model, seed, 0.05 * (seed + 1), keep=3) for seed in range(5)]
     two = fit(runs[:2], shared, model, SGD, 2)
     before, told = together.train_epoch._cache_size(), []
     found = fit(runs, shared, model, SGD, 2, progress=lambda *news: told.append(news))
@@ -123,8 +142,7 @@ def test_patches_are_embedded_once_for_a_grid():
     model = vpt_jax.ViT(
         width=16, depth=1, num_heads=2, mlp_dim=16, patch=8, image_size=32
     )
-    images = jnp.zeros((4, 32, 32, 3), jnp.uint8)
-    backbone = jax.jit(model.init)(jax.random.key(0), images.astype(jnp.float32))
+    images, backbone = jnp.zeros((4, 32, 32, 3), jnp.uint8), make_backbone(model)
     recipe = train.Recipe(dropout=0.0)
     head = vpt_jax.init_head(jax.random.key(1), 16, 3)
     one = {"prompts": (jnp.zeros((1, 16)),), "head": head}
@@ -134,7 +152,7 @@ def test_patches_are_embedded_once_for_a_grid():
     def flops(order, key):
         lowered = together.train_epoch.lower(
             states,
-            backbone["params"],
+            backbone,
             images,
             jnp.zeros(4, jnp.int32),
             order,
@@ -155,49 +173,29 @@ def test_patches_are_embedded_once_for_a_grid():
     assert own - same > 3 * embedding
 
 
-def test_a_run_that_diverges_ends_alone(small, shared):
+def test_a_run_that_diverges_ends_alone(model, shared):
     """It keeps its last finite epoch, and its neighbour is as without it."""
-    model = small[0]
     good, bad = training(model, 3, 0.01), training(model, 3, 1e25, wd=1e10)
     told = []
 
     def tell(epoch, metrics):
         told.append(list(metrics))
 
-    with jax.numpy_dtype_promotion("standard"):
-        found = fit([good, bad], shared, model, ADAM, 2, progress=tell)
-        both = fit([good, good], shared, model, ADAM, 2)
-        assert found[0].epochs == EPOCHS > found[1].epochs
-        jax.tree.map(
-            np.testing.assert_array_equal, found[0].trainable, both[0].trainable
-        )
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(found[1].trainable))
-        assert told[-1] == [0]
-        told.clear()
-        # When all have ended no epoch more is trained.
-        ended = fit([bad, bad], shared, model, ADAM, 2, progress=tell)
+    found = fit([good, bad], shared, model, ADAM, 2, progress=tell)
+    both = fit([good, good], shared, model, ADAM, 2)
+    assert found[0].epochs == EPOCHS > found[1].epochs
+    jax.tree.map(np.testing.assert_array_equal, found[0].trainable, both[0].trainable)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found[1].trainable))
+    assert told[-1] == [0]
+    told.clear()
+    # When all have ended no epoch more is trained.
+    ended = fit([bad, bad], shared, model, ADAM, 2, progress=tell)
     assert len(told) == ended[0].epochs + 1 and told[-1] == []
 
 
-def test_every_mask_of_a_curve_trains_at_once(small, shared):
-    """Each as under its mask alone; what is masked does not move."""
-    model = small[0]
-    scores = tuple(jnp.arange(n, dtype=jnp.float32) for n in NUM)
-    masks = [vpt_jax.keep_mask(scores, keep=n) for n in (1, 4)]
-    runs = [training(model, 7, 0.1, 0.0, prompt_mask=mask) for mask in masks]
-    for run, got in zip(runs, fit(runs, shared, model, SGD, 2), strict=True):
-        assert_close(got.trainable, alone(run, shared, model, SGD), 1e-4)
-        out = tuple(~m for m in run.prompt_mask)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            vpt_jax.condense(got.trainable["prompts"], out),
-            vpt_jax.condense(run.trainable["prompts"], out),
-        )
-
-
-def test_answers_of_many_runs_are_those_of_each(small, shared):
+def test_answers_of_many_runs_are_those_of_each(model, shared):
     """Also of prefilled prompts, and of one set under a curve of masks."""
-    model, (backbone, images, labels) = small[0], shared
+    backbone, images, labels = shared
     images, labels = np.asarray(images), np.asarray(labels)
     settings = {"model": model, "recipe": train.Recipe(dropout=0.3), "batch_size": 4}
     runs = [training(model, seed, 0.1).trainable for seed in range(3)]
@@ -232,14 +230,14 @@ def test_answers_of_many_runs_are_those_of_each(small, shared):
     assert sizes[0] == sizes[2]  # one by one, the masks compile once too
 
 
-def test_stacked_trees_come_apart(small):
-    runs = [training(small[0], seed, 0.1).trainable for seed in range(2)]
+def test_stacked_trees_come_apart(model):
+    runs = [training(model, seed, 0.1).trainable for seed in range(2)]
     for a, b in zip(together.unstack(together.stack(runs)), runs, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_wrong_arguments(small, shared):
-    model, recipe = small[0], SGD
+def test_wrong_arguments(model, shared):
+    recipe = SGD
     run = training(model, 0, 0.1)
     with pytest.raises(ValueError, match="at_once=0 and 1 runs"):
         fit([run], shared, model, recipe, 0)

@@ -146,8 +146,6 @@ def _fit(runs: Sequence[Run], unit: Unit, at_once: int) -> list[together.Trained
     settings = [getattr(run.config, unit.stage) for run in runs]
     num, epochs = len(first.labels), settings[0].epochs
     trainable = stages.starting_point(first, unit)
-    linear = unit.stage == "linear"
-
     last = time.perf_counter()
 
     def tell(epoch: int, metrics: dict[int, dict[str, float]]) -> None:
@@ -170,9 +168,9 @@ def _fit(runs: Sequence[Run], unit: Unit, at_once: int) -> list[together.Trained
     ended = together.fit(
         trainings,
         first.backbone,
-        first.features if linear else first.images,
+        first.images if first.features is None else first.features,
         first.labels,
-        model=None if linear else first.model,
+        model=None if unit.stage == "linear" else first.model,
         recipe=stages.make_recipe(first, settings[0], unit.stage),
         batch_size=settings[0].batch_size,
         at_once=at_once,
