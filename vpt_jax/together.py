@@ -3,9 +3,10 @@
 
 Runs that differ in initial prompts, order of pictures, dropout, rates, decay or mask
 have the same shapes, so `vmap` makes one program of them. The backbone and the pictures
-are there once, and a matrix product sees the tokens of all runs: an accelerator is busy
-where a small run alone would leave it idle. Where all runs have one seed (a grid of
-rates and decays), they see the same batches and patches are embedded once.
+are there once, and a matrix product sees the tokens of all runs: meant for a device
+that a small run alone leaves idle, which a CPU core is not (docs/benchmarks.md). Where
+all runs have one seed (a grid of rates and decays), they see the same batches and
+patches are embedded once.
 
 `fit` trains any number of runs, so many at a time; `train_epoch` and `answers` are its
 parts. The random numbers are those of separate trainings; what else is the same, and
