@@ -54,6 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     c.prompts = ConfigDict({"num_prompts": 20, "deep": True, "dropout": 0.1})
+    # True draws one mask per step, not one per picture: less work, not VPT's recipe.
+    c.prompts.dropout_shared = False
     c.tune = ConfigDict(
         {
             # 18 epochs instead of the reference's 100: Adam gets further in few steps,

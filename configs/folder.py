@@ -58,6 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     c.prompts = ConfigDict({"num_prompts": 50, "deep": True, "dropout": 0.1})
+    # True draws one mask per step, not one per picture: less work, not VPT's recipe.
+    c.prompts.dropout_shared = False
     c.tune = ConfigDict(
         {
             "optimizer": "sgd",

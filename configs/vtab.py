@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # Of the chosen rate: prompts that are tuned already need less.
             "finetune_rate": 0.1,
             "final_splits": "final",  # trained on train800val200, tested on test
+            "trials_together": 1,  # in one program; memory as of so many batches
         }
     )
     c.tasks = ConfigDict()
@@ -103,6 +104,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # None: each task's own.
     num_prompts = config_dict.placeholder(int)
     c.prompts = ConfigDict({"num_prompts": num_prompts, "deep": True, "dropout": 0.1})
+    # True draws one mask per step, not one per picture: less work, not VPT's recipe.
+    c.prompts.dropout_shared = False
     c.tune = ConfigDict(
         {
             "optimizer": "sgd",

@@ -69,6 +69,7 @@ ORDER = (
     "stages",
     "cli",
     "config",
+    "together",
     "train",
     "data.__main__",
     "data.listing",

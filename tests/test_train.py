@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import os
 import subprocess
 import sys
@@ -153,6 +154,42 @@ def test_dropout_depends_on_the_step_and_not_on_the_history(problem):
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     without, _ = epoch(problem, train.Recipe(dropout=0.0))
     assert not np.array_equal(without.trainable["prompts"][0], first.trainable)
+
+
+def test_shared_dropout_is_cheaper_and_is_training_on_what_it_drew(problem):
+    """The gradient is that of the prompts with one mask; the work is counted by XLA."""
+    recipe = train.Recipe(dropout=0.5, shared_dropout=True)
+    model, backbone, trainable, images, labels = problem
+    batch = {"image": images, "label": labels, "mask": jnp.ones(10, bool)}
+
+    def lowered(recipe):
+        step = functools.partial(train.train_step, model=model, recipe=recipe)
+        state = train.init_state(trainable, recipe)
+        return jax.jit(step).lower(state, backbone, batch, 1.0, 0.0, KEY)
+
+    step = lowered(recipe).compile()
+    state, _ = step(train.init_state(trainable, recipe), backbone, batch, 1.0, 0.0, KEY)
+    drawn = vpt_jax.prompt_dropout(
+        jax.random.fold_in(KEY, 0), trainable["prompts"], 0.5, None
+    )
+    grads = gradient(
+        (model, backbone, {**trainable, "prompts": drawn}, images, labels),
+        np.arange(10),
+    )
+    for before, after, d, g in zip(
+        trainable["prompts"],
+        state.trainable["prompts"],
+        drawn,
+        grads["prompts"],
+        strict=True,
+    ):
+        expected = jnp.where(d == 0, 0.0, 2 * g)
+        np.testing.assert_allclose(before - after, expected, rtol=1e-4, atol=1e-5)
+    # Keys and values of 5 prompts, once instead of for 10 examples: the projections,
+    # and as much again for the gradient.
+    saved = 2 * 2 * 2 * 5 * 16 * 16 * (10 - 1)
+    own = lowered(train.Recipe(dropout=0.5)).compile().cost_analysis()["flops"]
+    assert own - step.cost_analysis()["flops"] >= saved
 
 
 def test_training_fits_a_learnable_task(problem):
@@ -388,6 +425,43 @@ def test_resize_keeps_constants_and_same_size():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_padded_prompts_are_the_prompts_alone():
+    """By counts here; as a network, below."""
+    prompts = tuple(jnp.ones((n, 4)) for n in (3, 8, 0, 9))
+    padded, mask = vpt_jax.pad_prompts(prompts, 8)
+    assert vpt_jax.counts(padded) == (8, 8, 0, 16)
+    assert [int(m.sum()) for m in mask] == [3, 8, 0, 9]
+    beside, _ = vpt_jax.pad_prompts(prompts, 8, beside=197)
+    assert vpt_jax.counts(beside) == (3, 11, 0, 11)
+    with pytest.raises(ValueError, match="multiple=0"):
+        vpt_jax.pad_prompts(prompts, 0)
+
+
+def test_what_pads_is_not_seen_and_gets_no_gradient(problem):
+    model, backbone, trainable, images, labels = problem
+    padded, mask = vpt_jax.pad_prompts(trainable["prompts"], 4, beside=5)
+    assert vpt_jax.counts(padded) == (3, 0, 3)
+
+    def loss(prompts, mask):
+        logits = train.predict(
+            {**trainable, "prompts": prompts},
+            backbone,
+            images,
+            model=model,
+            recipe=train.Recipe(),
+            prompt_mask=mask,
+        )
+        return vpt_jax.cross_entropy(logits, {"label": labels}).mean()
+
+    value = jax.jit(jax.value_and_grad(loss))
+    expected, grads = value(trainable["prompts"], None)
+    got, wide = value(padded, mask)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for g, w, m in zip(grads, wide, mask, strict=True):
+        np.testing.assert_allclose(w[: len(g)], g, rtol=1e-4, atol=1e-6)
+        assert not np.asarray(w)[~np.asarray(m)].any()
 
 
 def test_bfloat16_trains(problem):

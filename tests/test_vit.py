@@ -361,6 +361,19 @@ def test_dropout_is_per_example_and_keeps_the_mean():
     np.testing.assert_allclose(values.mean(), 1, atol=0.007)
 
 
+def test_shared_dropout_is_one_mask_and_keeps_the_mean():
+    """What the model takes has no batch axis; another step draws another mask."""
+    prompts = (jnp.ones((40, 500)), jnp.ones((0, 50)))
+    dropped = vpt_jax.prompt_dropout(jax.random.key(0), prompts, 0.1, None)
+    assert [p.shape for p in dropped] == [(40, 500), (0, 50)]
+    values = np.asarray(dropped[0])
+    assert set(np.unique(values)) == {np.float32(0), np.float32(1 / 0.9)}
+    # 20,000 draws: standard error 0.0024 of the mean.
+    np.testing.assert_allclose(values.mean(), 1, atol=0.01)
+    again = vpt_jax.prompt_dropout(jax.random.key(1), prompts, 0.1, None)
+    assert not np.array_equal(values, again[0])
+
+
 def test_dropout_of_a_layer_does_not_depend_on_the_others():
     a = vpt_jax.prompt_dropout(
         jax.random.key(0), (jnp.ones((3, 4)), jnp.ones((5, 4))), 0.5, 2

@@ -83,16 +83,25 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """`num_prompts` per layer (one number, or one per layer)."""
+    """`num_prompts` per layer (one number, or one per layer).
+
+    `dropout_shared` drops the same elements for all examples of a step, see
+    `prompt_dropout`: less work, another recipe than the reference's.
+    """
 
     num_prompts: int | tuple[int, ...]
     deep: bool = True
     dropout: float = 0.1
+    dropout_shared: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"prompts.dropout is {self.dropout}; it must be in [0, 1)."
+            )
+        if self.dropout_shared and not self.dropout:
+            raise ValueError(
+                "prompts.dropout_shared is set with prompts.dropout 0; leave it out."
             )
         num = self.num_prompts
         total = num if isinstance(num, int) else sum(num)

@@ -119,12 +119,15 @@ def per_example(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def prompt_dropout(
-    key: jax.Array, prompts: Prompts, rate: float, batch_size: int
-) -> PyTree[Float[Array, "b _ _"]]:
-    """Drops prompt elements independently for every example of a batch.
+    key: jax.Array, prompts: Prompts, rate: float, batch_size: int | None
+) -> PyTree[Float[Array, "*b _ _"]]:
+    """Drops prompt elements independently, for every example of a batch or for all.
 
     The reference drops after expanding the prompts to the batch, so each example
-    has its own mask; kept elements are scaled by `1 / (1 - rate)`.
+    has its own mask; kept elements are scaled by `1 / (1 - rate)`. With one mask for
+    the whole batch the expectation is the same, and keys and values of the prompts are
+    computed once per step instead of once per example: 6.8 % less work in a training
+    step of ViT-B/16 with 100 prompts (`benchmarks/shared_dropout.py`).
 
     Args:
       key: A JAX random key; layer `i` uses `fold_in(key, i)`, so that a layer's mask
@@ -132,22 +135,68 @@ def prompt_dropout(
       prompts: One `[n_i, d]` array per layer.
       rate: Probability of dropping an element, in `[0, 1)`. The reference uses 0.1
         for deep prompts and 0 for shallow ones.
-      batch_size: Number of examples `b`.
+      batch_size: Number of examples `b`; None draws one mask for all of them.
 
     Returns:
-      One `[b, n_i, d]` array per layer, which the model takes in place of prompts.
+      One `[b, n_i, d]` array per layer (`[n_i, d]` without a batch size), which the
+      model takes in place of prompts.
+
+    Raises:
+      ValueError: If the rate is not in `[0, 1)`.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
 
     def drop(i: int, p: jax.Array) -> jax.Array:
-        shape = (batch_size, *p.shape)
+        batch = () if batch_size is None else (batch_size,)
+        shape = (*batch, *p.shape)
         keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape)
-        return jnp.where(
-            keep, per_example(p / (1 - rate), keep), jnp.zeros((), p.dtype)
-        )
+        p = p / (1 - rate)
+        p = per_example(p, keep) if batch else p
+        return jnp.where(keep, p, jnp.zeros((), p.dtype))
 
     return tuple(drop(i, p) for i, p in enumerate(prompts))
+
+
+def pad_prompts(
+    prompts: Prompts, multiple: int, *, beside: int = 0
+) -> tuple[Prompts, Mask]:
+    """Fills layers up to round counts, with rows that a mask takes out again.
+
+    With the mask as `prompt_mask=` it is the network of the prompts alone, exactly; the
+    rows that are added get no gradient. Layers without prompts stay without.
+
+    Args:
+      prompts: One `[n_i, d]` array per layer.
+      multiple: What `n_i + beside` becomes a multiple of, `n_i` at least.
+      beside: Keys that lie beside the prompts in attention: 197 in ViT-B/16 at 224 px.
+        What matrix units see is the sum. 0 rounds the counts themselves.
+
+    Returns:
+      One `[m_i, d]` array per layer, `m_i >= n_i`, and one boolean `[m_i]` per layer,
+      False for what was added.
+
+    Raises:
+      ValueError: If `multiple` is below 1 or `beside` below 0.
+
+    Example:
+      >>> padded, mask = pad_prompts((jnp.ones((3, 4)), jnp.ones((0, 4))), 8)
+      >>> counts(padded), int(mask[0].sum())
+      ((8, 0), 3)
+    """
+    if multiple < 1 or beside < 0:
+        raise ValueError(
+            f"got multiple={multiple} and beside={beside}; expected at least 1 and 0."
+        )
+    added = [-(n + beside) % multiple if n else 0 for n in counts(prompts)]
+    padded = tuple(
+        jnp.concatenate([p, jnp.zeros((more, p.shape[1]), p.dtype)])
+        for p, more in zip(prompts, added, strict=True)
+    )
+    mask = tuple(
+        jnp.arange(n) < n - more for n, more in zip(counts(padded), added, strict=True)
+    )
+    return padded, mask
 
 
 def init_head(

@@ -109,9 +109,15 @@ def trained(
         trainable, training = fit(run, unit, trainable, prefix)
         if files.writes():
             files.write_json(training_path, training)
+    release(run, unit, trainable)
+    return trainable, training
+
+
+def release(run: Run, unit: Unit, trainable: dict[str, Any]) -> None:
+    """Writes a unit's prompts and head: its training is finished."""
     if files.writes():
         vpt_jax.save_prompts(
-            path,
+            run.workdir / "prompts" / f"{unit.name}.safetensors",
             trainable["prompts"],
             trainable["head"],
             model=run.model,
@@ -121,7 +127,6 @@ def trained(
             class_names=run.task.class_names,
             deep=run.config.prompts.deep,
         )
-    return trainable, training
 
 
 def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
@@ -219,14 +224,7 @@ def fit(
         known = run.features
         model, images = None, features_of(run) if known is None else known
     num = len(run.labels)
-    steps = math.ceil(num / settings.batch_size)
-    rates = train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size),
-        settings.epochs,
-        settings.warmup_epochs,
-        steps,
-        per=settings.schedule,
-    )
+    rates = rates_of(settings, num)
     directory = run.workdir / "checkpoints" / unit.name
     saved = {"state": train.init_state(trainable, recipe), "seconds": np.zeros(())}
     first = 0
@@ -287,6 +285,17 @@ def fit(
     return jax.tree.map(jnp.asarray, kept), training
 
 
+def rates_of(settings: configs.TrainConfig, num: int) -> np.ndarray:
+    """Learning rates `[epochs, steps]` of a stage on `num` pictures."""
+    return train.learning_rates(
+        train.scaled_lr(settings.base_lr, settings.batch_size),
+        settings.epochs,
+        settings.warmup_epochs,
+        math.ceil(num / settings.batch_size),
+        per=settings.schedule,
+    )
+
+
 def on_host(tree: Any) -> Any:
     """A copy of a tree of arrays in NumPy."""
     return jax.tree.map(np.array, tree)
@@ -302,6 +311,7 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
     return train.Recipe(
         optimizer=settings.optimizer,
         dropout=run.config.prompts.dropout,
+        shared_dropout=run.config.prompts.dropout_shared,
         deep=run.config.prompts.deep,
         normalisation=run.backbone_info["normalisation"],
         train_head=settings.head or stage != "finetune",

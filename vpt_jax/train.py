@@ -37,7 +37,8 @@ class Recipe(NamedTuple):
     """What is fixed at compile time about a stage."""
 
     optimizer: str = "sgd"
-    dropout: float = 0.1  # of prompt elements, per example
+    dropout: float = 0.1  # of prompt elements
+    shared_dropout: bool = False  # one mask per step, not one per example
     deep: bool = True
     normalisation: str = "half"
     train_prompts: bool = True
@@ -107,7 +108,8 @@ def predict(
         return apply_head(trainable["head"], images)
     prompts = trainable["prompts"]
     if key is not None and recipe.dropout:
-        prompts = prompt_dropout(key, prompts, recipe.dropout, images.shape[0])
+        size = None if recipe.shared_dropout else images.shape[0]
+        prompts = prompt_dropout(key, prompts, recipe.dropout, size)
     features, _ = model.apply(
         {"params": backbone},
         normalise(images, recipe.normalisation),
@@ -343,7 +345,7 @@ def answers(
 ) -> np.ndarray:
     """Which pictures are classified right, bool `[n]`; the last batch is padded.
 
-    `images` may be a memory map that is larger than memory, see `_batches`.
+    `images` may be a memory map that is larger than memory, see `batches`.
     """
     found = (
         eval_step(
@@ -356,12 +358,12 @@ def answers(
             model=model,
             recipe=recipe,
         )
-        for batch, index, mask in _batches(images, batch_size)
+        for batch, index, mask in batches(images, batch_size)
     )
-    return np.concatenate(list(_one_late(found)))[: len(labels)]
+    return np.concatenate(list(one_late(found)))[: len(labels)]
 
 
-def _batches(
+def batches(
     images: Any, batch_size: int
 ) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
     """All pictures in order, `(batch, index [b], mask [b])`; the last batch is padded.
@@ -378,7 +380,7 @@ def _batches(
         yield batch, index, mask
 
 
-def _one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
+def one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
     """Results on the host, each when the next has been started.
 
     While the device computes one batch, the host prepares the next; at most two are in
@@ -415,6 +417,6 @@ def extract_features(
     """
     found = (
         _features(backbone, batch, model=model, normalisation=normalisation)
-        for batch, *_ in _batches(images, batch_size)
+        for batch, *_ in batches(images, batch_size)
     )
-    return np.concatenate(list(_one_late(found)))[: strips.count(images)]
+    return np.concatenate(list(one_late(found)))[: strips.count(images)]

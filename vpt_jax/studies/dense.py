@@ -105,7 +105,8 @@ def patch_logits(
         return vpt_jax.apply_head(trainable["head"], features)
     prompts = trainable["prompts"]
     if key is not None and recipe.dropout:
-        prompts = prompt_dropout(key, prompts, recipe.dropout, images.shape[0])
+        size = None if recipe.shared_dropout else images.shape[0]
+        prompts = prompt_dropout(key, prompts, recipe.dropout, size)
     features, _ = patches.apply(
         {"params": backbone},
         normalise(images, recipe.normalisation),

@@ -82,13 +82,7 @@ def finetuned(
     """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
     settings, num = run.config.finetune, len(run.labels)
     recipe = stages.make_recipe(run, settings, "finetune")
-    rates = train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size),
-        settings.epochs,
-        settings.warmup_epochs,
-        math.ceil(num / settings.batch_size),
-        per=settings.schedule,
-    )
+    rates = stages.rates_of(settings, num)
     # A copy: the state is donated.
     state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
     mask: Mask = ()

@@ -255,6 +255,7 @@ def _recipe(lab: Lab, stage: str) -> train.Recipe:
     return train.Recipe(
         optimizer=settings.optimizer,
         dropout=lab.config.prompts.dropout,
+        shared_dropout=lab.config.prompts.dropout_shared,
         deep=lab.config.prompts.deep,
         normalisation=lab.model.info["normalisation"],
         train_head=settings.head or stage != "finetune",
