@@ -98,6 +98,7 @@ ORDER = (
     "macs",
     "intercept",
     "condense",
+    "parallel",
     "models.swin",
     "models.windows",
     "models.vit",

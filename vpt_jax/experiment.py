@@ -20,9 +20,10 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import report
+from vpt_jax import parallel, report
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
+from vpt_jax.data import strips
 from vpt_jax.data.tasks import Task, load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
 
@@ -121,11 +122,11 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "normalisation": normalisation,
         "readout": model.readout,
     }
-    return Model(model, backbone, info)
+    return Model(model, parallel.put_whole(backbone), info)
 
 
 def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
-    """Loads the task and puts its training set on the device."""
+    """Loads the task and puts its training set on the devices, a part on each."""
     task = load_task(
         settings.name,
         image_size=image_size,
@@ -134,8 +135,8 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    images = jax.tree.map(jnp.asarray, task.train.images)
-    return Pictures(task, images, jnp.asarray(task.train.labels))
+    images = strips.put(task.train.images)
+    return Pictures(task, images, parallel.put_whole(task.train.labels))
 
 
 @contextlib.contextmanager
@@ -161,6 +162,7 @@ def started(
         deep=config.prompts.deep,
     )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.everywhere(parallel.all_devices()))
         stack.enter_context(files.locked(workdir / ".lock"))
         if files.writes():
             files.write_json(workdir / "config.json", configs.to_dict(config))

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vpt_jax import parallel
+
 
 class Strip(NamedTuple):
     """`n` pictures; a pytree, of NumPy arrays as loaded, of JAX arrays to be cropped.
@@ -55,6 +57,17 @@ def join(first: Strip, second: Strip) -> Strip:
         for name in ("pixels", "length", "wide")
     )
     return make(pixels, length, wide)
+
+
+def put(images: Any) -> Any:
+    """An array or a strip on the devices: a part of the pixels on each.
+
+    Padded at the end where they do not divide.
+    """
+    if not isinstance(images, Strip):
+        return parallel.put_rows(images)
+    rest = parallel.put_whole(images._replace(pixels=()))
+    return rest._replace(pixels=parallel.put_rows(images.pixels))
 
 
 def count(images: Any) -> int:
