@@ -122,7 +122,8 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "normalisation": normalisation,
         "readout": model.readout,
     }
-    return Model(model, parallel.put_whole(backbone), info)
+    backbone = parallel.put_whole(backbone, parallel.all_devices())
+    return Model(model, backbone, info)
 
 
 def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
@@ -135,8 +136,9 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    images = strips.put(task.train.images)
-    return Pictures(task, images, parallel.put_whole(task.train.labels))
+    mesh = parallel.all_devices()
+    images = strips.put(task.train.images, mesh)
+    return Pictures(task, images, parallel.put_whole(task.train.labels, mesh))
 
 
 @contextlib.contextmanager
@@ -162,7 +164,6 @@ def started(
         deep=config.prompts.deep,
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.everywhere(parallel.all_devices()))
         stack.enter_context(files.locked(workdir / ".lock"))
         if files.writes():
             files.write_json(workdir / "config.json", configs.to_dict(config))

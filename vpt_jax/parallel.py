@@ -11,7 +11,7 @@ Of a mesh with explicit axes, arrays carry their shardings: `spread` leaves them
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -63,8 +63,13 @@ def all_devices(model: int = 1) -> Mesh | None:
 
 
 @contextlib.contextmanager
-def everywhere(mesh: Mesh | None) -> Iterator[None]:
-    """Makes a mesh ambient: what is computed inside runs on all of its devices."""
+def everywhere(make_mesh: Callable[[], Mesh | None] = all_devices) -> Iterator[None]:
+    """Makes a mesh ambient: what is computed inside runs on all of its devices.
+
+    Also a decorator, `@everywhere()`, for functions that compute on batches. Other code
+    stays outside: small steps outside of jit would be compiled for all devices.
+    """
+    mesh = make_mesh()
     if mesh is None:
         yield
         return
@@ -72,8 +77,8 @@ def everywhere(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
-def _shards() -> int:
-    """Parts of a batch: the size of the ambient mesh's `batch` axis, if it is ours."""
+def parts() -> int:
+    """Of a batch: the size of the ambient mesh's `batch` axis, if that is automatic."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[BATCH] if kinds.get(BATCH) == AxisType.Auto else 1
@@ -81,12 +86,12 @@ def _shards() -> int:
 
 def round_up(size: int) -> int:
     """The next multiple of the number of parts that a batch is split into."""
-    return -(-size // _shards()) * _shards()
+    return -(-size // parts()) * parts()
 
 
 def spread(tree: Any) -> Any:
     """Splits axis 0 of every array over the devices; for use under jit."""
-    if _shards() == 1:
+    if parts() == 1:
         return tree
     return jax.tree.map(
         lambda x: jax.lax.with_sharding_constraint(x, P(BATCH)) if x.size else x, tree
@@ -109,7 +114,7 @@ def feed(batch: Any) -> Any:
     Axis 0 is a multiple of the number of parts (`round_up`). A process reads its own
     parts alone.
     """
-    if _shards() == 1 or not isinstance(batch, np.ndarray):
+    if parts() == 1 or not isinstance(batch, np.ndarray):
         return batch
     return put(batch, NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
@@ -130,19 +135,17 @@ def put(tree: Any, sharding: NamedSharding | None) -> Any:
     return jax.tree.map(one, tree)
 
 
-def put_whole(tree: Any) -> Any:
-    """Arrays complete on every device of every process."""
-    mesh = all_devices()
+def put_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays complete on every device of a mesh; None is the default device."""
     return put(tree, None if mesh is None else NamedSharding(mesh, P()))
 
 
-def put_rows(array: np.ndarray) -> jax.Array:
-    """An array split over all devices along axis 0, padded there with zeros to fit."""
-    mesh = all_devices()
+def put_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """An array split along axis 0 over `batch`, padded there with zeros to fit."""
     if mesh is None:
         return jnp.asarray(array)
-    num, parts = len(array), mesh.shape[BATCH]
-    shape = (-(-num // parts) * parts, *array.shape[1:])
+    num = mesh.shape[BATCH]
+    shape = (-(-len(array) // num) * num, *array.shape[1:])
 
     def part(at: tuple[slice, ...]) -> np.ndarray:
         rows = array[at]  # a slice ends where the array does
@@ -178,17 +181,17 @@ def backbone_shardings(mesh: Mesh, backbone: Any) -> Any:
     Raises:
       ValueError: If heads or MLP width are not multiples of the axis.
     """
-    parts = mesh.shape[MODEL]
+    num = mesh.shape[MODEL]
 
     def one(path: Any, x: Any) -> NamedSharding:
         *_, module, name = ("", *(getattr(key, "key", "") for key in path))
         axis = _SPLIT.get(module, {}).get(name)
         if axis is None:
             return NamedSharding(mesh, P())
-        if x.shape[axis] % parts:
+        if x.shape[axis] % num:
             raise ValueError(
                 f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape"
-                f" {tuple(x.shape)}; its axis {axis} cannot be split over {parts}"
+                f" {tuple(x.shape)}; its axis {axis} cannot be split over {num}"
                 f" devices. Make the mesh's {MODEL!r} axis a divisor of"
                 f" {x.shape[axis]}."
             )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax import train
+from vpt_jax import parallel, train
 from vpt_jax.condense import pad_batch
 from vpt_jax.config import TrainConfig
 from vpt_jax.data.augment import normalise
@@ -146,7 +146,7 @@ def train_epoch(
             logits = patch_logits(
                 trainable,
                 backbone,
-                images[index],
+                parallel.spread(images[index]),
                 prompt_mask,
                 step_key,
                 patches=patches,
