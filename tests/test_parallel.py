@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,7 +14,7 @@ import vpt_jax
 from vpt_jax import parallel, train
 from vpt_jax.data import strips
 
-NUM = (3, 0, 4)
+NUM = (3, 4)
 KEY = jax.random.key(3)
 
 
@@ -28,25 +27,46 @@ def mesh_of(num, kind=AxisType.Auto):
     )
 
 
-def problem(model, num=21):
+def make(**sizes):
+    """A model and random parameters, drawn by NumPy: `init` compiles for long."""
+    sizes = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, **sizes}
+    model = vpt_jax.ViT(**{"patch": 4, "image_size": 8, **sizes})
+    shape = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(model.init, KEY, shape)["params"]
+    return model, jax.tree.map(lambda x: normal(x.shape), shapes)
+
+
+def normal(shape, seed=0):
+    drawn = np.random.default_rng((seed, *shape)).normal(size=shape)
+    return jnp.asarray(0.3 * drawn, jnp.float32)
+
+
+def problem(model, num=21, counts=NUM):
     """Trainable, uint8 pictures and labels."""
-    keys = jax.random.split(jax.random.key(1), 4)
-    side = model.image_size
+    rng, side = np.random.default_rng(1), model.image_size
     trainable = {
-        "prompts": vpt_jax.init_prompts(keys[0], model, NUM),
-        "head": vpt_jax.init_head(keys[1], model.width, 3),
+        "prompts": tuple(normal((n, model.width), i) for i, n in enumerate(counts)),
+        "head": {"kernel": normal((model.width, 3)), "bias": normal((3,))},
     }
-    images = jax.random.randint(keys[2], (num, side, side, 3), 0, 256)
-    labels = jax.random.randint(keys[3], (num,), 0, 3)
-    return trainable, np.asarray(images).astype(np.uint8), np.asarray(labels)
+    images = rng.integers(0, 256, (num, side, side, 3)).astype(np.uint8)
+    return trainable, images, rng.integers(0, 3, num).astype(np.int32)
 
 
-def run_all_stages(model, backbone, mesh):
-    """Two epochs with odd batches; scores, masks, answers, features."""
+@pytest.fixture(scope="module")
+def small():
+    return make()
+
+
+# --- the stages -----------------------------------------------------------------------
+
+
+def trained(model, backbone, mesh):
+    """Two epochs, answers and features: 21 pictures in batches of 6."""
     trainable, images, labels = problem(model)
     recipe = train.Recipe(dropout=0.3)
     backbone = parallel.put_whole(backbone, mesh)
     resident = strips.put(images, mesh)
+    settings = {"model": model, "batch_size": 6}
     with parallel.everywhere(lambda: mesh):
         state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
         for epoch in range(2):
@@ -58,51 +78,68 @@ def run_all_stages(model, backbone, mesh):
                 labels,
                 order,
                 mask,
-                jnp.full(len(order), 0.3, jnp.float32),
-                jnp.float32(0.01),
+                np.full(len(order), 0.3, np.float32),
+                np.float32(0.01),
                 KEY,
                 model=model,
                 recipe=recipe,
             )
-        fitted = state.trainable
-        batches = [
-            {
-                "image": images[i : i + 6].astype(np.float32) / 128 - 1,
-                "label": labels[i : i + 6],
-            }
-            for i in range(0, len(labels), 6)
-        ]
-        scores = vpt_jax.importance(model, backbone, fitted, batches)
-        settings = {"model": model, "batch_size": 6}
         right = train.answers(
-            fitted, backbone, images, labels, recipe=recipe, **settings
+            state.trainable, backbone, images, labels, recipe=recipe, **settings
         )
         features = train.extract_features(
             backbone, resident, normalisation="half", **settings
         )
-    scores = jax.tree.map(lambda s: jnp.asarray(np.asarray(s)), scores)
-    masks = [
-        vpt_jax.keep_mask(scores, keep_ratio=ratio, scope=scope)
-        for ratio in (0.15, 0.3, 0.5, 0.7, 0.9)
-        for scope in ("global", "layer")
-    ]
-    exact = masks, right, float(metrics["accuracy"])
-    close = fitted, scores, features[: len(labels)], float(metrics["loss"])
+    exact = right, float(metrics["accuracy"])
+    close = state.trainable, features[: len(labels)], float(metrics["loss"])
     return jax.tree.map(np.asarray, (exact, close))
 
 
+def scores_of(model, backbone, mesh):
+    """Importance over 21 pictures in batches of 6."""
+    trainable, images, labels = problem(model)
+    batches = (
+        {
+            "image": images[i : i + 6].astype(np.float32) / 128 - 1,
+            "label": labels[i : i + 6],
+        }
+        for i in range(0, len(labels), 6)
+    )
+    with parallel.everywhere(lambda: mesh):
+        scores = vpt_jax.importance(
+            model, parallel.put_whole(backbone, mesh), trainable, batches
+        )
+    return tuple(jnp.asarray(np.asarray(s)) for s in scores)
+
+
 @pytest.fixture(scope="module")
-def alone(tiny):
-    return run_all_stages(*tiny, None)
+def alone(small):
+    return trained(*small, None), scores_of(*small, None)
+
+
+@pytest.mark.parametrize(
+    "num", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_training_and_evaluation_are_the_same_on_many_devices(small, alone, num):
+    """Neither the pictures nor a batch divide by the devices."""
+    exact, close = trained(*small, mesh_of(num))
+    jax.tree.map(np.testing.assert_array_equal, exact, alone[0][0])
+    for a, b in zip(jax.tree.leaves(close), jax.tree.leaves(alone[0][1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("num", [2, 4, 8])
-def test_all_stages_are_the_same_on_many_devices(tiny, alone, num):
-    """21 pictures in batches of 6: neither divides by the devices."""
-    exact, close = run_all_stages(*tiny, mesh_of(num))
-    jax.tree.map(np.testing.assert_array_equal, exact, alone[0])
-    for a, b in zip(jax.tree.leaves(close), jax.tree.leaves(alone[1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+def test_keep_masks_are_the_same_on_many_devices(small, alone, num):
+    scores = scores_of(*small, mesh_of(num))
+    for a, b in zip(scores, alone[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    for ratio in (0.15, 0.3, 0.5, 0.7, 0.9):
+        for scope in ("global", "layer"):
+            a, b = (
+                vpt_jax.keep_mask(s, keep_ratio=ratio, scope=scope)
+                for s in (scores, alone[1])
+            )
+            jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_crops_of_a_strip_are_the_same_and_no_device_holds_it_all():
@@ -124,7 +161,7 @@ def test_crops_of_a_strip_are_the_same_and_no_device_holds_it_all():
         assert len(pixels) not in shape, f"{kind} of the strip, {what}{shape}"
 
 
-# --- the compiled program ---------------------------------------------------------------
+# --- the compiled program -------------------------------------------------------------
 
 
 def collectives(text):
@@ -140,27 +177,26 @@ def collectives(text):
 @pytest.fixture(scope="module")
 def epochs():
     """An epoch of a small ViT with 16 pictures a step, compiled for 1 and 8 devices."""
-    sizes = {"width": 64, "depth": 2, "num_heads": 4, "mlp_dim": 128}
-    model, backbone = make_tiny(image_size=32, patch=8, **sizes)
-    model_, prompts = model, vpt_jax.init_prompts(KEY, model, (5, 4))
-    trainable = {"prompts": prompts, "head": vpt_jax.init_head(KEY, 64, 3)}
+    sizes = {"width": 64, "num_heads": 4, "mlp_dim": 128}
+    model, backbone = make(image_size=32, patch=8, **sizes)
+    trainable, images, labels = problem(model, 40, (5, 4))
     order, mask = train.epoch_order(0, 0, 40, 16)
-    recipe = train.Recipe(optimizer="sgd", dropout=0.1)
+    recipe = train.Recipe(dropout=0.1)
 
     def compiled(mesh):
-        images = strips.put(np.zeros((40, 32, 32, 3), np.uint8), mesh)
+        resident = strips.put(images, mesh)
         with parallel.everywhere(lambda: mesh):
             return train.train_epoch.lower(
                 train.init_state(trainable, recipe),
                 parallel.put_whole(backbone, mesh),
-                images,
-                parallel.put_whole(np.zeros(40, np.int32), mesh),
+                resident,
+                parallel.put_whole(labels, mesh),
                 order,
                 mask,
                 np.zeros(len(order), np.float32),
                 np.float32(0),
                 KEY,
-                model=model_,
+                model=model,
                 recipe=recipe,
             ).compile()
 
@@ -196,13 +232,19 @@ def test_a_device_holds_its_part_of_the_training_set(epochs):
     assert np.asarray(images).sum() == 42 * 12  # zeros behind
 
 
-# --- the caller's own mesh --------------------------------------------------------------
+# --- the caller's own mesh ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["batch", "data"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_library_functions_under_the_callers_mesh(tiny, kind, name):
-    model, backbone = tiny
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("data", AxisType.Explicit),
+        pytest.param("data", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("batch", AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
+def test_library_functions_under_the_callers_mesh(small, kind, name):
+    model, backbone = small
     trainable, images, labels = problem(model, 16)
     batch = {"image": images, "label": labels, "mask": np.arange(16) < 13}
     recipe, rate, decay = train.Recipe(dropout=0.3), jnp.float32(0.1), jnp.float32(0)
@@ -218,7 +260,7 @@ def test_library_functions_under_the_callers_mesh(tiny, kind, name):
             vpt_jax.importance(
                 model, backbone, trainable, [{**batch, "image": image}], score=score
             )
-            for score in ("removal", "taylor", "attention", "leave_one_out")
+            for score in ("removal", "taylor")
         ]
         right = train.eval_step(
             trainable,
@@ -241,14 +283,13 @@ def test_library_functions_under_the_callers_mesh(tiny, kind, name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-# --- a backbone over several devices ----------------------------------------------------
+# --- a backbone over several devices --------------------------------------------------
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("swiglu", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_split_backbone_computes_the_same(swiglu):
-    model, backbone = make_tiny(num_heads=4, mlp_dim=32, depth=2, swiglu=swiglu)
-    images = jax.random.normal(KEY, (4, 8, 8, 3))
-    prompts = vpt_jax.init_prompts(KEY, model, 3)
+    model, backbone = make(num_heads=4, mlp_dim=32, swiglu=swiglu)
+    images, prompts = normal((4, 8, 8, 3)), problem(model)[0]["prompts"]
 
     def loss(prompts, backbone, images):
         found = model.apply({"params": backbone}, images, prompts=prompts)[0]
@@ -283,8 +324,8 @@ def test_a_giant_is_never_whole_on_a_device():
     assert held < 0.13 * sum(x.size for x in jax.tree.leaves(backbone))
 
 
-def test_what_cannot_be_split_is_an_error(tiny):
+def test_what_cannot_be_split_is_an_error(small):
     with pytest.raises(ValueError, match="8 devices cannot share the backbone by 3"):
         parallel.all_devices(3)
     with pytest.raises(ValueError, match="cannot be split over 8 devices"):
-        parallel.backbone_shardings(parallel.all_devices(8), tiny[1])  # two heads
+        parallel.backbone_shardings(parallel.all_devices(8), small[1])  # two heads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes on this machine work on one run: the same end, also after a kill."""
+"""Several real processes work on one run: the same end, also after a kill."""
 
 import json
 import os

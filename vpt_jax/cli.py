@@ -166,7 +166,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def fail(error: Any, code: int = 2) -> NoReturn:
-    """Prints one line and exits, by default with 2, as command lines do for bad input."""
+    """Prints one line and exits with 2, as command lines do for bad input."""
     print(f"error: {error} (--traceback shows where)", file=sys.stderr)
     leave(code)
 

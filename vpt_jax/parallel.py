@@ -147,7 +147,7 @@ def put_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
     num = mesh.shape[BATCH]
     shape = (-(-len(array) // num) * num, *array.shape[1:])
 
-    def part(at: tuple[slice, ...]) -> np.ndarray:
+    def part(at: Any) -> np.ndarray:
         rows = array[at]  # a slice ends where the array does
         missing = len(range(*at[0].indices(shape[0]))) - len(rows)
         return np.pad(rows, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
