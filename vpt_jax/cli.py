@@ -8,6 +8,7 @@ is shown for what is a bug of ours, or when asked for (`--traceback`).
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,13 +60,16 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
             if TRACEBACK.value:
                 raise
             fail(error)
-        except jax_error() as error:
-            if TRACEBACK.value or not several():
+        except Exception as error:
+            if not several():
                 raise
-            words = str(error).split()
+            # It leaves without a farewell: the others would wait for it in vain.
+            if TRACEBACK.value or not isinstance(error, jax_error()):
+                traceback.print_exc()
+                leave(1)
             fail(
                 "another process of this job was lost; start all of them again, and"
-                f" they continue here ({' '.join(words)[:200]})",
+                f" they continue here ({' '.join(str(error).split())[:200]})",
                 code=1,
             )
 

@@ -240,7 +240,7 @@ def fit(
         run.log.line(f"{prefix} {unit.name}: continuing after epoch {first}")
     overview = get_parameter_overview(flatten(trainable), include_stats=False)
     run.log.note(f"{unit.name} trains\n{overview}")
-    state = jax.tree.map(jnp.asarray, saved["state"])
+    state = parallel.held(saved["state"])
     seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
     # Copies: the state is donated, and its last finite values may be the result.
     kept, done = on_host(state.trainable), first

@@ -168,6 +168,7 @@ def train_epoch(
     return state, losses.sum() / num.sum()
 
 
+@parallel.everywhere()
 def fit(
     trainable: dict[str, Any],
     backbone: Any,
@@ -230,12 +231,14 @@ def predict(
     recipe: train.Recipe,
 ) -> jax.Array:
     """The likeliest class of every pixel, int32 `[b, side, side]`."""
+    images = parallel.spread(images)
     logits = patch_logits(
         trainable, backbone, images, prompt_mask, None, patches=patches, recipe=recipe
     )
     return pixel_logits(logits, len(images), side).argmax(-1).astype(jnp.int32)
 
 
+@parallel.everywhere()
 def confusion(
     trainable: dict[str, Any],
     backbone: Any,
