@@ -34,6 +34,8 @@ DISTRIBUTED = flags.DEFINE_bool(
 HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 100, "Seconds after which a silent process counts as lost."
 )
+# Names in the errors of what carries sums between processes, and of what watches them.
+_TRANSPORTS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection reset")
 _PLACE = ("workdir", "launcher", "address", "resources")
 
 
@@ -56,22 +58,22 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues here", file=sys.stderr)
             leave(130)
-        except (ValueError, FloatingPointError) as error:
-            if TRACEBACK.value:
-                raise
-            fail(error)
         except Exception as error:
+            ours = isinstance(error, ValueError | FloatingPointError)
             if not several():
-                raise
-            # It leaves without a farewell: the others would wait for it in vain.
-            if TRACEBACK.value or not isinstance(error, jax_error()):
+                if TRACEBACK.value or not ours:
+                    raise
+                fail(error)
+            if TRACEBACK.value or not (ours or lost_another(error)):
                 traceback.print_exc()
                 leave(1)
-            fail(
-                "another process of this job was lost; start all of them again, and"
-                f" they continue here ({' '.join(str(error).split())[:200]})",
-                code=1,
-            )
+            if lost_another(error):
+                fail(
+                    "another process of this job was lost; start all of them again,"
+                    f" and they continue here ({' '.join(str(error).split())[:200]})",
+                    code=1,
+                )
+            fail(error)
 
     flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)
@@ -115,15 +117,19 @@ def alone(what: str) -> None:
         )
 
 
-def jax_error() -> type[Exception]:
-    """What JAX raises while it computes, a lost process among other things."""
-    import jax
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that a process did not answer.
 
-    return jax.errors.JaxRuntimeError
+    JAX has no class for it: it raises what the transport said, also as ValueError.
+    """
+    return any(name in str(error) for name in _TRANSPORTS)
 
 
 def leave(code: int) -> NoReturn:
-    """Exits; as one of several processes without waiting for the others to end."""
+    """Exits; as one of several processes without a farewell.
+
+    JAX's own end waits for the others, who may be waiting for this one.
+    """
     if several():
         sys.stdout.flush()
         sys.stderr.flush()
