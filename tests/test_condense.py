@@ -15,7 +15,7 @@ import vpt_jax
 from vpt_jax.condense import (
     REDUCTIONS,
     SCORES,
-    _batch_sums,
+    _batch_values,
     example_values,
     pad_batch,
 )
@@ -334,10 +334,10 @@ def test_padding_does_not_count_even_if_it_is_not_finite(problem):
 
 def test_a_smaller_last_batch_does_not_compile_again(problem):
     parts = [{k: v[i : i + 2] for k, v in problem[3].items()} for i in (0, 2, 4, 6)]
-    before = _batch_sums._cache_size()
+    before = _batch_values._cache_size()
     vpt_jax.importance(*problem[:3], parts, score="signed")
     vpt_jax.importance(*problem[:3], parts, score="signed")
-    assert _batch_sums._cache_size() == before + 1
+    assert _batch_values._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("score", ["removal", "key_gate", "leave_one_out", "l2_norm"])

@@ -19,7 +19,7 @@ import pytest
 from foreign import BigVision, BigVisionBlock, LayerNorm, VitJax, VitJaxBlock
 
 import vpt_jax
-from vpt_jax.condense import _batch_sums, example_values
+from vpt_jax.condense import _batch_values, example_values
 from vpt_jax.intercept import (
     ATTENTION,
     PromptedModel,
@@ -203,7 +203,7 @@ def test_importance_agrees_with_our_model(score, deep, monkeypatch):
     trainable = {"prompts": prompts, "head": head}
     score_of = functools.partial(vpt_jax.importance, score=score, deep=deep)
     module = sys.modules["vpt_jax.condense"]  # the name in vpt_jax is the function
-    monkeypatch.setattr(module, "_batch_sums", _batch_sums.__wrapped__)
+    monkeypatch.setattr(module, "_batch_values", _batch_values.__wrapped__)
     got = score_of(model, params, trainable, [batch])
     # As keys where the score needs that: with tokens it cannot know who reads them.
     ours = vit if score == "removal" else AsTokens(vit)

@@ -99,6 +99,7 @@ ORDER = (
     "macs",
     "intercept",
     "condense",
+    "parallel",
     "models.swin",
     "models.windows",
     "models.vit",

@@ -8,6 +8,7 @@ is shown for what is a bug of ours, or when asked for (`--traceback`).
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,19 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where results are kept; by default out/ and the config's name."
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: HOST:PORT of process 0."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes whose addresses JAX finds (Slurm, TPU)."
+)
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "Seconds after which a silent process counts as lost."
+)
+# Names in the errors of what carries sums between processes, and of what watches them.
+_TRANSPORTS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection reset")
 _PLACE = ("workdir", "launcher", "address", "resources")
 
 
@@ -40,17 +54,88 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
         spare_memory(CONFIG.value)
         keep_compiled()
         try:
+            join()
             main(CONFIG.value, workdir, command)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues here", file=sys.stderr)
-            sys.exit(130)
-        except (ValueError, FloatingPointError) as error:
-            if TRACEBACK.value:
-                raise
+            leave(130)
+        except Exception as error:
+            ours = isinstance(error, ValueError | FloatingPointError)
+            if not several():
+                if TRACEBACK.value or not ours:
+                    raise
+                fail(error)
+            if TRACEBACK.value or not (ours or lost_another(error)):
+                traceback.print_exc()
+                leave(1)
+            if lost_another(error):
+                fail(
+                    "another process of this job was lost; start all of them again,"
+                    f" and they continue here ({' '.join(str(error).split())[:200]})",
+                    code=1,
+                )
             fail(error)
 
     flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)
+
+
+def join() -> None:
+    """Makes this process one of several, if a flag says so; see docs/devices.md.
+
+    Raises:
+      ValueError: If only some of the flags that name the processes are given.
+    """
+    named = (COORDINATOR.value or None, NUM_PROCESSES.value, PROCESS_ID.value)
+    if named == (None, None, None) and not DISTRIBUTED.value:
+        return
+    if None in named and not DISTRIBUTED.value:
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id belong together; pass all"
+            " three, or --distributed alone where JAX finds them (Slurm, TPU pods)."
+        )
+    import jax
+
+    jax.distributed.initialize(
+        *named,
+        cluster_detection_method=None if None in named else "deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT.value,
+    )
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    jax = sys.modules.get("jax")  # not imported for the sake of a wrong flag
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def alone(what: str) -> None:
+    """Raises ValueError if this process is one of several."""
+    if several():
+        raise ValueError(
+            f"{what} runs in one process, on all of its devices; leave --coordinator"
+            " and --distributed out. Several processes are for one run of main."
+        )
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that a process did not answer.
+
+    JAX has no class for it: it raises what the transport said, also as ValueError.
+    """
+    return any(name in str(error) for name in _TRANSPORTS)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits; as one of several processes without a farewell.
+
+    JAX's own end waits for the others, who may be waiting for this one.
+    """
+    if several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def keep_compiled() -> None:
@@ -105,10 +190,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"cannot read --config: {text}")
 
 
-def fail(error: Any) -> NoReturn:
+def fail(error: Any, code: int = 2) -> NoReturn:
     """Prints one line and exits with 2, as command lines do for bad input."""
     print(f"error: {error} (--traceback shows where)", file=sys.stderr)
-    sys.exit(2)
+    leave(code)
 
 
 def default_workdir(filename: str) -> str:

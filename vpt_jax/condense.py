@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from vpt_jax import parallel
 from vpt_jax.models.layers import wide
 from vpt_jax.prompts import (
     Importance,
@@ -158,7 +159,7 @@ def importance(
     for done, batch in enumerate(batches, start=1):
         size = size or len(batch["label"])
         batch = pad_batch(batch, size)
-        sums = _batch_sums(
+        values = _batch_values(
             backbone,
             trainable,
             batch,
@@ -170,7 +171,12 @@ def importance(
             loss_fn=loss_fn,
         )
         examples += float(np.sum(batch["mask"]))
-        totals = [t + np.asarray(s) for t, s in zip(totals, sums, strict=True)]
+        # Summed in the examples' order and in float64, whatever computed them: how many
+        # devices there are must not decide between two prompts.
+        totals = [
+            t + np.asarray(v, np.float64).sum(axis=0)
+            for t, v in zip(totals, values, strict=True)
+        ]
         if progress is not None:
             progress(done)
     if not examples:
@@ -186,12 +192,16 @@ def importance(
 
 
 def pad_batch(batch: Batch, size: int) -> Batch:
-    """Repeats the first example up to `size`; `mask [size]` is False for those."""
+    """Repeats the first example up to `size`; `mask` is False for those.
+
+    On many devices, up to a size that can be split over them.
+    """
     n = len(batch["label"])
     if n > size:
         raise ValueError(
             f"a batch has {n} examples after one of {size}; sizes must not grow."
         )
+    size = parallel.round_up(size)
     batch = {"mask": jnp.ones(n, bool), **batch}
     if n == size:
         return batch
@@ -223,7 +233,7 @@ def _without_masked(scores: Importance, prompt_mask: Mask | None) -> Importance:
 @functools.partial(
     jax.jit, static_argnames=("model", "score", "reduction", "deep", "loss_fn")
 )
-def _batch_sums(
+def _batch_values(
     backbone: Any,
     trainable: dict[str, Any],
     batch: Batch,
@@ -235,7 +245,8 @@ def _batch_sums(
     deep: bool,
     loss_fn: Callable,
 ) -> tuple[jax.Array, ...]:
-    """Sums of one batch's per-example values, `[n_i]` per layer."""
+    """One batch's per-example values, `[b, n_i]` per layer; 0 where it is padding."""
+    batch = parallel.spread(batch)
 
     def losses(prompts: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
         features, out = model.apply(
@@ -252,7 +263,7 @@ def _batch_sums(
     values = example_values(score, losses, trainable["prompts"], prompt_mask, deep)
     before = REDUCTIONS[reduction][0]
     counted = batch["mask"][:, None]
-    return tuple(jnp.where(counted, before(v), 0.0).sum(axis=0) for v in values)
+    return parallel.whole(tuple(jnp.where(counted, before(v), 0.0) for v in values))
 
 
 def example_values(

@@ -20,9 +20,10 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import report
+from vpt_jax import parallel, report
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
+from vpt_jax.data import strips
 from vpt_jax.data.tasks import Task, load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
 
@@ -128,11 +129,12 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "normalisation": normalisation,
         "readout": model.readout,
     }
+    backbone = parallel.put_whole(backbone, parallel.all_devices())
     return Model(model, backbone, info)
 
 
 def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
-    """Loads the task and puts its training set on the device."""
+    """Loads the task and puts its training set on the devices, a part on each."""
     task = load_task(
         settings.name,
         image_size=image_size,
@@ -141,8 +143,9 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    images = jax.tree.map(jnp.asarray, task.train.images)
-    return Pictures(task, images, jnp.asarray(task.train.labels))
+    mesh = parallel.all_devices()
+    images = strips.put(task.train.images, mesh)
+    return Pictures(task, images, parallel.put_whole(task.train.labels, mesh))
 
 
 @contextlib.contextmanager

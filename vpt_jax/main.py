@@ -52,16 +52,19 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
             " config is one run. Leave them out."
         )
     from vpt_jax import config, experiment, report  # after the flags: they are heavy
+    from vpt_jax import workdir as files
 
     content = experiment.run(config.parse(values), workdir, command)
-    report.print_table(content)
-    print(f"report: {workdir / 'report.html'}")
+    if files.writes():
+        report.print_table(content)
+        print(f"report: {workdir / 'report.html'}")
 
 
 def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
     """Many tasks."""
     from vpt_jax import benchmark, launch, leaderboard, protocol
 
+    cli.alone("a benchmark (--launcher spreads its runs)")
     if LIST.value:
         benchmark.print_status(protocol.parse(values), workdir)
         return

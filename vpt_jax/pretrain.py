@@ -243,6 +243,7 @@ def export(
 
 def main(config: Any, workdir: Path, command: str) -> None:
     """Trains and says where the weights lie."""
+    cli.alone("pretraining")
     card = run(config, workdir)
     print(f"test accuracy {100 * card['test_accuracy']:.2f} % ({command})")
     print(f"weights: {workdir / 'backbone.safetensors'}")

@@ -19,7 +19,7 @@ from clu.parameter_overview import get_parameter_overview
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import train
+from vpt_jax import parallel, train
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import normalise
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
     """The unit's row and seconds; from disk if it is finished."""
     path = run.workdir / "results" / f"{unit.name}.json"
-    if path.exists():
+    if files.exists(path):
         result = json.loads(path.read_text(encoding="utf-8"))
         run.log.line(f"{prefix} {unit.name}: done before")
         return result
@@ -97,16 +97,17 @@ def trained(
     """
     path = run.workdir / "prompts" / f"{unit.name}.safetensors"
     training_path = run.workdir / "checkpoints" / unit.name / "training.json"
-    if path.exists():
+    if files.exists(path):
         saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
         training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
-        if training_path.exists():  # not where nothing was trained
+        if files.exists(training_path):  # not where nothing was trained
             training = json.loads(training_path.read_text(encoding="utf-8"))
         return {"prompts": saved.prompts, "head": saved.head}, training
     trainable = starting_point(run, unit)
     training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
     if unit.stage != "condense":
         trainable, training = fit(run, unit, trainable, prefix)
+        trainable = jax.tree.map(jnp.asarray, on_host(trainable))  # on one device
         if files.writes():
             files.write_json(training_path, training)
     release(run, unit, trainable)
@@ -156,13 +157,14 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
 def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
     """Importance of the tuned prompts over the training set; kept in `scores/`."""
     path = run.workdir / "scores" / f"seed{seed}-{score}.json"
-    if path.exists():
+    if files.exists(path):
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return tuple(jnp.asarray(s, jnp.float32) for s in layers)
     tuned, _ = trained(run, Unit("tune", seed))
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(seed), 1)
     scores = score_over(run, tuned, score, key=key)
+    scores = jax.tree.map(jnp.asarray, on_host(scores))  # on one device
     seconds = time.perf_counter() - start
     if files.writes():
         layers = [np.asarray(s).tolist() for s in scores]
@@ -171,6 +173,7 @@ def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
     return scores
 
 
+@parallel.everywhere()
 def score_over(
     run: Run,
     trainable: dict[str, Any],
@@ -204,6 +207,7 @@ def score_over(
     )
 
 
+@parallel.everywhere()
 def fit(
     run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,7 +238,7 @@ def fit(
         run.log.line(f"{prefix} {unit.name}: continuing after epoch {first}")
     overview = get_parameter_overview(flatten(trainable), include_stats=False)
     run.log.note(f"{unit.name} trains\n{overview}")
-    state = jax.tree.map(jnp.asarray, saved["state"])
+    state = parallel.held(saved["state"])
     seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
     # Copies: the state is donated, and its last finite values may be the result.
     kept, done = on_host(state.trainable), first
@@ -318,23 +322,24 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
     )
 
 
+@parallel.everywhere()
 def features_of(run: Run) -> jax.Array:
     """Features of the training set without prompts, `[n, d]`.
 
     Where training draws random crops, those of the centres alone: a linear probe sees
     one view of each picture, and no flips.
     """
-    return jnp.asarray(
-        train.extract_features(
-            run.backbone,
-            run.images,
-            model=run.model,
-            normalisation=run.backbone_info["normalisation"],
-            batch_size=run.config.eval_batch_size,
-        )
+    found = train.extract_features(
+        run.backbone,
+        run.images,
+        model=run.model,
+        normalisation=run.backbone_info["normalisation"],
+        batch_size=run.config.eval_batch_size,
     )
+    return jnp.asarray(found[: len(run.labels)])  # many devices hold padding behind
 
 
+@parallel.everywhere()
 def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]:
     """The unit's row of the report."""
     deep, counts = run.config.prompts.deep, vpt_jax.counts(trainable["prompts"])
@@ -381,11 +386,12 @@ def latency(
     run: Run, ready: dict[str, Any], split: Split, recipe: train.Recipe
 ) -> float:
     """Milliseconds per picture of the compiled forward pass, median of 9 batches."""
-    size = run.config.eval_batch_size
+    size = parallel.round_up(run.config.eval_batch_size)
     index = np.arange(size) % len(split.labels)
-    # On the device before the clock starts: the model is timed, not the copy.
-    batch = jax.device_put(
-        (split.images[index], split.labels[index], np.ones(size, bool))
+    # On the devices before the clock starts: the model is timed, not the copy.
+    batch = tuple(
+        parallel.feed(x) if parallel.parts() > 1 else jax.device_put(x)
+        for x in (split.images[index], split.labels[index], np.ones(size, bool))
     )
     times = []
     for _ in range(10):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vpt_jax import parallel
 from vpt_jax.condense import cross_entropy
 from vpt_jax.data import cache, strips
 from vpt_jax.data.augment import normalise
@@ -110,6 +111,8 @@ def predict(
     if key is not None and recipe.dropout:
         size = None if recipe.shared_dropout else images.shape[0]
         prompts = prompt_dropout(key, prompts, recipe.dropout, size)
+        if size is not None:
+            prompts = parallel.spread(prompts)
     features, _ = model.apply(
         {"params": backbone},
         normalise(images, recipe.normalisation),
@@ -203,7 +206,8 @@ def train_epoch(
       images: The resident set, uint8 `[n, s, s, 3]`, or a strip of it, of which every
         step sees other crops, see `strips.take`.
       labels: int32 `[n]`.
-      order: Indices `[steps, b]`, see `epoch_order`.
+      order: Indices `[steps, b]`, see `epoch_order`. Under the mesh of
+        `parallel.everywhere` each device computes its part of the batch.
       mask: bool `[steps, b]`, False where `order` is padding.
       learning_rates: `[steps]`.
       weight_decay: Scalar.
@@ -222,9 +226,9 @@ def train_epoch(
         image = strips.take(images, index, crop_key)
         batch = {"image": image, "label": labels[index], "mask": real}
         return train_step(
-            state,
+            parallel.whole(state),
             backbone,
-            batch,
+            parallel.spread(batch),
             rate,
             weight_decay,
             key,
@@ -233,7 +237,11 @@ def train_epoch(
             recipe=recipe,
         )
 
+    # Random numbers are drawn in order, so more examples behind change none of them.
+    padding = (0, 0), (0, parallel.round_up(order.shape[1]) - order.shape[1])
+    order, mask = jnp.pad(order, padding), jnp.pad(mask, padding)
     state, sums = jax.lax.scan(step, state, (order, mask, learning_rates))
+    state = parallel.whole(state)
     total = {name: value.sum() for name, value in sums.items()}
     count = total.pop("count")
     return state, {
@@ -312,12 +320,12 @@ def eval_step(
     logits = predict(
         trainable,
         backbone,
-        images,
+        parallel.spread(images),
         model=model,
         recipe=recipe,
         prompt_mask=prompt_mask,
     )
-    return (logits.argmax(-1) == labels) & mask
+    return parallel.whole((logits.argmax(-1) == labels) & mask)
 
 
 def evaluate(
@@ -370,12 +378,12 @@ def batches(
 
     Of a memory-mapped file, what has been copied into a batch no longer takes memory.
     """
-    num = strips.count(images)
+    num, batch_size = strips.count(images), parallel.round_up(batch_size)
     for start in range(0, num, batch_size):
         index = np.arange(start, start + batch_size, dtype=np.int32)
         mask = index < num
         index = np.where(mask, index, 0)
-        batch = strips.view(images, index)
+        batch = parallel.feed(strips.view(images, index))
         cache.forget(images, start, start + batch_size)
         yield batch, index, mask
 
@@ -399,8 +407,8 @@ def one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
 def _features(
     backbone: Any, images: jax.Array, *, model: Any, normalisation: str
 ) -> jax.Array:
-    images = normalise(images, normalisation)
-    return model.apply({"params": backbone}, images)[0]
+    images = normalise(parallel.spread(images), normalisation)
+    return parallel.whole(model.apply({"params": backbone}, images)[0])
 
 
 def extract_features(

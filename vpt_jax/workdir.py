@@ -22,10 +22,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vpt_jax import parallel
+
 
 def writes() -> bool:
     """Process 0 writes; the others compute the same and keep quiet."""
     return jax.process_index() == 0
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether process 0 sees a file; what depends on it is the same in all processes.
+
+    What process 0 wrote before, the others can read after.
+    """
+    return bool(parallel.agreed(Path(path).exists()))
 
 
 @contextlib.contextmanager
@@ -115,15 +125,17 @@ def restore_checkpoint(path: str | os.PathLike, like: Any) -> Any:
 
 def newest_checkpoint(directory: str | os.PathLike) -> tuple[int, Path] | None:
     """The checkpoint `directory/N` with the largest `N`, or None."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    found = [(int(p.name), p) for p in directory.iterdir() if p.name.isdecimal()]
-    return max(found, default=None)
+    directory, found = Path(directory), []
+    if directory.is_dir():
+        found = [int(p.name) for p in directory.iterdir() if p.name.isdecimal()]
+    number = parallel.agreed(max(found, default=-1))
+    return None if number < 0 else (number, directory / str(number))
 
 
 def remove_checkpoints(directory: str | os.PathLike, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of `directory`."""
+    """Removes all but the newest `keep` checkpoints of `directory`, if it writes."""
+    if not writes():
+        return
     numbers = sorted(
         int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal()
     )

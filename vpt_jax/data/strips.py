@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
+
+from vpt_jax import parallel
 
 
 class Strip(NamedTuple):
@@ -55,6 +58,17 @@ def join(first: Strip, second: Strip) -> Strip:
         for name in ("pixels", "length", "wide")
     )
     return make(pixels, length, wide)
+
+
+def put(images: Any, mesh: Mesh | None) -> Any:
+    """An array or a strip on the devices: a part of the pixels on each.
+
+    Padded at the end where they do not divide. See `parallel.all_devices`.
+    """
+    if not isinstance(images, Strip):
+        return parallel.put_rows(images, mesh)
+    rest = parallel.put_whole(images._replace(pixels=()), mesh)
+    return rest._replace(pixels=parallel.put_rows(images.pixels, mesh))
 
 
 def count(images: Any) -> int:
@@ -125,6 +139,13 @@ def _cut(
 ) -> jax.Array:
     """Upright squares at offsets `[b]` within pictures `index [b]`."""
     side = side_of(strip)
+    if parallel.parts() > 1:
+        # A device holds a range of rows, so pictures are fetched row by row.
+        rows = (strip.start[index] + along)[:, None] + jnp.arange(side)[None]
+        slabs, wide = parallel.spread((strip.pixels[rows], strip.wide[index]))
+        cut = jax.vmap(lambda x, y: jax.lax.dynamic_slice_in_dim(x, y, side, axis=1))
+        squares = cut(slabs, across)
+        return jnp.where(wide[:, None, None, None], squares.swapaxes(1, 2), squares)
 
     def one(i: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         at = strip.start[i] + x, y, 0

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax import train
+from vpt_jax import parallel, train
 from vpt_jax.condense import pad_batch
 from vpt_jax.config import TrainConfig
 from vpt_jax.data.augment import normalise
@@ -147,7 +147,7 @@ def train_epoch(
             logits = patch_logits(
                 trainable,
                 backbone,
-                images[index],
+                parallel.spread(images[index]),
                 prompt_mask,
                 step_key,
                 patches=patches,
@@ -169,6 +169,7 @@ def train_epoch(
     return state, losses.sum() / num.sum()
 
 
+@parallel.everywhere()
 def fit(
     trainable: dict[str, Any],
     backbone: Any,
@@ -231,12 +232,14 @@ def predict(
     recipe: train.Recipe,
 ) -> jax.Array:
     """The likeliest class of every pixel, int32 `[b, side, side]`."""
+    images = parallel.spread(images)
     logits = patch_logits(
         trainable, backbone, images, prompt_mask, None, patches=patches, recipe=recipe
     )
     return pixel_logits(logits, len(images), side).argmax(-1).astype(jnp.int32)
 
 
+@parallel.everywhere()
 def confusion(
     trainable: dict[str, Any],
     backbone: Any,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax import stages, train
+from vpt_jax import parallel, stages, train
 from vpt_jax import workdir as files
 from vpt_jax.prompts import Mask
 from vpt_jax.stages import Run
@@ -76,6 +76,7 @@ def outcome(
     return found
 
 
+@parallel.everywhere()
 def finetuned(
     run: Run, seed: int, trainable: dict[str, Any], mask_of: MaskOf
 ) -> tuple[dict[str, Any], Mask]:
@@ -111,6 +112,7 @@ def finetuned(
     return state.trainable, mask
 
 
+@parallel.everywhere()
 def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
     """The outcome of prompts and head under a mask."""
     recipe = train.Recipe(

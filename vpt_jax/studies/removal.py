@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
+from vpt_jax import parallel
 from vpt_jax import workdir as files
 from vpt_jax.condense import example_values
 from vpt_jax.data.augment import normalise
@@ -59,6 +60,7 @@ def kept(
     return found
 
 
+@parallel.everywhere()
 def values(
     what: str,
     model: Any,
@@ -102,6 +104,7 @@ def batch_values(
     what: str,
 ) -> jax.Array:
     """One batch of `values`."""
+    batch = parallel.spread(batch)
 
     def losses(prompts: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, Any]]:
         inputs = {"params": backbone}

@@ -80,6 +80,7 @@ class Lab(NamedTuple):
 
 def make_lab(config: configs.Config, workdir: Path) -> Lab:
     """Loads what a config names; ValueError if it cannot be."""
+    cli.alone("a study")
     model = experiment.load_model(config.backbone)
     pictures = experiment.load_pictures(config.task, model.model.image_size)
     return Lab(config, workdir, model, pictures)

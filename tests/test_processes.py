@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several real processes work on one run: the same end, also after a kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised
+
+import vpt_jax
+from vpt_jax.checkpoint import save_backbone
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = """
+import runpy
+
+def get_config():
+    c = runpy.run_path({demo!r})["get_config"]("digits,smoke")
+    c.backbone.update(variant="demo/16", checkpoint={checkpoint!r})
+    c.tune.epochs, c.finetune.epochs, c.checkpoint_every = 3, 1, 1
+    c.condense.keep_ratios, c.condense.scopes, c.baselines = (0.3,), ("global",), ()
+    return c
+"""
+# vpt_jax.main, in a process that kills itself after DIE_AT epochs.
+PROGRAM = """
+import os, runpy, signal
+from vpt_jax import workdir
+
+log_epoch, left = workdir.Log.epoch, [int(os.environ["DIE_AT"])]
+
+def epoch(*args):
+    log_epoch(*args)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+workdir.Log.epoch = epoch
+runpy.run_module("vpt_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file, beside it a small backbone and what is compiled."""
+    folder = tmp_path_factory.mktemp("config")
+    model = vpt_jax.ViT("demo/16")
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    path = folder / "small.safetensors"
+    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    demo = str(ROOT / "configs" / "demo.py")
+    text = CONFIG.format(demo=demo, checkpoint=str(path))
+    (folder / "config.py").write_text(text)
+    return folder / "config.py"
+
+
+def start(config, workdir, num, victim=None, die_at=0):
+    """Runs `num` processes to their ends; `victim` dies after `die_at` epochs."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "VPT_JAX_CACHE": str(config.parent / "cache"),
+    }
+    command = [
+        *(sys.executable, "-c", PROGRAM),
+        *(f"--config={config}", f"--workdir={workdir}"),
+    ]
+    children = []
+    for i in range(num):
+        several = [
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={num}",
+            f"--process_id={i}",
+            "--heartbeat=10",
+        ]
+        children.append(
+            subprocess.Popen(
+                command + several * (num > 1),
+                env=environment | {"DIE_AT": str(die_at if i == victim else 0)},
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [
+        Ended(child.returncode, *s) for child, s in zip(children, said, strict=True)
+    ]
+
+
+def end_state(workdir):
+    """Files that must be the same, and rows without clocks."""
+    state = {
+        p.name: p.read_bytes()
+        for name in ("prompts", "scores")
+        for p in sorted((workdir / name).iterdir())
+    }
+    report = json.loads((workdir / "report.json").read_text())
+    for row in report["rows"]:
+        del row["latency_ms"]
+    return state, report["rows"], report["versions"]["device"]
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    (done,) = start(config, workdir, 1)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("num", "victim"), [(2, 1), (4, 0)], ids=["two", "four, the first dies"]
+)
+@pytest.mark.slow
+def test_processes_agree_stop_together_and_resume(config, alone, tmp_path, num, victim):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ended = start(config, whole, num)
+    assert [e.returncode for e in ended] == [0] * num, ended
+    assert "report:" in ended[0].stdout
+    assert not any(e.stdout for e in ended[1:])  # process 0 speaks
+
+    state, rows, device = end_state(whole)
+    one_state, one_rows, _ = end_state(alone)
+    assert device.startswith(f"{num} x ")
+    assert rows == one_rows and state.keys() == one_state.keys()
+    for path in sorted((whole / "prompts").iterdir()):
+        a = vpt_jax.load_prompts(path)
+        b = vpt_jax.load_prompts(alone / "prompts" / path.name)
+        for x, y in zip(
+            jax.tree.leaves((a.prompts, a.head)),
+            jax.tree.leaves((b.prompts, b.head)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+    ended = start(config, broken, num, victim, die_at=2)
+    assert ended[victim].returncode == -signal.SIGKILL
+    for i, e in enumerate(ended):
+        if i != victim:
+            assert e.returncode == 1, e
+            (line,) = (x for x in e.stderr.splitlines() if x.startswith("error: "))
+            assert "another process of this job was lost; start all" in line
+            assert "Traceback" not in e.stderr
+    assert not (broken / "report.json").exists()
+    ended = start(config, broken, num)
+    assert [e.returncode for e in ended] == [0] * num, ended
+    assert "continuing after epoch" in (broken / "log.txt").read_text()
+    assert end_state(broken) == (state, rows, device)
+
+
+def test_flags_that_belong_together():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "vpt_jax.main", "--config=configs/demo.py"),
+            "--coordinator=127.0.0.1:1",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--process_id belong together; pass all three" in done.stderr
+    assert "Traceback" not in done.stderr

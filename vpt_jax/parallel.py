@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One program on many devices: a mesh, what is split over it, and what is whole.
+
+Pictures are split over the mesh's `batch` axis, parameters and results are whole on
+every device, and the compiler adds the sums between them. `everywhere` makes the mesh
+ambient; inside, `spread` and `whole` say which is which. Without an ambient mesh (one
+device, or a caller who shards by himself) they change nothing.
+
+Of a mesh with explicit axes, arrays carry their shardings: `spread` leaves them alone.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+BATCH = "batch"
+MODEL = "model"
+
+# Which axis of a backbone's parameter is split over `model`: by its module's name, for
+# kernel and bias. Attention splits by heads, the MLP by its hidden units, so that a
+# block needs two sums over devices. What is not named here is small and whole.
+_SPLIT = {
+    "query": {"kernel": 1, "bias": 0},
+    "key": {"kernel": 1, "bias": 0},
+    "value": {"kernel": 1, "bias": 0},
+    "out": {"kernel": 0},
+    "Dense_0": {"kernel": 1, "bias": 0},
+    "Dense_1": {"kernel": 0},
+}
+
+
+@functools.cache
+def all_devices(model: int = 1) -> Mesh | None:
+    """The mesh of all devices of all processes, axes `batch` and, if asked, `model`.
+
+    Args:
+      model: Devices that share one copy of the backbone, see `backbone_shardings`.
+
+    Returns:
+      None where there is one device: nothing is to be split.
+
+    Raises:
+      ValueError: If the number of devices is not a multiple of `model`.
+    """
+    num = jax.device_count()
+    if num % model:
+        raise ValueError(
+            f"{num} devices cannot share the backbone by {model}; choose a divisor."
+        )
+    if num == 1:
+        return None
+    shape, names = ((num,), (BATCH,))
+    if model > 1:
+        shape, names = (num // model, model), (BATCH, MODEL)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@contextlib.contextmanager
+def everywhere(make_mesh: Callable[[], Mesh | None] = all_devices) -> Iterator[None]:
+    """Makes a mesh ambient: what is computed inside runs on all of its devices.
+
+    Also a decorator, `@everywhere()`, for functions that compute on batches. Other code
+    stays outside: small steps outside of jit would be compiled for all devices.
+    """
+    mesh = make_mesh()
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def parts() -> int:
+    """Of a batch: the size of the ambient mesh's `batch` axis, if that is automatic."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[BATCH] if kinds.get(BATCH) == AxisType.Auto else 1
+
+
+def round_up(size: int) -> int:
+    """The next multiple of the number of parts that a batch is split into."""
+    return -(-size // parts()) * parts()
+
+
+def spread(tree: Any) -> Any:
+    """Splits axis 0 of every array over the devices; for use under jit."""
+    if parts() == 1:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, P(BATCH)) if x.size else x, tree
+    )
+
+
+def whole(tree: Any) -> Any:
+    """Every array complete on every device; for use under jit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return tree
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.tree.map(lambda x: reshard(x, P()), tree)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
+
+
+def feed(batch: Any) -> Any:
+    """A batch of NumPy arrays on the devices, a part on each; others as they are.
+
+    Axis 0 is a multiple of the number of parts (`round_up`). A process reads its own
+    parts alone.
+    """
+    if parts() == 1 or not isinstance(batch, np.ndarray):
+        return batch
+    return put(batch, NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
+
+
+def held(tree: Any) -> Any:
+    """Arrays complete on every device of the ambient mesh, as `whole` leaves them.
+
+    What a step takes as it was returned by the step before compiles once.
+    """
+    if parts() == 1:
+        return jax.tree.map(jnp.asarray, tree)
+    return put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
+def put(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Arrays that every process holds alike, on the devices; None is the default one.
+
+    Unlike `jax.device_put` it does not compare the processes' arrays, nor reads parts
+    that belong to others.
+    """
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def one(x: Any) -> jax.Array:
+        x = x if isinstance(x, np.ndarray) else np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+    return jax.tree.map(one, tree)
+
+
+def put_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays complete on every device of a mesh; None is the default device."""
+    return put(tree, None if mesh is None else NamedSharding(mesh, P()))
+
+
+def put_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """An array split along axis 0 over `batch`, padded there with zeros to fit."""
+    if mesh is None:
+        return jnp.asarray(array)
+    num = mesh.shape[BATCH]
+    shape = (-(-len(array) // num) * num, *array.shape[1:])
+
+    def part(at: Any) -> np.ndarray:
+        rows = array[at]  # a slice ends where the array does
+        missing = len(range(*at[0].indices(shape[0]))) - len(rows)
+        return np.pad(rows, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(BATCH)), part)
+
+
+def agreed(value: int) -> int:
+    """Process 0's answer, in all processes.
+
+    What a process does next must not depend on when it looks at a file: a process that
+    trains waits for ever for one that does not.
+    """
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def backbone_shardings(mesh: Mesh, backbone: Any) -> Any:
+    """How a backbone that is too large for one device lies on the `model` axis.
+
+    Args:
+      mesh: With an axis `model`, as `all_devices(model)` makes.
+      backbone: Parameters of a model of this package, or their `jax.eval_shape`.
+
+    Returns:
+      A `NamedSharding` per parameter, for `jax.device_put` or `jit`.
+
+    Raises:
+      ValueError: If heads or MLP width are not multiples of the axis.
+    """
+    num = mesh.shape[MODEL]
+
+    def one(path: Any, x: Any) -> NamedSharding:
+        *_, module, name = ("", *(getattr(key, "key", "") for key in path))
+        axis = _SPLIT.get(module, {}).get(name)
+        if axis is None:
+            return NamedSharding(mesh, P())
+        if x.shape[axis] % num:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape"
+                f" {tuple(x.shape)}; its axis {axis} cannot be split over {num}"
+                f" devices. Make the mesh's {MODEL!r} axis a divisor of"
+                f" {x.shape[axis]}."
+            )
+        return NamedSharding(mesh, P(*[None] * axis, MODEL))
+
+    return jax.tree_util.tree_map_with_path(one, backbone)
