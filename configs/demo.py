@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "normalisation": "",
             "dtype": "float32",
             "remat": "none",
+            "attention": "products",
         }
     )
     c.prompts = ConfigDict({"num_prompts": 20, "deep": True, "dropout": 0.1})

@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "normalisation": "",
             "dtype": "float32",
             "remat": "none",
+            "attention": "products",
         }
     )
     c.prompts = ConfigDict({"num_prompts": 50, "deep": True, "dropout": 0.1})

@@ -99,6 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "normalisation": "",
             "dtype": "float32",
             "remat": "none",
+            "attention": "products",
         }
     )
     # None: each task's own.

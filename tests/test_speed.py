@@ -175,3 +175,62 @@ def test_masks_of_any_selection_share_one_program():
             prompt_mask=mask,
         )
     assert train.eval_step._cache_size() == before + 1
+
+
+def small_bfloat16(**changes):
+    model = make_model(image_size=32, depth=2, dtype=jnp.bfloat16, **changes)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    prompts = vpt_jax.init_prompts(jax.random.key(2), model, (3, 2))
+    return model, images, prompts
+
+
+def test_the_fused_kernel_gets_scaled_queries_and_all_keys(monkeypatch):
+    plain, images, prompts = small_bfloat16()
+    backbone = jax.jit(plain.init)(jax.random.key(0), images)["params"]
+    ours, lengths = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, scale, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        lengths.append((k.shape[1], *key_value_seq_lengths.tolist()))
+        with jax.numpy_dtype_promotion("standard"):
+            return ours(
+                q, k, v, scale=scale, key_value_seq_lengths=key_value_seq_lengths
+            )
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    fused = plain.clone(attention="cudnn")
+    a, _ = plain.apply({"params": backbone}, images, prompts=prompts)
+    b, out = fused.apply({"params": backbone}, images, prompts=prompts)
+    assert lengths == [(8, 8, 8), (8, 7, 7)]
+    assert out["blocks"][0]["prompt_attention"].shape == (2, 3, 5, 3)
+    # bfloat16 has 8 bits: the kernel's weights are rounded elsewhere.
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=0.05)
+    mask = (jnp.array([True, False, True]), jnp.ones(2, bool))
+    c, _ = fused.apply({"params": backbone}, images, prompts=prompts, prompt_mask=mask)
+    d, _ = plain.apply({"params": backbone}, images, prompts=prompts, prompt_mask=mask)
+    np.testing.assert_array_equal(c, d)  # products: the kernel has no key weights
+    assert len(lengths) == 2
+
+
+def test_the_fused_kernel_lowers_for_gpus(monkeypatch):
+    # Without a GPU nothing can run it; its program can be written down.
+    from jax._src.cudnn import fused_attention_stablehlo as kernel
+
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda _: True)
+    model, images, prompts = small_bfloat16(attention="cudnn")
+    backbone = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+    def loss(prompts, backbone):
+        return model.apply({"params": backbone}, images, prompts=prompts)[0].sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(prompts, backbone)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("fmhaSoftmaxBackward") >= 2 and text.count("fmhaSoftmax") >= 4
+
+
+def test_the_fused_kernel_needs_16_bits():
+    model = make_model(image_size=32, depth=1, attention="cudnn")
+    images = jnp.zeros((1, 32, 32, 3))
+    with pytest.raises(ValueError, match="dtype float32; the kernel takes bfloat16"):
+        jax.eval_shape(model.init, jax.random.key(0), images)

@@ -16,6 +16,7 @@ from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
+from vpt_jax.models.layers import ATTENTIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import check_choice
@@ -57,7 +58,7 @@ class BackboneConfig:
     """Pretrained weights, see `load_backbone`.
 
     Empty fields take what is known of the checkpoint. `remat` saves memory for time in
-    training, see `ViT`.
+    training, `attention` is the kernel, see `ViT`.
     """
 
     variant: str
@@ -70,8 +71,15 @@ class BackboneConfig:
     normalisation: str = ""
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "products"
 
     def __post_init__(self) -> None:
+        check_choice("backbone.attention", self.attention, ATTENTIONS)
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"backbone.attention is 'cudnn' with backbone.dtype {self.dtype!r}; the"
+                " fused kernel takes bfloat16. Set backbone.dtype=bfloat16."
+            )
         check_choice("backbone.remat", self.remat, tuple(REMATS))
         check_choice("backbone.readout", self.readout, ("", *READOUTS))
         check_choice("backbone.norm", self.norm, ("", *NORMS))

@@ -106,13 +106,14 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         skip=settings.skip,
         dtype=jnp.dtype(settings.dtype),
     )
-    if settings.remat != "none":
-        if not isinstance(model, vpt_jax.ViT):
-            raise ValueError(
-                f"config.backbone.remat is {settings.remat!r}, which only a ViT has;"
-                " leave it out for a Swin."
-            )
-        model = model.clone(remat=settings.remat)
+    choices = {"remat": settings.remat, "attention": settings.attention}
+    if isinstance(model, vpt_jax.ViT):
+        model = model.clone(**choices)
+    elif choices != {"remat": "none", "attention": "products"}:
+        raise ValueError(
+            f"config.backbone has {choices}, which only a ViT has; leave both out for"
+            " a Swin."
+        )
     card = vpt_jax.read_card(settings.checkpoint)
     normalisation = settings.normalisation or card.get("normalisation")
     if not normalisation:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from vpt_jax.models.inputs import Inputs, check_prompts, prepare
 from vpt_jax.models.layers import (
+    ATTENTIONS,
     AddPositionEmbs,
     Block,
     LayerNorm,
@@ -100,6 +101,7 @@ class Encoder(nn.Module):
     layer_scale: bool
     swiglu: bool
     remat: str = "none"
+    attention: str = "products"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -107,7 +109,14 @@ class Encoder(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.posembed_input = AddPositionEmbs(self.posemb, self.param_dtype)
         self.encoderblock = [
-            Block(self.num_heads, self.mlp_dim, self.layer_scale, self.swiglu, **kinds)
+            Block(
+                self.num_heads,
+                self.mlp_dim,
+                self.layer_scale,
+                self.swiglu,
+                self.attention,
+                **kinds,
+            )
             for _ in range(self.depth)
         ]
         self.encoder_norm = LayerNorm(**kinds)
@@ -272,6 +281,8 @@ class ViT(nn.Module):
         same numbers: `"none"`; `"attention"`, the attention weights and elementwise
         work (little time, a third less memory); `"block"`, everything but the blocks'
         inputs (a third more time, a fraction of the memory). `docs/performance.md`.
+      attention: `"products"`, everywhere; or `"cudnn"`, the fused kernel of NVIDIA GPUs
+        for bfloat16. With masks or gates it is products, which the kernel has not.
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
@@ -292,6 +303,7 @@ class ViT(nn.Module):
     layer_scale: bool = False
     swiglu: bool | None = None
     remat: str = "none"
+    attention: str = "products"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -320,6 +332,7 @@ class ViT(nn.Module):
         check_choice("readout", self.readout, READOUTS)
         check_choice("norm", self.norm, NORMS)
         check_choice("posemb", self.posemb, POSEMBS)
+        check_choice("attention", self.attention, ATTENTIONS)
         check_choice("remat", self.remat, tuple(REMATS))
         if self.readout == "cls" and not self.class_token:
             raise ValueError(
@@ -360,6 +373,7 @@ class ViT(nn.Module):
             layer_scale=self.layer_scale,
             swiglu=bool(self.swiglu),
             remat=self.remat,
+            attention=self.attention,
             **kinds,
         )
 
