@@ -17,6 +17,7 @@ import pytest
 from conftest import randomised
 
 import vpt_jax
+from vpt_jax import cli
 from vpt_jax.checkpoint import save_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -187,3 +188,9 @@ def test_flags_that_belong_together():
     assert done.returncode == 2
     assert "--process_id belong together; pass all three" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_lost_process_is_told_from_wrong_input():
+    said = "UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer"
+    assert cli.lost_another(ValueError(said))
+    assert not cli.lost_another(ValueError("unknown score 'magic'"))
