@@ -14,7 +14,17 @@ from test_protocol import load
 from test_vtab import toy
 
 import vpt_jax
-from vpt_jax import benchmark, cli, experiment, jobs, launch, protocol, stages, train
+from vpt_jax import (
+    benchmark,
+    cli,
+    experiment,
+    jobs,
+    launch,
+    protocol,
+    stages,
+    states,
+    train,
+)
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import save_backbone
 from vpt_jax.data import vtab
@@ -161,7 +171,7 @@ def test_interrupted_anywhere_the_leaderboard_is_the_same(
         return wrapped
 
     for owner, name in (
-        (files, "save_checkpoint"),
+        (states, "save_checkpoint"),
         (files, "write_json"),
         (vpt_jax, "save_prompts"),
         (jobs, "publish"),
@@ -238,7 +248,7 @@ def test_a_job_that_another_process_finished_is_not_done_again(undisturbed, plac
     path = jobs.folder(workdir, job.name) / jobs.RESULT
     before = path.stat().st_mtime_ns
     result = jobs.perform(job, workdir)
-    assert result == json.loads(path.read_bytes())
+    assert result == files.read_record(path)
     assert path.stat().st_mtime_ns == before
 
 

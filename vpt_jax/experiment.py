@@ -23,6 +23,7 @@ from vpt_jax import config as configs
 from vpt_jax import report
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
+from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Task, load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
 
@@ -91,6 +92,7 @@ class Pictures(NamedTuple):
     task: Task
     images: Any
     labels: jax.Array
+    doubts: tuple[str, ...] = ()  # about the data, see `doubts.py`
 
 
 def load_model(settings: configs.BackboneConfig) -> Model:
@@ -135,7 +137,10 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         splits=settings.splits,
     )
     images = jax.tree.map(jnp.asarray, task.train.images)
-    return Pictures(task, images, jnp.asarray(task.train.labels))
+    # A strip is looked at on the device.
+    seen = task._replace(train=task.train._replace(images=images))
+    found = doubts.doubts(seen if isinstance(images, strips.Strip) else task)
+    return Pictures(task, images, jnp.asarray(task.train.labels), tuple(found))
 
 
 @contextlib.contextmanager
@@ -174,6 +179,8 @@ def started(
             f" {info['name']} {info['variant']}, {info['parameters']:,} parameters;"
             f" {jax.device_count()} x {jax.devices()[0].device_kind}"
         )
+        for doubt in pictures.doubts:
+            log.line(f"warning: {task.name}: {doubt}")
         yield Run(
             config,
             workdir,
@@ -192,9 +199,15 @@ def check_same_config(config: configs.Config, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    changed = configs.differences(
-        json.loads(path.read_text(encoding="utf-8")), configs.to_dict(config)
-    )
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise files.Damaged(
+            f"{path} is damaged ({error}), so that the config of what lies there is not"
+            " known; expected the JSON of a run. Pass another --workdir, or delete the"
+            " file if this is that run's config. Nothing was touched."
+        ) from error
+    changed = configs.differences(found, configs.to_dict(config))
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); pass"

@@ -7,8 +7,6 @@ functions) stays in the process from one job to the next.
 """
 
 import functools
-import json
-import os
 import shutil
 import tempfile
 import time
@@ -17,7 +15,7 @@ from typing import Any
 
 import jax
 
-from vpt_jax import experiment
+from vpt_jax import durable, experiment
 from vpt_jax import workdir as files
 from vpt_jax.protocol import Job
 from vpt_jax.stages import Run, Unit, features_of
@@ -41,7 +39,7 @@ def partial_folder(workdir: Path, name: str) -> Path:
 
 
 def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
-    """The result of a finished job, None of another.
+    """The result of a finished job; None of another, or if it is damaged.
 
     Raises:
       ValueError: If its folder holds a run of another config.
@@ -49,8 +47,11 @@ def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
     path = folder(workdir, job.name)
     if not (path / RESULT).exists():
         return None
-    experiment.check_same_config(job.config, path)
-    return json.loads((path / RESULT).read_text(encoding="utf-8"))
+    try:
+        experiment.check_same_config(job.config, path)
+        return files.read_record(path / RESULT)
+    except files.Damaged:
+        return None  # done again; publish moves it aside
 
 
 def perform(job: Job, workdir: Path, prefix: str = "") -> dict[str, Any]:
@@ -78,7 +79,9 @@ def publish(partial: Path, path: Path) -> None:
     """Renames a job's finished folder, without what was only needed to resume."""
     for name in ("checkpoints", "results"):
         shutil.rmtree(partial / name, ignore_errors=True)
-    os.replace(partial, path)
+    if path.exists():
+        files.set_aside(path, lambda text: print(text, flush=True))
+    durable.move(partial, path)
 
 
 def carried(job: Job) -> dict[str, bytes]:
@@ -94,10 +97,10 @@ def unpack(job: Job, workdir: Path, content: dict[str, bytes]) -> None:
     """Writes what `carried` returned; the job's folder appears when it is whole."""
     partial = partial_folder(workdir, job.name)
     shutil.rmtree(partial, ignore_errors=True)
-    for name, data in content.items():
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
+    # The result last: a folder that has one is taken as whole.
+    for name, data in sorted(content.items(), key=lambda item: item[0] == RESULT):
+        with files.atomic_path(partial / name) as temporary:
+            temporary.write_bytes(data)
     publish(partial, folder(workdir, job.name))
 
 
@@ -146,5 +149,5 @@ def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
         "versions": experiment.versions(),
     }
     if files.writes():
-        files.write_json(workdir / RESULT, result)
+        files.write_record(workdir / RESULT, result)
     return result
