@@ -104,22 +104,19 @@ def schedule(faults: int, seed: int) -> list[str]:
     return found[:faults]
 
 
-def inject(folder: Path, kinds: Sequence[str], seed: int = 0) -> Result:
-    """Runs the command undisturbed, then with faults of these kinds."""
+def inject(
+    folder: Path, kinds: Sequence[str], seed: int = 0, *, twice: bool = True
+) -> Result:
+    """Runs the command undisturbed, `twice` to see that it repeats, then with faults."""
     rng = random.Random(seed)
     prepare(folder)
-    first = start(folder, folder / "undisturbed")
-    if wait(first) != 0:
-        raise SystemExit(output(folder / "undisturbed"))
-    begin = time.perf_counter()
-    if wait(start(folder, folder / "again")) != 0:
-        raise SystemExit(output(folder / "again"))
-    seconds = time.perf_counter() - begin
-    expected = end_state(folder / "undisturbed")
+    seconds, expected = undisturbed(folder, folder / "undisturbed")
+    if twice:
+        seconds, again = undisturbed(folder, folder / "again")
+        if again != expected:
+            raise SystemExit("two undisturbed runs differ")
     counted: collections.Counter[str] = collections.Counter()
     complaints, lost = [], 0
-    if end_state(folder / "again") != expected:
-        raise SystemExit("two undisturbed runs differ")
     left, missed, chain = list(kinds), 0, 0
     while left and missed < 5:
         workdir, own = folder / f"chain{chain}", []
@@ -141,6 +138,14 @@ def inject(folder: Path, kinds: Sequence[str], seed: int = 0) -> Result:
         counted.update(own)
         print(f"{workdir.name}: {', '.join(own)}: {'same' if good else 'LOST'}")
     return Result(dict(counted), lost, complaints)
+
+
+def undisturbed(folder: Path, workdir: Path) -> tuple[float, dict[str, Any]]:
+    """Seconds and end of a command that nothing happens to."""
+    begin = time.perf_counter()
+    if wait(start(folder, workdir)) != 0:
+        raise SystemExit(output(workdir))
+    return time.perf_counter() - begin, end_state(workdir)
 
 
 def prepare(folder: Path) -> None:

@@ -75,14 +75,11 @@ def restore_newest(
 
     Damaged ones are moved aside and reported.
     """
-    while newest := newest_checkpoint(directory):
-        number, path = newest
+    for number, path in sorted(_numbered(directory), reverse=True):
         try:
             return number, restore_checkpoint(path, like)
         except files.Damaged:
             files.set_aside(path, report)
-            if not files.writes():
-                return None
     return None
 
 
@@ -103,20 +100,21 @@ def check_checkpoint(path: str | os.PathLike) -> None:
 
 def newest_checkpoint(directory: str | os.PathLike) -> tuple[int, Path] | None:
     """The checkpoint `directory/N` with the largest `N`, or None."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    found = [(int(p.name), p) for p in directory.iterdir() if p.name.isdecimal()]
-    return max(found, default=None)
+    return max(_numbered(directory), default=None)
 
 
 def remove_checkpoints(directory: str | os.PathLike, keep: int = KEEP) -> None:
     """Removes all but the newest `keep` checkpoints of `directory`."""
-    numbers = sorted(
-        int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal()
-    )
-    for number in numbers[:-keep] if keep else numbers:
-        shutil.rmtree(Path(directory) / str(number))
+    found = sorted(_numbered(directory))
+    for _, path in found[:-keep] if keep else found:
+        shutil.rmtree(path)
+
+
+def _numbered(directory: str | os.PathLike) -> list[tuple[int, Path]]:
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return [(int(p.name), p) for p in directory.iterdir() if p.name.isdecimal()]
 
 
 def _stored(tree: Any) -> dict[str, Any]:
