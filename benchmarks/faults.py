@@ -107,7 +107,7 @@ def schedule(faults: int, seed: int) -> list[str]:
 def inject(
     folder: Path, kinds: Sequence[str], seed: int = 0, *, twice: bool = True
 ) -> Result:
-    """Runs the command undisturbed, `twice` to see that it repeats, then with faults."""
+    """Runs the command undisturbed (`twice`: it must repeat), then with faults."""
     rng = random.Random(seed)
     prepare(folder)
     seconds, expected = undisturbed(folder, folder / "undisturbed")
