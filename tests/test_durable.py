@@ -223,8 +223,12 @@ def test_a_damaged_job_folder_is_moved_aside(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def problem(tiny):
-    model, backbone = tiny
+def problem():
+    model = vpt_jax.ViT(
+        width=8, depth=2, num_heads=2, mlp_dim=16, patch=4, image_size=8
+    )
+    init = jax.jit(model.init)  # in one piece: faster than op by op
+    backbone = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (26, 8, 8, 3), np.uint8))
     labels = jnp.asarray(np.arange(26) % 3, jnp.int32)
@@ -235,7 +239,7 @@ def problem(tiny):
     return model, backbone, images, labels, trainable
 
 
-class Spy:
+class Spy(files.Log):
     """A log that keeps what it is told and calls `hook` after each epoch."""
 
     def __init__(self, hook=lambda epoch: None):
@@ -247,7 +251,7 @@ class Spy:
     def note(self, text):
         pass
 
-    def epoch(self, name, epoch, epochs, images, metrics, prefix):
+    def epoch(self, name, epoch, epochs, images, metrics, prefix=""):
         self.epochs.append((epoch, metrics["loss"], metrics["accuracy"]))
         self.hook(epoch)
 
