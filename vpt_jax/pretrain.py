@@ -253,7 +253,8 @@ def export(
 
 def main(config: Any, workdir: Path, command: str) -> None:
     """Trains and says where the weights lie."""
-    card = run(config, workdir)
+    with files.locked(workdir / ".lock"):
+        card = run(config, workdir)
     print(f"test accuracy {100 * card['test_accuracy']:.2f} % ({command})")
     print(f"weights: {workdir / 'backbone.safetensors'}")
 
