@@ -194,13 +194,15 @@ class Log:
         )
         self.progress(f"{prefix} {text}, {left:.0f} s left")
         self._write(text)
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2 as proto
         from tensorboardX.summary import scalar
 
         with durable.named(self._folder):
             for key, value in metrics.items():
                 summary = scalar(f"{name}/{key}", value)
-                event = Event(wall_time=time.time(), step=epoch, summary=summary)
+                fields = {"wall_time": time.time(), "step": epoch, "summary": summary}
+                # Made when it is imported, where pyright cannot see it.
+                event = proto.Event(**fields)  # pyright: ignore[reportAttributeAccessIssue]
                 self._events.write_event(event)
             self._events.flush()
 
