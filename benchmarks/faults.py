@@ -119,7 +119,7 @@ def inject(
     complaints, lost = [], 0
     left, missed, chain = list(kinds), 0, 0
     while left and missed < 5:
-        workdir, own = folder / f"chain{chain}", []
+        workdir, own, known = folder / f"chain{chain}", [], len(complaints)
         chain += 1
         while left and len(own) < REPEAT:
             kind = left[0]
@@ -131,10 +131,13 @@ def inject(
             own.append(left.pop(0))
             missed = 0
         code = wait(start(folder, workdir))
-        good = code == 0 and end_state(workdir) == expected and not complaints
+        found = end_state(workdir) if code == 0 else {}
+        wrong = [k for k in {**expected, **found} if found.get(k) != expected.get(k)]
+        good = not wrong and len(complaints) == known
         if not good:
             lost += len(own)
-            complaints.append(f"{own}: exit code {code}\n{output(workdir)[-2000:]}")
+            text = f"{own}: exit code {code}, other: {wrong}"
+            complaints.append(f"{text}\n{output(workdir)[-2000:]}")
         counted.update(own)
         print(f"{workdir.name}: {', '.join(own)}: {'same' if good else 'LOST'}")
     return Result(dict(counted), lost, complaints)

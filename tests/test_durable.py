@@ -209,6 +209,15 @@ def test_records_that_are_none(tmp_path, text):
     assert len(said) == 1 and not path.exists()
 
 
+def test_what_killed_processes_left_is_removed(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for name in (".lock", ".job.lock", "a.json", ".a.json.k3_xyz90"):
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path, tmp_path / "kept", tmp_path / "absent")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [".job.lock", ".lock", "a.json", "kept"]
+
+
 def test_a_damaged_job_folder_is_moved_aside(tmp_path):
     partial, path = tmp_path / ".job", tmp_path / "job"
     for folder in (partial, path):

@@ -167,6 +167,8 @@ def started(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.locked(workdir / ".lock"))
+        own = (workdir / name for name in ("prompts", "results", "scores"))
+        files.remove_leftovers(workdir, *own, *workdir.glob("checkpoints/*"))
         if files.writes():
             files.write_json(workdir / "config.json", configs.to_dict(config))
         log = files.Log(workdir / "log.txt", workdir / "events", echo=echo)

@@ -125,6 +125,18 @@ def set_aside(path: str | os.PathLike, report: Callable[[str], None]) -> None:
         durable.move(path, aside)
 
 
+def remove_leftovers(*folders: Path) -> None:
+    """Removes temporary files of `atomic_path` that a killed process left in folders.
+
+    Only where no other process may be writing: under the lock.
+    """
+    if writes():
+        for folder in folders:
+            for path in folder.glob(".*.????????"):
+                if path.is_file():
+                    path.unlink()
+
+
 def _checksum(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
