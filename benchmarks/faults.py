@@ -222,7 +222,7 @@ def disturb(
         # Before the command listens, SIGTERM ends it as it ends any other.
         good = (75, -signal.SIGTERM) if kind == "term" else (-signal.SIGKILL,)
         complaint = [] if code in (0, *good) else [f"{kind}: {code} {output(workdir)}"]
-        if kind in ("flip", "cut") and code != 0:
+        if kind in ("flip", "cut"):  # of a finished run too
             return damage(workdir, kind, rng), complaint
         return code != 0, complaint
     count = rng.randint(1, {"checkpoint": 30, "orbax": 2, "cache": 2}.get(kind, 3))

@@ -62,7 +62,8 @@ class Run(NamedTuple):
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
     """The unit's row and seconds; from disk if it is finished."""
     path = run.workdir / "results" / f"{unit.name}.json"
-    if result := files.sound_record(path, run.log.line):
+    result = files.sound_record(path, run.log.line)
+    if result and not _rotten(run, unit):
         run.log.line(f"{prefix} {unit.name}: done before")
         return result
     trainable, training = trained(run, unit, prefix)
@@ -92,14 +93,12 @@ def trained(
     Released prompts are float32 and read back exactly, so they are the record of a
     finished training.
     """
-    path = run.workdir / "prompts" / f"{unit.name}.safetensors"
-    record_path = run.workdir / "checkpoints" / unit.name / "training.json"
+    path, record_path = _released(run, unit)
     record = files.sound_record(record_path, run.log.line)
-    if record and path.exists():
-        if durable.digest(path) == record.pop("prompts"):
-            saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
-            return {"prompts": saved.prompts, "head": saved.head}, record
-        files.set_aside(path, run.log.line)
+    if record and path.exists() and not _rotten(run, unit):
+        del record["prompts"]
+        saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
+        return {"prompts": saved.prompts, "head": saved.head}, record
     trainable = starting_point(run, unit)
     training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
     if unit.stage != "condense":
@@ -121,6 +120,24 @@ def trained(
             prompts = durable.digest(temporary)
             files.write_record(record_path, {**training, "prompts": prompts})
     return trainable, training
+
+
+def _released(run: Run, unit: Unit) -> tuple[Path, Path]:
+    """Where a unit's prompts lie, and the record of their training."""
+    prompts = run.workdir / "prompts" / f"{unit.name}.safetensors"
+    return prompts, run.workdir / "checkpoints" / unit.name / "training.json"
+
+
+def _rotten(run: Run, unit: Unit) -> bool:
+    """Whether released prompts are not those of their record; they are moved aside."""
+    path, record_path = _released(run, unit)
+    if not (path.exists() and record_path.exists()):
+        return False  # a finished run may have been tidied up
+    record = files.sound_record(record_path, run.log.line)
+    if not record or durable.digest(path) == record["prompts"]:
+        return False
+    files.set_aside(path, run.log.line)
+    return True
 
 
 def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
