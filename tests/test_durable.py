@@ -234,16 +234,21 @@ def test_a_damaged_job_folder_is_moved_aside(tmp_path):
 @pytest.fixture(scope="module")
 def problem():
     model = vpt_jax.ViT(
-        width=8, depth=2, num_heads=2, mlp_dim=16, patch=4, image_size=8
+        width=8, depth=1, num_heads=2, mlp_dim=16, patch=4, image_size=8
     )
-    init = jax.jit(model.init)  # in one piece: faster than op by op
-    backbone = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    noise = np.random.default_rng(1)
+
+    def some(x):  # nothing to compile
+        return jnp.asarray(0.2 * noise.normal(size=x.shape), jnp.float32)
+
+    backbone = jax.tree.map(some, shapes["params"])
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (26, 8, 8, 3), np.uint8))
     labels = jnp.asarray(np.arange(26) % 3, jnp.int32)
     trainable = {
-        "prompts": vpt_jax.init_prompts(jax.random.key(1), model, 2),
-        "head": vpt_jax.init_head(jax.random.key(2), model.width, 3),
+        "prompts": (some(np.zeros((2, 8))),),
+        "head": {"kernel": some(np.zeros((8, 3))), "bias": some(np.zeros(3))},
     }
     return model, backbone, images, labels, trainable
 

@@ -134,7 +134,8 @@ def fit(
             if finite < stop - at or not is_finite((now.trainable, now.opt_state)):
                 # Without a loss that says so, the update of the last step did it.
                 bad = min(at + finite, stop - 1)
-                text = _divergence(job, steps, epoch, bad, rates[epoch, bad], found)
+                rate = float(rates[epoch, bad])
+                text = _divergence(job, steps, epoch, bad, rate, found)
                 if job.diverged == "error":
                     raise FloatingPointError(
                         f"{text}; lower {job.config_key} ({settings.base_lr})."
