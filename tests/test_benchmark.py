@@ -22,6 +22,7 @@ from vpt_jax import (
     launch,
     protocol,
     stages,
+    states,
     together,
     train,
 )
@@ -171,7 +172,7 @@ def test_interrupted_anywhere_the_leaderboard_is_the_same(
         return wrapped
 
     for owner, name in (
-        (files, "save_checkpoint"),
+        (states, "save_checkpoint"),
         (files, "write_json"),
         (vpt_jax, "save_prompts"),
         (jobs, "publish"),
@@ -289,7 +290,7 @@ def test_a_job_that_another_process_finished_is_not_done_again(undisturbed, plac
     path = jobs.folder(workdir, job.name) / jobs.RESULT
     before = path.stat().st_mtime_ns
     result = jobs.perform(job, workdir)
-    assert result == json.loads(path.read_bytes())
+    assert result == files.read_record(path)
     assert path.stat().st_mtime_ns == before
 
 

@@ -9,6 +9,7 @@ from conftest import randomised
 from safetensors.numpy import save_file
 
 import vpt_jax
+from vpt_jax import states
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import flatten, save_backbone
 from vpt_jax.naming import unflatten
@@ -220,17 +221,17 @@ def test_checkpoints_keep_ragged_trees_bit_for_bit(tmp_path):
         "n": jnp.int32(7),
         "empty": (),
     }
-    files.save_checkpoint(tmp_path / "3", tree)
-    files.save_checkpoint(tmp_path / "12", tree)
+    states.save_checkpoint(tmp_path / "3", tree)
+    states.save_checkpoint(tmp_path / "12", tree)
     (tmp_path / "13.orbax-checkpoint-tmp").mkdir()  # killed while writing
-    assert files.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
-    got = files.restore_checkpoint(tmp_path / "12", tree)
+    assert states.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
+    got = states.restore_checkpoint(tmp_path / "12", tree)
     jax.tree.map(np.testing.assert_array_equal, got, tree)
     assert got["a"][1].shape == (0, 3) and got["n"].dtype == np.int32
-    files.remove_checkpoints(tmp_path, keep=1)
-    assert files.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
+    states.remove_checkpoints(tmp_path, keep=1)
+    assert states.newest_checkpoint(tmp_path) == (12, tmp_path / "12")
     assert not (tmp_path / "3").exists()
-    assert files.newest_checkpoint(tmp_path / "absent") is None
+    assert states.newest_checkpoint(tmp_path / "absent") is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -105,7 +105,7 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     assert list((workdir / "events").iterdir())
     assert "epoch 3/3" in (workdir / "log.txt").read_text()
     left = sorted(p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir())
-    assert left == ["3", "training.json"]
+    assert left == ["50", "75", "training.json"]
 
 
 def test_released_prompts_reproduce_their_row(finished, checkpoint):

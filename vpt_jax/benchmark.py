@@ -6,7 +6,6 @@ whenever a task is complete. A job is done when its folder is there, so the same
 goes on with what is missing. `status` is what `--list` shows.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -65,7 +64,7 @@ def run(
                 pending |= {job.name: job for job in ready}
             if not pending:
                 break
-            files.write_json(workdir / _PENDING, sorted(pending))
+            files.write_record(workdir / _PENDING, {"names": sorted(pending)})
             for job, error in launcher.wait():
                 del pending[job.name]
                 if error:
@@ -78,7 +77,7 @@ def run(
                     leaderboard.write(board(bench, results, command), workdir)
         content = board(bench, results, command)
         leaderboard.write(content, workdir)
-        files.write_json(workdir / _PENDING, [])
+        files.write_record(workdir / _PENDING, {"names": []})
     if failed:
         name, error = next(iter(failed.items()))
         raise ValueError(
@@ -322,7 +321,7 @@ def _fresh_pending(workdir: Path) -> set[str]:
     path = workdir / _PENDING
     if not path.exists() or time.time() - path.stat().st_mtime > _FRESH_S:
         return set()
-    return set(json.loads(path.read_text(encoding="utf-8")))
+    return set(files.read_record(path)["names"])
 
 
 def _is_moving(workdir: Path, job: Job) -> bool:

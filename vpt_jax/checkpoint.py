@@ -10,7 +10,6 @@ backbone they belong to.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.backbones import known_backbone
+from vpt_jax.durable import atomic_path
 from vpt_jax.matching import match_swin, match_vit, parameters
 from vpt_jax.models.layers import wide
 from vpt_jax.models.posemb import resize_pos_embedding
@@ -274,16 +274,6 @@ def _write_safetensors(
     """Through a temporary name and a rename, so that the file is whole or absent."""
     from safetensors.numpy import save
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)

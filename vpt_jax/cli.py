@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line that the package's programs share: flags, errors, exit codes.
 
-Bad input is one line on stderr and exit code 2, Ctrl-C is exit code 130; a traceback
-is shown for what is a bug of ours, or when asked for (`--traceback`).
+Exit codes: 0, done. 2, bad input, or a disk that refuses: one line on stderr. 75,
+SIGTERM (a machine that is taken away): a checkpoint was saved and the same command
+continues; see `preemption.py`. 130, Ctrl-C. 143, a second SIGTERM. 1, a bug of ours,
+with a traceback; `--traceback` shows one for every error.
 """
 
 import os
@@ -15,6 +17,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+from vpt_jax import durable, preemption
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file.", lock_config=True
@@ -53,9 +57,13 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
         command = shlex.join(["python", "-m", name, *sys.argv[1:]])
         spare_memory(CONFIG.value)
         keep_compiled()
+        preemption.watch()
         try:
             join()
             main(CONFIG.value, workdir, command)
+        except preemption.Preempted:
+            print("\nSIGTERM; the same command continues here", file=sys.stderr)
+            sys.exit(preemption.EXIT_CODE)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues here", file=sys.stderr)
             leave(130)
@@ -75,6 +83,10 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
                     code=1,
                 )
             fail(error)
+        except OSError as error:
+            if TRACEBACK.value:
+                raise
+            fail(durable.explain(error))
 
     flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)

@@ -23,7 +23,7 @@ from vpt_jax import config as configs
 from vpt_jax import parallel, report
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
-from vpt_jax.data import strips
+from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Task, load_task
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
 
@@ -92,6 +92,7 @@ class Pictures(NamedTuple):
     task: Task
     images: Any
     labels: jax.Array
+    doubts: tuple[str, ...] = ()  # about the data, see `doubts.py`
 
 
 def load_model(settings: configs.BackboneConfig) -> Model:
@@ -144,9 +145,16 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    mesh = parallel.all_devices()
-    images = strips.put(task.train.images, mesh)
-    return Pictures(task, images, parallel.put_whole(task.train.labels, mesh))
+    mesh, seen = parallel.all_devices(), task
+    if isinstance(task.train.images, strips.Strip):  # looked at on the device
+        images = jax.tree.map(jnp.asarray, task.train.images)
+        seen = task._replace(train=task.train._replace(images=images))
+    return Pictures(
+        task,
+        strips.put(task.train.images, mesh),
+        parallel.put_whole(task.train.labels, mesh),
+        tuple(doubts.doubts(seen)),
+    )
 
 
 @contextlib.contextmanager
@@ -173,6 +181,8 @@ def started(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.locked(workdir / ".lock"))
+        own = (workdir / name for name in ("prompts", "results", "scores"))
+        files.remove_leftovers(workdir, *own, *workdir.glob("checkpoints/*"))
         if files.writes():
             files.write_json(workdir / "config.json", configs.to_dict(config))
         log = files.Log(workdir / "log.txt", workdir / "events", echo=echo)
@@ -185,6 +195,8 @@ def started(
             f" {info['name']} {info['variant']}, {info['parameters']:,} parameters;"
             f" {jax.device_count()} x {jax.devices()[0].device_kind}"
         )
+        for doubt in pictures.doubts:
+            log.line(f"warning: {task.name}: {doubt}")
         yield Run(
             config,
             workdir,
@@ -203,9 +215,15 @@ def check_same_config(config: configs.Config, workdir: Path) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    changed = configs.differences(
-        json.loads(path.read_text(encoding="utf-8")), configs.to_dict(config)
-    )
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise files.Damaged(
+            f"{path} is damaged ({error}), so that the config of what lies there is not"
+            " known; expected the JSON of a run. Pass another --workdir, or delete the"
+            " file if this is that run's config. Nothing was touched."
+        ) from error
+    changed = configs.differences(found, configs.to_dict(config))
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); pass"

@@ -8,8 +8,6 @@ functions) stays in the process from one job to the next.
 
 import contextlib
 import functools
-import json
-import os
 import shutil
 import tempfile
 import time
@@ -20,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpt_jax import experiment, stages, together
+from vpt_jax import durable, experiment, fitting, stages, together
 from vpt_jax import workdir as files
 from vpt_jax.protocol import Job
 from vpt_jax.stages import Run, Unit, features_of
@@ -44,7 +42,7 @@ def partial_folder(workdir: Path, name: str) -> Path:
 
 
 def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
-    """The result of a finished job, None of another.
+    """The result of a finished job; None of another, or if it is damaged.
 
     Raises:
       ValueError: If its folder holds a run of another config.
@@ -52,8 +50,11 @@ def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
     path = folder(workdir, job.name)
     if not (path / RESULT).exists():
         return None
-    experiment.check_same_config(job.config, path)
-    return json.loads((path / RESULT).read_text(encoding="utf-8"))
+    try:
+        experiment.check_same_config(job.config, path)
+        return files.read_record(path / RESULT)
+    except files.Damaged:
+        return None  # done again; publish moves it aside
 
 
 def perform(
@@ -133,10 +134,8 @@ def train_together(
             }
             if epochs < planned:
                 run.log.line(f"{unit.name}: not finite, ended with epoch {epochs}")
-            if files.writes():
-                path = run.workdir / "checkpoints" / unit.name / "training.json"
-                files.write_json(path, training)
-            stages.release(run, unit, jax.tree.map(jnp.asarray, trainable))
+            prompts = jax.tree.map(jnp.asarray, trainable)
+            stages.release(run, unit, prompts, training)
     return dict.fromkeys(runs, seconds)
 
 
@@ -159,7 +158,7 @@ def _fit(runs: Sequence[Run], unit: Unit, at_once: int) -> list[together.Trained
 
     trainings = [
         together.Training(
-            trainable, stages.rates_of(own, num), own.weight_decay, unit.seed
+            trainable, fitting.rates_of(own, num), own.weight_decay, unit.seed
         )
         for own in settings
     ]
@@ -183,7 +182,9 @@ def publish(partial: Path, path: Path) -> None:
     """Renames a job's finished folder, without what was only needed to resume."""
     for name in ("checkpoints", "results"):
         shutil.rmtree(partial / name, ignore_errors=True)
-    os.replace(partial, path)
+    if path.exists():
+        files.set_aside(path, lambda text: print(text, flush=True))
+    durable.move(partial, path)
 
 
 def carried(job: Job) -> dict[str, bytes]:
@@ -199,10 +200,10 @@ def unpack(job: Job, workdir: Path, content: dict[str, bytes]) -> None:
     """Writes what `carried` returned; the job's folder appears when it is whole."""
     partial = partial_folder(workdir, job.name)
     shutil.rmtree(partial, ignore_errors=True)
-    for name, data in content.items():
-        target = partial / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
+    # The result last: a folder that has one is taken as whole.
+    for name, data in sorted(content.items(), key=lambda item: item[0] == RESULT):
+        with files.atomic_path(partial / name) as temporary:
+            temporary.write_bytes(data)
     publish(partial, folder(workdir, job.name))
 
 
@@ -264,5 +265,5 @@ def _run(
         "versions": experiment.versions(),
     }
     if files.writes():
-        files.write_json(workdir / RESULT, result)
+        files.write_record(workdir / RESULT, result)
     return result

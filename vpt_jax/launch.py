@@ -7,7 +7,6 @@ not be seen from there, the files of a run come back as its result. `Slurm` subm
 arrays through submitit; they write into the workdir, which all nodes must share.
 """
 
-import json
 import logging
 import os
 import time
@@ -225,7 +224,7 @@ class Slurm:
 
         if not self._record.exists():
             return {}
-        numbers = json.loads(self._record.read_text(encoding="utf-8"))
+        numbers = files.read_record(self._record)
         folder = self._workdir / "slurm" / "%j"
         found = {n: submitit.SlurmJob(folder, number) for n, number in numbers.items()}
         return {n: job for n, job in found.items() if not job.done(force_check=True)}
@@ -239,7 +238,7 @@ class Slurm:
             tasks = [_SlurmTask(job, self._workdir) for job in new]
             self._jobs += zip(new, self._executor.submit_array(tasks), strict=True)
         numbers = {job.name: handle.job_id for job, handle in self._jobs}
-        files.write_json(self._record, numbers)
+        files.write_record(self._record, numbers)
 
     def wait(self) -> Finished:
         from submitit.core.utils import UncompletedJobError

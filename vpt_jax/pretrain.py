@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from vpt_jax import cli
+from vpt_jax import cli, preemption, states
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import backbone_hash, save_backbone
 from vpt_jax.data.augment import crop_and_flip, normalise, resize
@@ -179,11 +179,18 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
         return State(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     done, state = 0, jax.jit(fresh, static_argnums=0)(sides[0])
-    if newest := files.newest_checkpoint(workdir / "checkpoints"):
+    folder = workdir / "checkpoints"
+    while newest := states.newest_checkpoint(folder):
         done, path = newest
         like = jax.eval_shape(functools.partial(fresh, sides[done - 1]))
-        state = jax.tree.map(jnp.asarray, files.restore_checkpoint(path, like))
+        try:
+            state = jax.tree.map(jnp.asarray, states.restore_checkpoint(path, like))
+        except files.Damaged:
+            files.set_aside(path, log.line)
+            done = 0
+            continue
         log.line(f"continuing after epoch {done} of {len(sides)}")
+        break
     images, labels = jnp.asarray(train[0]), jnp.asarray(train[1])
     with contextlib.closing(log):
         for epoch in range(done, len(sides)):
@@ -201,14 +208,17 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
                 if not np.isfinite(losses[-1]):
                     raise FloatingPointError(
                         f"{name}: loss is {loss} before step {int(state.step)}; lower"
-                        f" config.learning_rate ({config.learning_rate})."
+                        f" config.learning_rate ({config.learning_rate}). Earlier"
+                        f" checkpoints are in {folder}."
                     )
                 done_share = (first + len(part)) / per_epoch
                 rate = order.size * done_share / (time.perf_counter() - start)
                 text = f"{name}: loss {losses[-1]:.3f}, {rate:.0f} images/s"
                 log.progress(f"{text}, {100 * done_share:.0f} %")
-            files.save_checkpoint(workdir / "checkpoints" / str(epoch + 1), state)
-            files.remove_checkpoints(workdir / "checkpoints", keep=2)
+            # SIGTERM in an epoch ends it at once: its start is the last good state.
+            with preemption.deferred():
+                states.save_checkpoint(folder / str(epoch + 1), state)
+                states.remove_checkpoints(folder)
             seconds = time.perf_counter() - start
             log.line(f"{name}: mean loss {np.mean(losses):.3f}, {seconds:.0f} s")
         return export(config, workdir, state, models[sides[-1]], test, log)
@@ -244,7 +254,8 @@ def export(
 def main(config: Any, workdir: Path, command: str) -> None:
     """Trains and says where the weights lie."""
     cli.alone("pretraining")
-    card = run(config, workdir)
+    with files.locked(workdir / ".lock"):
+        card = run(config, workdir)
     print(f"test accuracy {100 * card['test_accuracy']:.2f} % ({command})")
     print(f"weights: {workdir / 'backbone.safetensors'}")
 

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vpt_jax.durable import atomic_path
 from vpt_jax.readers import CheckpointError
 
 TIMEOUT_S = 10  # for an answer, not for the whole download
@@ -87,23 +87,9 @@ def _cached(url: str) -> Path:
     path = Path(root).expanduser() / f"{digest}-{name}"
     if path.is_file():
         return path
-    with _explained(url, _public(url) or url), _temporary(path) as temporary:
+    with _explained(url, _public(url) or url), atomic_path(path) as temporary:
         _download(url, temporary)
     return path
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` that becomes it on success and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".download.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes 0600
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _public(url: str) -> str:

@@ -3,10 +3,10 @@
 
 A unit is finished when its row lies in `results/`; a training is finished when its
 prompts lie in `prompts/`; within a training the newest checkpoint counts. Whatever a
-unit builds on (tuned prompts, scores) it reads from the workdir, or makes.
+unit builds on (tuned prompts, scores) it reads from the workdir, or makes: what is
+damaged there counts as missing. `fitting.py` is the training itself.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu.parameter_overview import get_parameter_overview
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import parallel, train
+from vpt_jax import durable, fitting, parallel, train
 from vpt_jax import workdir as files
-from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import normalise
 from vpt_jax.data.strips import Strip, view
 from vpt_jax.data.tasks import Split, Task
@@ -64,8 +62,8 @@ class Run(NamedTuple):
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
     """The unit's row and seconds; from disk if it is finished."""
     path = run.workdir / "results" / f"{unit.name}.json"
-    if files.exists(path):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    result = files.sound_record(path, run.log.line)
+    if result and not _rotten(run, unit):
         run.log.line(f"{prefix} {unit.name}: done before")
         return result
     trainable, training = trained(run, unit, prefix)
@@ -74,7 +72,7 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         row |= {k: training[k] for k in ("epochs", "planned_epochs")}
     result = {"row": row, "seconds": training["seconds"]}
     if files.writes():
-        files.write_json(path, result)
+        files.write_record(path, result)
     accuracies = "".join(
         f" {split} {100 * row[f'{split}_accuracy']:.2f} %,"
         for split in ("test", "val")
@@ -95,30 +93,38 @@ def trained(
     Released prompts are float32 and read back exactly, so they are the record of a
     finished training.
     """
-    path = run.workdir / "prompts" / f"{unit.name}.safetensors"
-    training_path = run.workdir / "checkpoints" / unit.name / "training.json"
-    if files.exists(path):
+    path, record_path = _released(run, unit)
+    record = files.sound_record(record_path, run.log.line)
+    if record and files.exists(path) and not _rotten(run, unit):
+        del record["prompts"]
         saved = vpt_jax.load_prompts(path, backbone=run.backbone_info["hash"])
-        training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
-        if files.exists(training_path):  # not where nothing was trained
-            training = json.loads(training_path.read_text(encoding="utf-8"))
-        return {"prompts": saved.prompts, "head": saved.head}, training
+        return {"prompts": saved.prompts, "head": saved.head}, record
     trainable = starting_point(run, unit)
     training = {"seconds": 0.0, "epochs": 0, "planned_epochs": 0}
     if unit.stage != "condense":
         trainable, training = fit(run, unit, trainable, prefix)
-        trainable = jax.tree.map(jnp.asarray, on_host(trainable))  # on one device
-        if files.writes():
-            files.write_json(training_path, training)
-    release(run, unit, trainable)
+    release(run, unit, trainable, training)
     return trainable, training
 
 
-def release(run: Run, unit: Unit, trainable: dict[str, Any]) -> None:
-    """Writes a unit's prompts and head: its training is finished."""
-    if files.writes():
+def release(
+    run: Run, unit: Unit, trainable: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Writes a unit's prompts and head, and the record that its training is finished.
+
+    Args:
+      run: What units share.
+      unit: Whose they are.
+      trainable: On one device, or on the host.
+      training: `seconds`, `epochs`, `planned_epochs`.
+    """
+    if not files.writes():
+        return
+    path, record_path = _released(run, unit)
+    # The record first: prompts without one would not be trusted.
+    with files.atomic_path(path) as temporary:
         vpt_jax.save_prompts(
-            run.workdir / "prompts" / f"{unit.name}.safetensors",
+            temporary,
             trainable["prompts"],
             trainable["head"],
             model=run.model,
@@ -128,6 +134,29 @@ def release(run: Run, unit: Unit, trainable: dict[str, Any]) -> None:
             class_names=run.task.class_names,
             deep=run.config.prompts.deep,
         )
+        prompts = durable.digest(temporary)
+        files.write_record(record_path, {**training, "prompts": prompts})
+
+
+def _released(run: Run, unit: Unit) -> tuple[Path, Path]:
+    """Where a unit's prompts lie, and the record of their training."""
+    prompts = run.workdir / "prompts" / f"{unit.name}.safetensors"
+    return prompts, run.workdir / "checkpoints" / unit.name / "training.json"
+
+
+def _rotten(run: Run, unit: Unit) -> bool:
+    """Whether released prompts are not those of their record; they are moved aside."""
+    path, record_path = _released(run, unit)
+    if not (files.exists(path) and files.exists(record_path)):
+        return False  # a finished run may have been tidied up
+    record = files.sound_record(record_path, run.log.line)
+    if not record:
+        return False
+    rotten = files.writes() and durable.digest(path) != record["prompts"]
+    if not parallel.agreed(rotten):
+        return False
+    files.set_aside(path, run.log.line)
+    return True
 
 
 def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
@@ -157,18 +186,17 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
 def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
     """Importance of the tuned prompts over the training set; kept in `scores/`."""
     path = run.workdir / "scores" / f"seed{seed}-{score}.json"
-    if files.exists(path):
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-        return tuple(jnp.asarray(s, jnp.float32) for s in layers)
+    if record := files.sound_record(path, run.log.line):
+        return tuple(jnp.asarray(s, jnp.float32) for s in record["layers"])
     tuned, _ = trained(run, Unit("tune", seed))
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(seed), 1)
     scores = score_over(run, tuned, score, key=key)
-    scores = jax.tree.map(jnp.asarray, on_host(scores))  # on one device
+    scores = jax.tree.map(jnp.asarray, fitting.on_host(scores))  # on one device
     seconds = time.perf_counter() - start
     if files.writes():
         layers = [np.asarray(s).tolist() for s in scores]
-        files.write_json(path, {"score": score, "seed": seed, "layers": layers})
+        files.write_record(path, {"score": score, "seed": seed, "layers": layers})
     run.log.line(f"seed{seed}-score-{score}: {seconds:.1f} s")
     return scores
 
@@ -211,103 +239,27 @@ def score_over(
 def fit(
     run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trains a unit, from its newest checkpoint if there is one.
-
-    Returns:
-      Prompts and head of the last epoch, or of the last one in which all was finite
-      (`config.diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`.
-
-    Raises:
-      FloatingPointError: If training diverges and `config.diverged` is "error".
-    """
+    """Trains a unit, from its newest checkpoint if there is one; see `fitting.fit`."""
     stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
     settings: configs.TrainConfig = getattr(run.config, stage)
-    recipe = make_recipe(run, settings, unit.stage)
     model, images = run.model, run.images
     if unit.stage == "linear":  # frozen features never change: computed once
         known = run.features
         model, images = None, features_of(run) if known is None else known
-    num = len(run.labels)
-    rates = rates_of(settings, num)
-    directory = run.workdir / "checkpoints" / unit.name
-    saved = {"state": train.init_state(trainable, recipe), "seconds": np.zeros(())}
-    first = 0
-    if newest := files.newest_checkpoint(directory):
-        first, path = newest
-        saved = files.restore_checkpoint(path, saved)
-        run.log.line(f"{prefix} {unit.name}: continuing after epoch {first}")
-    overview = get_parameter_overview(flatten(trainable), include_stats=False)
-    run.log.note(f"{unit.name} trains\n{overview}")
-    state = parallel.held(saved["state"])
-    seconds, key = float(saved["seconds"]), jax.random.key(unit.seed)
-    # Copies: the state is donated, and its last finite values may be the result.
-    kept, done = on_host(state.trainable), first
-    for epoch in range(first, settings.epochs):
-        start = time.perf_counter()
-        order, mask = train.epoch_order(unit.seed, epoch, num, settings.batch_size)
-        state, metrics = train.train_epoch(
-            state,
-            run.backbone,
-            images,
-            run.labels,
-            order,
-            mask,
-            rates[epoch],
-            jnp.float32(settings.weight_decay),
-            key,
-            model=model,
-            recipe=recipe,
-        )
-        metrics = {name: float(value) for name, value in metrics.items()}
-        metrics["seconds"] = time.perf_counter() - start
-        seconds += metrics["seconds"]
-        now = on_host(state.trainable)
-        if not (math.isfinite(metrics["loss"]) and is_finite(now)):
-            text = (
-                f"{unit.name}: loss is {metrics['loss']} after epoch {epoch + 1} at"
-                f" rate {rates[epoch].max():g}"
-            )
-            if run.config.diverged == "error":
-                raise FloatingPointError(
-                    f"{text}; lower config.{stage}.base_lr ({settings.base_lr})."
-                    f" Earlier checkpoints are in {directory}."
-                )
-            run.log.line(f"{prefix} {text}; ended with epoch {epoch}")
-            break
-        kept, done = now, epoch + 1
-        run.log.epoch(unit.name, epoch + 1, settings.epochs, num, metrics, prefix)
-        last = epoch + 1 == settings.epochs
-        if last or (epoch + 1) % run.config.checkpoint_every == 0:
-            saved = {"state": state, "seconds": np.asarray(seconds)}
-            files.save_checkpoint(directory / str(epoch + 1), saved)
-            files.remove_checkpoints(directory, keep=1)
-    training = {
-        "seconds": round(seconds, 3),
-        "epochs": done,
-        "planned_epochs": settings.epochs,
-    }
-    return jax.tree.map(jnp.asarray, kept), training
-
-
-def rates_of(settings: configs.TrainConfig, num: int) -> np.ndarray:
-    """Learning rates `[epochs, steps]` of a stage on `num` pictures."""
-    return train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size),
-        settings.epochs,
-        settings.warmup_epochs,
-        math.ceil(num / settings.batch_size),
-        per=settings.schedule,
+    job = fitting.Fit(
+        name=unit.name,
+        prefix=prefix,
+        config_key=f"config.{stage}.base_lr",
+        settings=settings,
+        recipe=make_recipe(run, settings, unit.stage),
+        seed=unit.seed,
+        directory=run.workdir / "checkpoints" / unit.name,
+        checkpoint_every=run.config.checkpoint_every,
+        diverged=run.config.diverged,
     )
-
-
-def on_host(tree: Any) -> Any:
-    """A copy of a tree of arrays in NumPy."""
-    return jax.tree.map(np.array, tree)
-
-
-def is_finite(tree: Any) -> bool:
-    """Whether no number in a tree of NumPy arrays is infinite or NaN."""
-    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+    return fitting.fit(
+        job, trainable, run.backbone, images, run.labels, run.log, model=model
+    )
 
 
 def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:

@@ -217,7 +217,8 @@ def train_epoch(
       recipe: Static.
 
     Returns:
-      The state, and mean `loss` and `accuracy` over the epoch's examples.
+      The state, mean `loss` and `accuracy` over the epoch's examples, and
+      `finite_steps`: how many steps came before the first whose loss is not finite.
     """
 
     def step(state: TrainState, xs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -247,6 +248,7 @@ def train_epoch(
     return state, {
         "loss": total["loss"] / count,
         "accuracy": total["correct"] / count,
+        "finite_steps": jnp.isfinite(sums["loss"]).astype(jnp.int32).cumprod().sum(),
     }
 
 

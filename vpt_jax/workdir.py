@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run: atomic writes and Orbax checkpoints.
+"""Files of a run: atomic writes, records with a checksum, the lock, the log.
 
-Everything is written under a temporary name and renamed, so a workdir survives a kill
-at any moment: a file is either the old one or the new one.
+A workdir survives a kill at any moment: a file is either the old one or the new one
+(`durable.py`). What a later command reads back carries a checksum; what is damaged is
+moved aside, named, and made again.
 """
 
 import contextlib
+import hashlib
 import json
-import math
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
-from vpt_jax import parallel
+from vpt_jax import durable, parallel
+from vpt_jax.durable import atomic_path as atomic_path
 
 
 def writes() -> bool:
@@ -36,24 +35,6 @@ def exists(path: str | os.PathLike) -> bool:
     What process 0 wrote before, the others can read after.
     """
     return bool(parallel.agreed(Path(path).exists()))
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that is renamed to it on success."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -71,7 +52,7 @@ def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         yield
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(path.parent)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=-1 if wait else 0)
@@ -97,50 +78,81 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _stored(tree: Any) -> dict[str, Any]:
-    """Leaves by path, without those of size 0: Orbax refuses to write them."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
-    return {name: x for name, x in named.items() if math.prod(x.shape)}
+class Damaged(ValueError):
+    """A file that is not as it was written."""
 
 
-def save_checkpoint(path: str | os.PathLike, tree: Any) -> None:
-    """Saves a pytree of arrays with Orbax; `path` appears when it is whole."""
-    stored = {name: np.asarray(x) for name, x in _stored(tree).items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), stored, force=True)
+def write_record(path: str | os.PathLike, value: dict[str, Any]) -> None:
+    """Writes JSON that a later command reads back, with a checksum in it."""
+    write_json(path, {**value, "sha256": _checksum(value)})
 
 
-def restore_checkpoint(path: str | os.PathLike, like: Any) -> Any:
-    """Restores a pytree with the structure, shapes and dtypes of `like` (NumPy)."""
-    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.restore(Path(path).absolute(), _stored(empty))
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write_record` wrote.
 
-    def leaf(path: Any, x: np.ndarray) -> np.ndarray:
-        return stored.get(jax.tree_util.keystr(path, simple=True, separator="."), x)
+    Raises:
+      Damaged: If the file is torn, or not what was written.
+    """
+    try:
+        value = json.loads(Path(path).read_bytes())
+        found = value.pop("sha256")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(
+            f"{path} is damaged: expected JSON with a checksum; delete it, and the same"
+            " command makes it again."
+        ) from error
+    if found != _checksum(value):
+        raise Damaged(
+            f"{path} is damaged: its checksum is wrong; delete it, and the same command"
+            " makes it again."
+        )
+    return value
 
-    return jax.tree_util.tree_map_with_path(leaf, empty)
+
+def sound_record(
+    path: str | os.PathLike, report: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """`read_record`; None where there is none, or none that can be trusted.
+
+    Process 0 looks; all processes go on alike.
+    """
+    value = None
+    if writes() and Path(path).exists():
+        try:
+            value = read_record(path)
+        except Damaged:
+            set_aside(path, report)
+    if not parallel.agreed(value is not None):
+        return None
+    return value or read_record(path)
 
 
-def newest_checkpoint(directory: str | os.PathLike) -> tuple[int, Path] | None:
-    """The checkpoint `directory/N` with the largest `N`, or None."""
-    directory, found = Path(directory), []
-    if directory.is_dir():
-        found = [int(p.name) for p in directory.iterdir() if p.name.isdecimal()]
-    number = parallel.agreed(max(found, default=-1))
-    return None if number < 0 else (number, directory / str(number))
+def set_aside(path: str | os.PathLike, report: Callable[[str], None]) -> None:
+    """Renames what is damaged and reports it; several at once may find the same."""
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.damaged")
+    report(f"warning: {path} is damaged; kept as {aside.name}, made again")
+    if writes():
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        durable.move(path, aside)
 
 
-def remove_checkpoints(directory: str | os.PathLike, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of `directory`, if it writes."""
-    if not writes():
-        return
-    numbers = sorted(
-        int(p.name) for p in Path(directory).iterdir() if p.name.isdecimal()
-    )
-    for number in numbers[:-keep] if keep else numbers:
-        shutil.rmtree(Path(directory) / str(number))
+def remove_leftovers(*folders: Path) -> None:
+    """Removes temporary files of `atomic_path` that a killed process left in folders.
+
+    Only where no other process may be writing: under the lock.
+    """
+    if writes():
+        for folder in folders:
+            for path in folder.glob(".*.????????"):
+                if path.is_file():
+                    path.unlink()
+
+
+def _checksum(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Log:
@@ -156,13 +168,16 @@ class Log:
         """`echo=False` keeps lines off the terminal; progress is still shown there."""
         self._start = time.perf_counter()
         self._quiet, self._echo = not writes(), echo
+        self._path, self._folder = path, events
         if self._quiet:
             return
-        from tensorboardX import SummaryWriter
+        # Not SummaryWriter: its thread dies of a full disk, and the run waits for it.
+        from tensorboardX.event_file_writer import EventsWriter
 
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for folder in (Path(path).parent, Path(events)):
+            durable.make_folder(folder)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
-        self._events = SummaryWriter(str(events))
+        self._events = EventsWriter(str(Path(events) / "events"))
 
     def line(self, text: str) -> None:
         """A line for the terminal and the file."""
@@ -204,15 +219,26 @@ class Log:
         )
         self.progress(f"{prefix} {text}, {left:.0f} s left")
         self._write(text)
-        for key, value in metrics.items():
-            self._events.add_scalar(f"{name}/{key}", value, epoch)
+        from tensorboardX.proto import event_pb2 as proto
+        from tensorboardX.summary import scalar
+
+        with durable.named(self._folder):
+            for key, value in metrics.items():
+                summary = scalar(f"{name}/{key}", value)
+                fields = {"wall_time": time.time(), "step": epoch, "summary": summary}
+                # Made when it is imported, where pyright cannot see it.
+                event = proto.Event(**fields)  # pyright: ignore[reportAttributeAccessIssue]
+                self._events.write_event(event)
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes; the log is not used after."""
         if not self._quiet:
             self._clear()
-            self._file.close()
-            self._events.close()
+            with durable.named(self._path):
+                self._file.close()
+            with durable.named(self._folder):
+                self._events.close()
 
     def _clear(self) -> None:
         if sys.stderr.isatty():
@@ -220,4 +246,5 @@ class Log:
 
     def _write(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._file.write(f"{stamp}  {text}\n")
+        with durable.named(self._path):
+            self._file.write(f"{stamp}  {text}\n")

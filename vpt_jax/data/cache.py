@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from vpt_jax.workdir import atomic_path
+from vpt_jax.durable import atomic_path, make_folder
 
 _END = b"vptcache"  # the last bytes of every file
 _TAIL = len(_END) + 8
@@ -179,7 +179,7 @@ def _explained(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path`, on disk, when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for left in path.parent.glob(f".{path.name}.*"):  # of killed processes
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _STALE_S:
