@@ -82,17 +82,32 @@ def without_place(command: str) -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses as absl does, but a config key or value that is wrong is one line."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        rest = flags.FLAGS(argv)
+        if not isinstance(CONFIG.value, ConfigDict):
+            # A file that could not be loaded says so when it is looked at.
+            getattr(CONFIG.value, "seeds", None)
+            raise TypeError(
+                f"got {type(CONFIG.value).__name__} from its get_config; expected a"
+                " ConfigDict"
+            )
+        return rest
+    except flags.Error as error:
         if "--traceback" in argv:
             raise
-        text = " ".join(str(error.args[0] if error.args else error).split())
+        fail(error)
+    except Exception as error:  # a config file is a program: it raises what it likes
+        if "--traceback" in argv:
+            raise
+        text = str(error.args[0] if error.args else error) or type(error).__name__
+        text = " ".join(text.split())
         fail(f"cannot read --config: {text}")
 
 
 def fail(error: Any) -> NoReturn:
     """Prints one line and exits with 2, as command lines do for bad input."""
-    print(f"error: {error} (--traceback shows where)", file=sys.stderr)
+    # One line, whatever names of files or values are in it.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"error: {line} (--traceback shows where)", file=sys.stderr)
     sys.exit(2)
 
 
