@@ -34,7 +34,7 @@ SIDE = 8
 # What a sentence has that says what to do.
 _HELP = re.compile(
     r"expected|must |is needed|mend |choose|known|pass |set it|needs|fetch|download"
-    r"|install|Load the"
+    r"|install|Load the|unpack|[Rr]e-save|write "
 )
 
 
@@ -275,6 +275,9 @@ def try_flags(arguments: list[str], folder: Path) -> str:
 
     Only for a process that has not started JAX: the child is a fork.
     """
+    from vpt_jax import config, main  # noqa: F401
+
+    # They are imported before the fork, else it would be done in each.
     errors = folder / "stderr"
     child = os.fork()
     if not child:

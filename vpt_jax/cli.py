@@ -59,10 +59,11 @@ def keep_compiled() -> None:
     """
     import jax  # after the flags are read: --help need not wait for it
 
+    root = Path(os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax").expanduser()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        root = os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax"
-        path = Path(root).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    # Its list of fonts too: nothing is written outside of the workdir and this cache.
+    os.environ.setdefault("MPLCONFIGDIR", str(root / "matplotlib"))
     # JAX keeps what took a second; small programs are many.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

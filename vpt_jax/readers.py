@@ -113,7 +113,7 @@ def open_arrays(path: str | os.PathLike, *, text: bool = False) -> Iterator[Arra
         with _explained(path, kind):
             arrays, metadata = parse(file)
             if not arrays:
-                raise Refused("it holds no arrays")
+                raise Refused("it holds no arrays, expected at least one")
             for name in arrays:
                 _check_name(name)
         yield Arrays(
@@ -163,6 +163,8 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
             reason = f"{type(error).__name__} {reason}".rstrip()
         if not isinstance(error, Refused | OSError | MemoryError):
             reason += "; it is damaged or incomplete, download it again"
+        elif isinstance(error, OSError):
+            reason += "; expected a file that you may read, check its permissions"
         raise CheckpointError(f"{path} cannot be read as {kind}: {reason}.") from error
 
 
@@ -224,7 +226,10 @@ def _looks_like(head: bytes) -> str:
 def _check_name(name: str) -> None:
     """Names are never used as paths here, but nobody else should have to know."""
     if _UNSAFE_NAME.search(name):
-        raise Refused(f"it has the unsafe name {ascii(name)[:80]}")
+        raise Refused(
+            f"it has the unsafe name {ascii(name)[:80]}, expected one like a/b; save it"
+            " again with other names"
+        )
 
 
 def _fill(file: Any, view: memoryview) -> None:
@@ -391,7 +396,9 @@ def _npy_header(
         )
     shape = tuple(int(n) for n in re.findall(r"\d+", fields["shape"]))
     if len(shape) > torch_files.MAX_DIMS:
-        raise Refused(f"an array has {len(shape)} axes")
+        raise Refused(
+            f"an array has {len(shape)} axes, expected at most {torch_files.MAX_DIMS}"
+        )
     return shape, dtype, fields["fortran_order"] == "True", start + size
 
 
@@ -404,7 +411,10 @@ def _parse_torch_zip(zipped: _Zip, folder: str) -> Arrays:
         raise Refused("it was not saved on a little-endian machine; re-save it")
     described = zipped.members[folder + "data.pkl"]
     if described.file_size > torch_files.MAX_PICKLE:
-        raise Refused(f"its data.pkl has {described.file_size} bytes")
+        raise Refused(
+            f"its data.pkl has {described.file_size} bytes, expected at most"
+            f" {torch_files.MAX_PICKLE}"
+        )
     pickled = torch_files.unpickle(
         io.BytesIO(zipped.head(described, torch_files.MAX_PICKLE))
     )
@@ -468,7 +478,10 @@ def _torch_arrays(
         raise Refused(f"it has {len(tensors)} tensors, expected at most {MAX_ARRAYS}")
     covered = sum(t.span * t.storage.dtype.itemsize for t in tensors.values())
     if covered > max(MAX_GROWTH * size, MAX_SMALL):
-        raise Refused(f"its tensors share their bytes {covered // size} times over")
+        raise Refused(
+            f"its tensors share their bytes {covered // size} times over, expected at"
+            f" most {MAX_GROWTH}; re-save it after .contiguous()"
+        )
     readers = {t.storage: reader(t.storage) for t in tensors.values()}
 
     def lazy(tensor: torch_files.Tensor) -> Lazy:
