@@ -92,16 +92,15 @@ def parse_flags(argv: list[str]) -> list[str]:
                 " ConfigDict"
             )
         return rest
-    except flags.Error as error:
-        if "--traceback" in argv:
-            raise
-        fail(error)
     except Exception as error:  # a config file is a program: it raises what it likes
         if "--traceback" in argv:
             raise
         text = str(error.args[0] if error.args else error) or type(error).__name__
-        text = " ".join(text.split())
-        fail(f"cannot read --config: {text}")
+        if "Traceback" in text:  # of the config file, within the message: its last line
+            text = text.strip().splitlines()[-1]
+        elif isinstance(error, flags.Error):
+            fail(text)
+        fail(f"cannot read --config: {' '.join(text.split())}")
 
 
 def fail(error: Any) -> NoReturn:
