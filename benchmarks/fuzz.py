@@ -142,8 +142,9 @@ def main():
             args.json.parent.mkdir(parents=True, exist_ok=True)
             order = [rows[name] for name in fuzzing.READERS if name in rows]
             content = {
-                "command": "python benchmarks/fuzz.py --cases 10000 --json"
-                " docs/reliability/fuzz.json",
+                # Rows may be of several runs; each has the whole of its own.
+                "command": "python benchmarks/fuzz.py --readers READER --cases CASES"
+                " --seed SEED",
                 "rows": order,
             }
             args.json.write_text(json.dumps(content, indent=2) + "\n")

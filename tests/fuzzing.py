@@ -399,7 +399,8 @@ def _prompt_file(
     if number is not None:
         name, value = number
         if arrays[name].size and arrays[name].dtype.kind == "f":
-            arrays[name].flat[0] = value
+            with np.errstate(over="ignore"):  # in half precision
+                arrays[name].flat[0] = value
     own = prompt_header() | header
     own = {k: v for k, v in own.items() if k not in replaced}
     text = json.dumps(own) if raw is None else raw
@@ -427,7 +428,7 @@ PROMPT_FILES = damage(
             max_size=1,
         ),
         st.none()
-        | st.sampled_from(["", "[]", "null", "7", "{", "[" * 100_000, "none", '"x"']),
+        | st.sampled_from(["", "[]", "null", "7", "{", "[" * 9000, "none", '"x"']),
     )
 )
 

@@ -140,7 +140,7 @@ def test_pictures_wait_for_room():
 def test_bands_are_the_whole_picture(monkeypatch):
     """Conversion band by band gives every pixel that conversion at once gives."""
     for (format, mode), data in SOUND.items():
-        if format == "EPS" or (format, mode) == ("TIFF", "F"):  # out of range
+        if format == "EPS" or mode == "F":  # the latter is out of range
             continue
         monkeypatch.setattr(pictures, "_BAND", 1 << 20)
         with pictures.quiet():

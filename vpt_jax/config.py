@@ -256,7 +256,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
     return build(Config, built, "config.")
 
 
-def build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def build(kind: Any, values: Any, prefix: str) -> Any:
     """Checks flat values and makes the dataclass `kind` of them; errors as `parse`."""
     if not isinstance(values, Mapping):
         raise ValueError(
