@@ -533,7 +533,11 @@ def test_idx_round_trip(tmp_path):
         ({"magic": b"\x89PNG"}, 2, "start with '89504e47.*magic number '00000802'"),
         ({"magic": b"\0\0\x0d\x02"}, 2, "idx type 0x0d; expected 0x08"),
         ({}, 1, "got 2 axes; expected 1.*exchanged"),
-        ({"tail": b"x"}, 2, r"got 13 bytes of data; expected 12 for shape \[3, 4\]"),
+        (
+            {"tail": b"x"},
+            2,
+            r"got more than 12 bytes of data; expected 12 for shape \[3, 4\]",
+        ),
         ({}, 9, "got 24 bytes.*9 sizes"),
     ],
 )

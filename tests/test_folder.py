@@ -316,7 +316,7 @@ def test_a_second_start_reads_no_picture(tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr(pictures, "read_bytes", refuse)
+    monkeypatch.setattr(folder, "opened", refuse)
     monkeypatch.setattr(pictures, "decode", refuse)
     said = []
     loaded = folder.load(str(tmp_path / "a"), SIDE, report=said.append)

@@ -26,11 +26,14 @@ from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
 from vpt_jax.naming import named_leaves, read_names
 from vpt_jax.prompts import Head, Prompts, counts
-from vpt_jax.readers import open_arrays, read_arrays
+from vpt_jax.readers import CheckpointError, open_arrays, read_arrays
 from vpt_jax.remote import local_path
 
 DEMO_BACKBONE = Path(__file__).parent / "assets" / "demo_vit.safetensors"
 FORMAT_VERSION = 1
+_LISTS = {"counts": int, "class_names": str}  # in the header of prompts
+_WORDS = ("backbone", "backbone_hash")
+_AGAIN = "it is damaged or was written by something else: fetch it again"
 
 
 class PromptFile(NamedTuple):
@@ -157,8 +160,14 @@ def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
     if known := known_backbone(path):
         return known.card()
     with open_arrays(local_path(path)) as file:
-        card = json.loads(file.metadata.get("model_card", "{}"))
-    return card if isinstance(card, dict) else {}
+        card = _described(path, "model_card", file.metadata.get("model_card", "{}"))
+    for name in ("normalisation", "readout", "norm", "resize"):
+        if not isinstance(card.get(name, ""), str):
+            raise CheckpointError(
+                f"{path} has {name} {ascii(card[name])[:200]} in its model card;"
+                f" expected a word; {_AGAIN}."
+            )
+    return card
 
 
 def save_backbone(path: str | os.PathLike, backbone: Any, card: dict[str, Any]) -> None:
@@ -230,42 +239,100 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
       Prompts, head (JAX arrays, float32) and the header.
 
     Raises:
-      ValueError: If the file is damaged, of another kind or version, or belongs to
-        another backbone (both hashes are shown).
+      CheckpointError: If the file is damaged, of another kind or version, has values
+        that are not finite, or belongs to another backbone (both hashes are shown).
     """
     arrays, metadata = read_arrays(path)
     if "vpt_jax" not in metadata:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} is a safetensors file without a vpt_jax header; expected a file"
             " written by vpt_jax.save_prompts."
         )
-    header = json.loads(metadata["vpt_jax"])
-    if header["version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {header['version']} but this vpt_jax reads"
-            f" version {FORMAT_VERSION}; install the version that wrote it."
+    header = _described(path, "vpt_jax", metadata["vpt_jax"])
+    if header.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {ascii(header.get('version'))[:40]} but this"
+            f" vpt_jax reads version {FORMAT_VERSION}, as is expected; install the"
+            " version that wrote it."
         )
+    _check_prompt_arrays(path, arrays, header)
     depth = len(header["counts"])
-    names = [f"prompts/{i:02d}" for i in range(depth)] + ["head/bias", "head/kernel"]
-    if sorted(arrays) != sorted(names):
-        raise ValueError(f"{path} holds {sorted(arrays)}; its header says {names}.")
-    prompts = tuple(jnp.asarray(arrays[n]) for n in names[:depth])
-    if counts(prompts) != tuple(header["counts"]):
-        raise ValueError(
-            f"{path} holds prompts with counts {counts(prompts)}; its header says"
-            f" {tuple(header['counts'])}."
-        )
+    prompts = tuple(jnp.asarray(arrays[f"prompts/{i:02d}"]) for i in range(depth))
     if backbone is not None:
         got = backbone if isinstance(backbone, str) else backbone_hash(backbone)
         if got != header["backbone_hash"]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{path} belongs to another backbone: its prompts were trained on"
-                f" {header['backbone']!r} with hash {header['backbone_hash']}, but the"
+                f" {header['backbone'][:200]!a} with hash"
+                f" {header['backbone_hash'][:64]!a}, but the"
                 f" backbone given has hash {got}. Load the weights they were trained"
                 " on."
             )
     head = {n: jnp.asarray(arrays[f"head/{n}"]) for n in ("kernel", "bias")}
     return PromptFile(prompts, head, header)
+
+
+def _described(path: str | os.PathLike, name: str, text: str) -> dict[str, Any]:
+    """The JSON object that a file has in its header under a name."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a header {name!r} that is no JSON ({error}); {_AGAIN}."
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path} has {ascii(found)[:200]} as its header {name!r}; expected an"
+            f" object of JSON; {_AGAIN}."
+        )
+    return found
+
+
+def _check_prompt_arrays(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], header: dict[str, Any]
+) -> None:
+    """Raises unless the arrays are those that the header describes, and finite."""
+    wrong = [n for n in _WORDS if not isinstance(header.get(n), str)]
+    for name, kind in _LISTS.items():
+        values = header.get(name)
+        if not isinstance(values, list) or not all(type(x) is kind for x in values):
+            wrong.append(name)
+    if wrong:
+        raise CheckpointError(
+            f"{path} has {wrong[0]} {ascii(header.get(wrong[0]))[:200]} in its header;"
+            " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
+            f" class names); {_AGAIN}."
+        )
+    names = [f"prompts/{i:02d}" for i in range(len(header["counts"]))]
+    names += ["head/bias", "head/kernel"]
+    if sorted(arrays) != sorted(names):
+        raise CheckpointError(
+            f"{path} holds {ascii(sorted(arrays))[:500]}; expected"
+            f" {ascii(names)[:500]}, as its header says; {_AGAIN}."
+        )
+    classes = len(header["class_names"])
+    for name, n in zip(names, [*header["counts"], None, None], strict=True):
+        array = arrays[name]
+        shape = {"head/bias": "[classes]", "head/kernel": "[d, classes]"}.get(
+            name, "[count, d]"
+        )
+        good = array.ndim == (1 if name == "head/bias" else 2)
+        if n is None:
+            good = good and array.shape[-1] == classes
+        else:
+            good = good and array.shape[0] == n
+        if not good or array.dtype != np.float32:
+            raise CheckpointError(
+                f"{path} has {name} {array.dtype} {list(array.shape)}; expected float32"
+                f" {shape} with {classes if n is None else n} of them, as its header"
+                f" says; {_AGAIN}."
+            )
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{path} has values in {name} that are infinite or NaN, expected"
+                " numbers: the training that made it diverged, or it was damaged;"
+                " train again, or fetch it again."
+            )
 
 
 def _write_safetensors(

@@ -63,30 +63,25 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
             main(CONFIG.value, workdir, command)
         except preemption.Preempted:
             print("\nSIGTERM; the same command continues here", file=sys.stderr)
-            sys.exit(preemption.EXIT_CODE)
+            leave(preemption.EXIT_CODE)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues here", file=sys.stderr)
             leave(130)
         except Exception as error:
-            ours = isinstance(error, ValueError | FloatingPointError)
-            if not several():
-                if TRACEBACK.value or not ours:
+            lost = several() and lost_another(error)
+            ours = isinstance(error, ValueError | FloatingPointError | OSError)
+            if TRACEBACK.value or not (ours or lost):
+                if not several():
                     raise
-                fail(error)
-            if TRACEBACK.value or not (ours or lost_another(error)):
                 traceback.print_exc()
                 leave(1)
-            if lost_another(error):
+            if lost:
                 fail(
                     "another process of this job was lost; start all of them again,"
                     f" and they continue here ({' '.join(str(error).split())[:200]})",
                     code=1,
                 )
-            fail(error)
-        except OSError as error:
-            if TRACEBACK.value:
-                raise
-            fail(durable.explain(error))
+            fail(durable.explain(error) if isinstance(error, OSError) else error)
 
     flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)
@@ -157,10 +152,11 @@ def keep_compiled() -> None:
     """
     import jax  # after the flags are read: --help need not wait for it
 
+    root = Path(os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax").expanduser()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        root = os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax"
-        path = Path(root).expanduser() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    # Its list of fonts too: nothing is written outside of the workdir and this cache.
+    os.environ.setdefault("MPLCONFIGDIR", str(root / "matplotlib"))
     # JAX keeps what took a second; small programs are many.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -194,17 +190,31 @@ def without_place(command: str) -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses as absl does, but a config key or value that is wrong is one line."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        rest = flags.FLAGS(argv)
+        if not isinstance(CONFIG.value, ConfigDict):
+            # A file that could not be loaded says so when it is looked at.
+            getattr(CONFIG.value, "seeds", None)
+            raise TypeError(
+                f"got {type(CONFIG.value).__name__} from its get_config; expected a"
+                " ConfigDict"
+            )
+        return rest
+    except Exception as error:  # a config file is a program: it raises what it likes
         if "--traceback" in argv:
             raise
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        fail(f"cannot read --config: {text}")
+        text = str(error.args[0] if error.args else error) or type(error).__name__
+        if "Traceback" in text:  # of the config file, within the message: its last line
+            text = text.strip().splitlines()[-1]
+        elif isinstance(error, flags.Error):
+            fail(text)
+        fail(f"cannot read --config: {' '.join(text.split())}")
 
 
 def fail(error: Any, code: int = 2) -> NoReturn:
     """Prints one line and exits with 2, as command lines do for bad input."""
-    print(f"error: {error} (--traceback shows where)", file=sys.stderr)
+    # One line, whatever names of files or values are in it.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"error: {line} (--traceback shows where)", file=sys.stderr)
     leave(code)
 
 

@@ -7,6 +7,7 @@ file is written. Past this door nothing sees a `ConfigDict`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,15 +23,45 @@ from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
+MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
+MAX_SIDE = 4096  # px; larger pictures only fill memory
+MAX_SEED = 2**32 - 1  # NumPy's and JAX's generators take these
+_LONGEST = 200  # characters of a wrong value that a message shows
 BASELINES = ("linear", "random", "scratch")
 DIVERGED = ("error", "last_finite")
 
 
 def positive(**values: int | float) -> None:
-    """Raises ValueError unless every value is above 0."""
+    """Raises ValueError unless every value is above 0 and finite."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be greater than 0.")
+        if not 0 < value < math.inf:
+            finite = " and finite" if value > 0 else ""
+            raise ValueError(
+                f"{name} is {shown(value)}; it must be greater than 0{finite}."
+            )
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one line, and not all of a long one."""
+    try:
+        text = ascii(value)
+    except ValueError:  # integers of thousands of digits have no text
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def check_prompts(num: int | tuple[int, ...]) -> None:
+    """Raises ValueError unless there is a prompt, and not more than fit in memory."""
+    each = (num,) if isinstance(num, int) else num
+    if sum(each) < 1:
+        raise ValueError(
+            f"prompts.num_prompts is {shown(num)}; at least one is needed."
+        )
+    if min(each) < 0 or max(each) > MAX_PROMPTS:
+        raise ValueError(
+            f"prompts.num_prompts is {shown(num)}; each must be from 0 to"
+            f" {MAX_PROMPTS:,}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +118,11 @@ class BackboneConfig:
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)
         check_choice("backbone.normalisation", self.normalisation, known)
+        if not 0 <= self.image_size <= MAX_SIDE:
+            raise ValueError(
+                f"backbone.image_size is {shown(self.image_size)}; it must be from 0"
+                f" (the file's own) to {MAX_SIDE:,} px."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +147,7 @@ class PromptConfig:
             raise ValueError(
                 "prompts.dropout_shared is set with prompts.dropout 0; leave it out."
             )
-        num = self.num_prompts
-        total = num if isinstance(num, int) else sum(num)
-        if total < 1:
-            raise ValueError(f"prompts.num_prompts is {num}; at least one is needed.")
+        check_prompts(self.num_prompts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,11 +169,14 @@ class TrainConfig:
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs} of {self.epochs} epochs; it"
+                f"warmup_epochs is {shown(self.warmup_epochs)} of"
+                f" {shown(self.epochs)} epochs; it"
                 " must be at least 0 and less than epochs."
             )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be >= 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}; it must be >= 0 and finite."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +239,13 @@ class Config:
         )
         check_choice("diverged", self.diverged, DIVERGED)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}; pass at least one, no repeats.")
+            raise ValueError(
+                f"seeds is {shown(self.seeds)}; pass at least one, no repeats."
+            )
+        if not 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED:
+            raise ValueError(
+                f"seeds is {shown(self.seeds)}; each must be from 0 to {MAX_SEED}."
+            )
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
 
@@ -227,15 +269,21 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
     for name, value in plain.items():
         group = GROUPS.get(name)
         if group is not None and not isinstance(value, Mapping):
-            raise ValueError(f"config.{name} is {value!r}; expected a group of keys.")
+            raise ValueError(
+                f"config.{_key(name)} is {shown(value)}; expected a group of keys."
+            )
         built[name] = build(group, value, f"config.{name}.") if group else value
     return build(Config, built, "config.")
 
 
-def build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def build(kind: Any, values: Any, prefix: str) -> Any:
     """Checks flat values and makes the dataclass `kind` of them; errors as `parse`."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{prefix.rstrip('.')} is {shown(values)}; expected a group of keys."
+        )
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(_key(name) for name in values if name not in fields)
     if unknown:
         raise ValueError(
             f"unknown config key {prefix}{unknown[0]}; known keys there:"
@@ -259,8 +307,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     """Lists become tuples and ints floats; any other mismatch is an error."""
     if isinstance(value, list):
         value = tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if kind is float and _is(value, int):
+        value = _as_float(value)
+    if str(kind) == "tuple[float, ...]" and _all(value, (int, float)):
+        value = tuple(_as_float(v) for v in value)
     expected = {
         "tuple[int, ...]": lambda v: _all(v, int),
         "tuple[float, ...]": lambda v: _all(v, (int, float)),
@@ -268,9 +318,21 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         "int | tuple[int, ...]": lambda v: _is(v, int) or _all(v, int),
     }.get(str(kind), lambda v: _is(v, kind))
     if not expected(value):
-        shown = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise ValueError(f"{name} is {value!r}; expected {shown}.")
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{name} is {shown(value)}; expected {wanted}.")
     return value
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # the range of the key will say the rest
+        return math.inf if value > 0 else -math.inf
+
+
+def _key(name: Any) -> str:
+    """A key as a message shows it."""
+    return name if isinstance(name, str) and name.isidentifier() else shown(name)
 
 
 def _is(value: Any, kind: Any) -> bool:

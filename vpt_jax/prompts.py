@@ -233,6 +233,8 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raises ValueError unless `value` is one of `known`."""
     if value not in known:
+        got = ascii(value)  # one line, whatever it is
+        got = got if len(got) <= 200 else f"{got[:200]}..."
         raise ValueError(
-            f"unknown {name} {value!r}; choose one of {', '.join(map(repr, known))}."
+            f"unknown {name} {got}; choose one of {', '.join(map(repr, known))}."
         )

@@ -19,75 +19,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vpt_jax import config as configs
+from vpt_jax.benchmark_config import BenchmarkConfig, OwnConfig, check_groups
 from vpt_jax.data.vtab import BENCHMARKS
-from vpt_jax.prompts import check_choice
 
-MODES = ("sweep", "published")
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
 GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
 Results = Mapping[str, Mapping[str, Any]]  # name of a finished job to its result
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """Which rates and decays are tried, and what follows.
-
-    `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
-    layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
-    rate of the task. `final_splits` is what the last runs train and report on.
-    `trials_together` trials of one shape are trained in one program: memory as for so
-    many times the batch; the results are the same up to rounding.
-    """
-
-    name: str
-    mode: str
-    rates: tuple[float, ...]
-    decays: tuple[float, ...]
-    num_prompts: tuple[int, ...] = ()
-    finetune_rate: float = 0.1
-    final_splits: str = "final"
-    trials_together: int = 1
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, MODES)
-        check_choice("final_splits", self.final_splits, ("final", "all"))
-        configs.positive(
-            finetune_rate=self.finetune_rate, trials_together=self.trials_together
-        )
-        if self.mode == "published" and self.trials_together > 1:
-            raise ValueError(
-                f"trials_together is {self.trials_together} in mode 'published', which"
-                " has no trials; leave it out."
-            )
-        for rate in self.rates:
-            configs.positive(rates=rate)
-        if self.mode == "published" and self.num_prompts:
-            raise ValueError(
-                f"num_prompts is {self.num_prompts} in mode 'published', which tries"
-                " none; set prompts.num_prompts, or mode 'sweep'."
-            )
-        if self.mode == "sweep" and not (self.rates and self.decays):
-            raise ValueError("rates or decays are empty; mode 'sweep' needs both.")
-        for name in ("rates", "decays", "num_prompts"):
-            values = getattr(self, name)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{name} is {values}; a value is there twice.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnConfig:
-    """What a task has of its own: prompts per layer, rate and decay, and their source.
-
-    `how` is `published` where rate and decay were, else `default`.
-    """
-
-    num_prompts: int | tuple[int, ...]
-    base_lr: float
-    weight_decay: float
-    how: str = "default"
-
-    def __post_init__(self) -> None:
-        check_choice("how", self.how, ("published", "default"))
 
 
 class Benchmark(NamedTuple):
@@ -126,12 +63,13 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
       ValueError: If a key is wrong, of the benchmark or of any task's runs.
     """
     plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    if "benchmark" not in plain:
+        raise ValueError("config key config.benchmark is missing; set it.")
     settings = configs.build(
         BenchmarkConfig, plain.pop("benchmark"), "config.benchmark."
     )
     tasks = plain.pop("tasks", {})
-    if not tasks:
-        raise ValueError("config.tasks is empty; name at least one task.")
+    check_groups(plain, tasks)
     # A ConfigDict sorts by name.
     order = [name for name in BENCHMARKS if name in tasks]
     order += [name for name in tasks if name not in BENCHMARKS]
@@ -147,7 +85,8 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     seeds = tuple(plain.get("seeds", ()))
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(
-            f"config.seeds is {seeds}; pass at least one seed, no repeats."
+            f"config.seeds is {configs.shown(seeds)}; pass at least one seed, no"
+            " repeats."
         )
     bench = Benchmark(settings, own, seeds, plain, {})
     for task in own:
@@ -194,7 +133,7 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
             "num_prompts": count,
             "base_lr": rate,
             "weight_decay": decay,
-            "batch_size": size or batch_size(count),
+            "batch_size": batch_size(count) if size is None else size,
         }
         for count, rate, decay in itertools.product(
             sorted(counts) if settings.num_prompts else counts, rates, decays

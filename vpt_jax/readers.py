@@ -12,6 +12,7 @@ believed, and whatever goes wrong is a `CheckpointError` that names the file.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -44,6 +45,7 @@ _UNSAFE_NAME = re.compile(r"^[/~]|^[A-Za-z]:|\\|(^|/)(\.{0,2})(/|$)|[\x00-\x1f\x
 _NPY_PAIR = r"'(?:descr|fortran_order|shape)':\s*(?:'[^']*'|True|False|\([0-9L, ]*\))"
 _NPY_DICT = re.compile(rf"\{{\s*{_NPY_PAIR},\s*{_NPY_PAIR},\s*{_NPY_PAIR},?\s*\}}\s*")
 _NPY_DTYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248])")
+_NPY_TEXT = re.compile(r"[<>]U[1-9]\d{0,3}")
 _SAFETENSORS = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -87,13 +89,14 @@ class Arrays(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_arrays(path: str | os.PathLike) -> Iterator[Arrays]:
+def open_arrays(path: str | os.PathLike, *, text: bool = False) -> Iterator[Arrays]:
     """Lists the arrays of a file; they can be loaded while the context is open.
 
     Args:
       path: A local `.npz` (not pickled; arrays of type `V2` are bfloat16, as JAX users
         store it), `.safetensors`, or PyTorch file, of whatever name. Of a PyTorch file
         it lists the state dict, see `torch_files.state_dict`.
+      text: Take arrays of text in an `.npz`, such as names of classes.
 
     Yields:
       The arrays by name, and the metadata. One thread at a time may load.
@@ -106,11 +109,11 @@ def open_arrays(path: str | os.PathLike) -> Iterator[Arrays]:
     with contextlib.ExitStack() as stack:
         with _explained(path, "a file of weights"):
             file = stack.enter_context(_open(path))
-            kind, parse = _kind(file)
+            kind, parse = _kind(file, text)
         with _explained(path, kind):
             arrays, metadata = parse(file)
             if not arrays:
-                raise Refused("it holds no arrays")
+                raise Refused("it holds no arrays, expected at least one")
             for name in arrays:
                 _check_name(name)
         yield Arrays(
@@ -160,6 +163,8 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
             reason = f"{type(error).__name__} {reason}".rstrip()
         if not isinstance(error, Refused | OSError | MemoryError):
             reason += "; it is damaged or incomplete, download it again"
+        elif isinstance(error, OSError):
+            reason += "; expected a file that you may read, check its permissions"
         raise CheckpointError(f"{path} cannot be read as {kind}: {reason}.") from error
 
 
@@ -184,12 +189,12 @@ def _open(path: Path) -> _File:
     return _File(io.FileIO(path))
 
 
-def _kind(file: _File) -> tuple[str, Callable[[_File], Any]]:
+def _kind(file: _File, text: bool) -> tuple[str, Callable[[_File], Any]]:
     """The format's name for messages, and its parser."""
     head = file.read(512)
     file.seek(0)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return ".npz or PyTorch's zip", _parse_zip
+        return ".npz or PyTorch's zip", functools.partial(_parse_zip, text=text)
     if head[8:9] == b"{":
         return ".safetensors", _parse_safetensors
     if head[:1] == b"\x80" and torch_files.LEGACY_MAGIC in head[:32]:
@@ -221,7 +226,10 @@ def _looks_like(head: bytes) -> str:
 def _check_name(name: str) -> None:
     """Names are never used as paths here, but nobody else should have to know."""
     if _UNSAFE_NAME.search(name):
-        raise Refused(f"it has the unsafe name {ascii(name)[:80]}")
+        raise Refused(
+            f"it has the unsafe name {ascii(name)[:80]}, expected one like a/b; save it"
+            " again with other names"
+        )
 
 
 def _fill(file: Any, view: memoryview) -> None:
@@ -322,7 +330,7 @@ class _Zip:
                     _fill(member, part)
 
 
-def _parse_zip(file: _File) -> Arrays:
+def _parse_zip(file: _File, text: bool) -> Arrays:
     zipped = _Zip(file)
     described = [n for n in zipped.members if re.fullmatch(r"[^/]*/data\.pkl", n)]
     if described:
@@ -334,12 +342,12 @@ def _parse_zip(file: _File) -> Arrays:
                 f"its member {name!r} is no .npy array, so it is no .npz file;"
                 f" {_EXPECTED}"
             )
-        arrays[name.removesuffix(".npy")] = _npy(zipped, info)
+        arrays[name.removesuffix(".npy")] = _npy(zipped, info, text)
     return Arrays(arrays, {})
 
 
-def _npy(zipped: _Zip, info: zipfile.ZipInfo) -> Lazy:
-    shape, dtype, fortran, skip = _npy_header(zipped.head(info, _NPY_HEADER))
+def _npy(zipped: _Zip, info: zipfile.ZipInfo, text: bool) -> Lazy:
+    shape, dtype, fortran, skip = _npy_header(zipped.head(info, _NPY_HEADER), text)
     count = math.prod(shape)
     if skip + count * dtype.itemsize != info.file_size:
         raise ValueError(
@@ -356,7 +364,9 @@ def _npy(zipped: _Zip, info: zipfile.ZipInfo) -> Lazy:
     return Lazy(shape, dtype.newbyteorder("="), load)
 
 
-def _npy_header(head: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def _npy_header(
+    head: bytes, strings: bool
+) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Shape, dtype, whether in Fortran's order, and where the values begin.
 
     NumPy's own reader evaluates the header as Python and may warn; this one matches
@@ -376,7 +386,7 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     code = fields["descr"].strip("'")
     if code in ("|V2", "<V2"):
         dtype = np.dtype(jnp.bfloat16)
-    elif _NPY_DTYPE.fullmatch(code):
+    elif _NPY_DTYPE.fullmatch(code) or (strings and _NPY_TEXT.fullmatch(code)):
         dtype = np.dtype(code)
     else:
         why = "Python objects (pickle), never loaded" if "O" in code else "unsupported"
@@ -386,7 +396,9 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], np.dtype, bool, int]:
         )
     shape = tuple(int(n) for n in re.findall(r"\d+", fields["shape"]))
     if len(shape) > torch_files.MAX_DIMS:
-        raise Refused(f"an array has {len(shape)} axes")
+        raise Refused(
+            f"an array has {len(shape)} axes, expected at most {torch_files.MAX_DIMS}"
+        )
     return shape, dtype, fields["fortran_order"] == "True", start + size
 
 
@@ -399,7 +411,10 @@ def _parse_torch_zip(zipped: _Zip, folder: str) -> Arrays:
         raise Refused("it was not saved on a little-endian machine; re-save it")
     described = zipped.members[folder + "data.pkl"]
     if described.file_size > torch_files.MAX_PICKLE:
-        raise Refused(f"its data.pkl has {described.file_size} bytes")
+        raise Refused(
+            f"its data.pkl has {described.file_size} bytes, expected at most"
+            f" {torch_files.MAX_PICKLE}"
+        )
     pickled = torch_files.unpickle(
         io.BytesIO(zipped.head(described, torch_files.MAX_PICKLE))
     )
@@ -463,7 +478,10 @@ def _torch_arrays(
         raise Refused(f"it has {len(tensors)} tensors, expected at most {MAX_ARRAYS}")
     covered = sum(t.span * t.storage.dtype.itemsize for t in tensors.values())
     if covered > max(MAX_GROWTH * size, MAX_SMALL):
-        raise Refused(f"its tensors share their bytes {covered // size} times over")
+        raise Refused(
+            f"its tensors share their bytes {covered // size} times over, expected at"
+            f" most {MAX_GROWTH}; re-save it after .contiguous()"
+        )
     readers = {t.storage: reader(t.storage) for t in tensors.values()}
 
     def lazy(tensor: torch_files.Tensor) -> Lazy:
@@ -540,7 +558,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _naturals(values: list[Any]) -> tuple[int, ...]:
-    if not all(type(v) is int and 0 <= v < 2**62 for v in values):
+def _naturals(values: Any) -> tuple[int, ...]:
+    if type(values) is not list or not all(
+        type(v) is int and 0 <= v < 2**62 for v in values
+    ):
         raise ValueError("a shape or an offset in its header is no natural number")
     return tuple(values)

@@ -49,7 +49,13 @@ def local_path(path: str | os.PathLike) -> Path:
     path = os.fspath(path)
     match = _URL.fullmatch(path)
     if match is None:
-        return Path(path).expanduser()
+        try:
+            return Path(path).expanduser()
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"got {path}, whose user has no home; expected the path of a file"
+                f" ({error})."
+            ) from error
     scheme, rest = match["scheme"].lower(), match["rest"]
     if scheme == "file":
         return Path(f"/{urllib.parse.unquote(rest)}")

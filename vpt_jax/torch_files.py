@@ -189,7 +189,9 @@ def unpickle(stream: io.BytesIO) -> Pickled:
             # Attributes of an OrderedDict (`_metadata`) or of what is not rebuilt.
             stack.pop()
             if not isinstance(stack[-1], dict | _Inert):
-                raise Refused(f"its pickle sets attributes of {_kind(stack[-1])}")
+                raise Refused(
+                    f"its pickle sets attributes of {_kind(stack[-1])}. {_RESAVE}"
+                )
         elif name == "INST":
             _known(arg.replace(" ", ".", 1))
             raise Refused(f"its pickle makes objects (INST). {_RESAVE}")

@@ -9,8 +9,8 @@ Class folders, any of these (`valid` and `validation` are names of `val` too):
 
 Lists, as other PETL code uses them: `train800.txt`, `val200.txt` (or
 `train800val200.txt`) and `test.txt`, or `train.txt`, `val.txt`, `test.txt`, with a line
-`path label` for every picture. Paths are relative to DIR or to DIR/images; labels count
-from 0; `classes.txt` may hold their names, one per line.
+`path label` for every picture. Paths are relative to DIR or to DIR/images, and lead not
+out of DIR; labels count from 0; `classes.txt` may hold their names, one per line.
 
 An npz: `train_images`, `train_labels`, `val_images`, ..., or `images` and `labels`:
 uint8 `[n, h, w]` or `[n, h, w, 3]`, integers `[n]` or `[n, 1]`; `class_names` may hold
@@ -22,7 +22,6 @@ are decoded once, see `cache.py`; what was left out, and what looks wrong, is re
 
 import collections
 import hashlib
-import itertools
 import os
 import time
 import unicodedata
@@ -34,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 
-from vpt_jax.data import cache, pictures
+from vpt_jax.data import cache, npz, pictures
+from vpt_jax.data.bounds import MAX_TEXT, opened, printable
 from vpt_jax.prompts import check_choice
 
 SPLITS = ("train", "val", "test")
@@ -53,6 +53,7 @@ _LAYOUTS = (
     "expected DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt or "
     "DIR/train.txt), or an .npz file"
 )
+_DIGITS = 20  # of a label; a longer one is a mistake
 _BATCH = 256  # pictures in memory while reading
 
 
@@ -251,11 +252,22 @@ def find(data_dir: str) -> Found:
             "got no folder of pictures; expected one; pass it with "
             "--config=configs/folder.py:DIR (or --config.task.data_dir=DIR)."
         )
-    root = Path(data_dir).expanduser()
-    if root.is_file():
+    try:
+        root = Path(data_dir).expanduser()
+        is_file, is_folder = root.is_file(), root.is_dir()
+    # No home of such a user; a name that is too long, or in a folder that is closed.
+    except (RuntimeError, OSError) as e:
+        raise ValueError(
+            f"{printable(data_dir)[:500]}: cannot be looked at ({e}); {_LAYOUTS}; "
+            "check the path."
+        ) from e
+    if is_file:
         return _find_npz(root)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such file or folder; {_LAYOUTS}; check the path.")
+    if not is_folder:
+        raise ValueError(
+            f"{printable(str(root))}: no such file or folder; {_LAYOUTS}; check the "
+            "path."
+        )
     if any((root / name).is_file() for name in _LISTS["train"]):
         return _find_lists(root)
     return _find_folders(root)
@@ -313,7 +325,7 @@ def _find_folders(root: Path) -> Found:
     if have:
         for entry in _entries(root):
             if entry.path not in {os.fspath(where[split]) for split in have}:
-                ignored["outside of the splits"].append(entry.name)
+                ignored["outside of the splits"].append(_name(entry.path, root))
     else:
         have, where["train"] = ["train"], root
     groups = {split: _classes(root, where[split], ignored) for split in have}
@@ -332,14 +344,14 @@ def _find_folders(root: Path) -> Found:
     for split, pairs in chosen.items():
         source = groups[split if split in have else "train"]
         splits[split] = [
-            Example(os.path.relpath(source[c][p], root), source[c][p], label[c])
-            for c, p in pairs
+            Example(_name(source[c][p], root), source[c][p], label[c]) for c, p in pairs
         ]
     notes = [
         f"not taken, {why}: {len(found):,} ({_shown(sorted(found))})"
         for why, found in sorted(ignored.items())
     ]
-    return _found_files(root, names, splits, "crop", True, notes)
+    shown = tuple(map(printable, names))
+    return _found_files(root, shown, splits, "crop", True, notes)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -359,7 +371,7 @@ def _classes(
     """Class name to picture name to path, of `folder/<class>/<picture>`."""
     found: dict[str, dict[str, str]] = {}
     for entry in _entries(folder):
-        name = os.path.relpath(entry.path, root)
+        name = _name(entry.path, root)
         if entry.name.startswith("."):
             ignored["hidden"].append(name)
         elif not os.path.isdir(entry.path):
@@ -374,17 +386,23 @@ def _classes(
 def _members(root: Path, folder: Path, ignored: dict[str, list[str]]) -> dict[str, str]:
     found = {}
     for entry in _entries(folder):
-        name = os.path.relpath(entry.path, root)
+        name = _name(entry.path, root)
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             ignored["hidden"].append(name)
         elif os.path.isdir(entry.path):
             ignored["a folder in a class folder"].append(name)
         elif extension not in pictures.EXTENSIONS:
-            ignored[f"named {extension or 'without an extension'}"].append(name)
+            kind = printable(extension)[:20] or "without an extension"
+            ignored[f"named {kind}"].append(name)
         else:
             found[entry.name] = entry.path
     return found
+
+
+def _name(path: str, root: Path) -> str:
+    """Where a file lies, for people."""
+    return printable(os.path.relpath(path, root))
 
 
 def _found_files(
@@ -416,8 +434,8 @@ def _digest(data: Any) -> bytes:
 
 
 def _read_file(path: str, side: int, rule: str) -> tuple[bytes, np.ndarray]:
-    data = pictures.read_bytes(path)
-    return _digest(data), pictures.decode(data, side, rule)
+    with opened(path) as data:
+        return _digest(data), pictures.decode(data, side, rule)
 
 
 # --- lists ----------------------------------------------------------------------------
@@ -432,7 +450,7 @@ def _find_lists(root: Path) -> Found:
     top = max(label for pairs in lists.values() for _, label, _ in pairs)
     names = _numbers(root, top)
     if (root / "classes.txt").is_file():
-        names = tuple(_lines(root / "classes.txt"))
+        names = tuple(map(printable, _lines(root / "classes.txt")))
         if len(names) <= top:
             raise ValueError(
                 f"{root / 'classes.txt'}: got {len(names)} names; expected "
@@ -480,10 +498,12 @@ def _cut_examples(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
 def _lines(path: Path) -> list[str]:
     """Lines that are not empty, without surrounding blanks."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        with opened(os.fspath(path), MAX_TEXT) as data:
+            text = data.decode("utf-8-sig")
+    except ValueError as e:
+        why = f"no UTF-8: {e.reason}" if isinstance(e, UnicodeDecodeError) else e
         raise ValueError(
-            f"{path}: cannot be read ({e}); expected a text file in UTF-8; save it "
+            f"{path}: cannot be read ({why}); expected a text file in UTF-8; save it "
             "again."
         ) from e
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -494,15 +514,21 @@ def _read_list(root: Path, path: Path) -> list[tuple[str, int, str]]:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         name, _, label = line.replace("\t", " ").rpartition(" ")
-        if not name.strip() or not label.isdecimal():
+        decimal = label.isdecimal() and len(label) < _DIGITS
+        if not name.strip() or not decimal or "\0" in name:
             raise ValueError(
-                f"{path}: got line {number} {line!r}; expected `path label`, the label "
-                "a number from 0; correct it."
+                f"{path}: got line {number} {line[:200]!r}; expected `path label`, the "
+                "label a number from 0; correct it."
             )
         name = name.strip()
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(
+                f"{path}: got line {number} {line[:200]!r}; expected a path inside of "
+                f"{root}; move the pictures there, or link to them."
+            )
         places = (root / name, root / "images" / name)
         place = next((p for p in places if os.path.lexists(p)), places[0])
-        rows.append((name, int(label), os.fspath(place)))
+        rows.append((printable(name)[:500], int(label), os.fspath(place)))
     if not rows:
         raise ValueError(
             f"{path}: got no lines; expected `path label` in each; remove the file to "
@@ -515,39 +541,17 @@ def _read_list(root: Path, path: Path) -> list[tuple[str, int, str]]:
 
 
 def _find_npz(path: Path) -> Found:
-    try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-            members = {name: arrays[name] for name in arrays.files if _small(name)}
-            have = set(arrays.files)
-    except Exception as e:  # zip, header and pickle errors of many kinds
-        raise ValueError(
-            f"{path}: cannot be read ({e}); {_LAYOUTS}; save it with `np.savez`."
-        ) from e
-    prefixes = {split: f"{split}_" for split in SPLITS if f"{split}_images" in have}
-    prefixes = prefixes or {"train": ""}
-    if "train" not in prefixes or any(
-        prefix + part not in have
-        for prefix in prefixes.values()
-        for part in ("images", "labels")
-    ):
-        raise ValueError(
-            f"{path}: got arrays {sorted(have)}; expected train_images, train_labels, "
-            "and the same for val and test if there are any, or images and labels; "
-            "rename them."
-        )
-    splits = {}
-    for split, prefix in prefixes.items():
-        labels = _npz_labels(path, prefix + "labels", members[prefix + "labels"])
-        name = prefix + "images"
-        splits[split] = [
-            Example(f"{name}[{k}]", (name, k), label)
-            for k, label in enumerate(labels.tolist())
+    images, labels, names = npz.describe(path, SPLITS)
+    splits = {
+        split: [
+            Example(f"{images[split]}[{k}]", (images[split], k), label)
+            for k, label in enumerate(found.tolist())
         ]
-    sizes = {prefix + "images": len(splits[s]) for s, prefix in prefixes.items()}
-    top = max(e.label for e in itertools.chain(*splits.values()))
-    names = _numbers(path, top)
-    if "class_names" in members:
-        names = tuple(map(str, members["class_names"].tolist()))
+        for split, found in labels.items()
+    }
+    top = max(int(found.max()) for found in labels.values())
+    numbers = _numbers(path, top)
+    names = numbers if names is None else tuple(map(printable, names))
     if len(names) <= top:
         raise ValueError(
             f"{path}: got {len(names)} class_names; expected {top + 1}, for labels "
@@ -555,54 +559,14 @@ def _find_npz(path: Path) -> Found:
         )
     splits = _cut_examples(splits)
     key = [os.path.realpath(path), _stamp(path.name, os.fspath(path))]
+    arrays = tuple(images.values())
     return Found(
-        names, splits, lambda: _open_npz(path, sizes), key, "squash", False, []
+        names, splits, lambda: _open_npz(path, arrays), key, "squash", False, []
     )
 
 
-def _small(name: str) -> bool:
-    return name.endswith("labels") or name == "class_names"
-
-
-def _npz_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise ValueError(
-            f"{path}: got {name} {labels.dtype} {list(labels.shape)}; expected "
-            "integers [n] or [n, 1]; one label per picture."
-        )
-    if labels.min() < 0:
-        raise ValueError(
-            f"{path}: got {name} from {labels.min()}; expected labels from 0; count "
-            "them from 0."
-        )
-    return labels
-
-
-def _open_npz(path: Path, sizes: Mapping[str, int]) -> Read:
-    """Reads the arrays; ValueError if they are not as many pictures as labels."""
-    try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as members:
-            arrays = {name: members[name] for name in sizes}
-    except Exception as e:  # zip, checksum and pickle errors of many kinds
-        raise ValueError(
-            f"{path}: cannot be read ({e}); {_LAYOUTS}; save it again."
-        ) from e
-    for name, images in arrays.items():
-        if images.ndim == 4 and images.shape[-1] == 1:
-            arrays[name] = images = images[..., 0]
-        good = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
-        if not good or images.dtype != np.uint8 or 0 in images.shape:
-            raise ValueError(
-                f"{path}: got {name} {images.dtype} {list(images.shape)}; expected "
-                "uint8 [n, h, w] or [n, h, w, 3]; convert them."
-            )
-        if len(images) != sizes[name]:
-            raise ValueError(
-                f"{path}: got {len(images)} {name} and {sizes[name]} labels; expected "
-                "one label per picture; check how they were selected."
-            )
+def _open_npz(path: Path, names: Sequence[str]) -> Read:
+    arrays = npz.load_images(path, names)
 
     def read(source: Any, side: int, rule: str) -> tuple[bytes, np.ndarray]:
         name, number = source

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import io
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vpt_jax.data import bounds
 from vpt_jax.prompts import check_choice
 
 RULES = ("crop", "squash", "half_pixel", "corner")
@@ -39,11 +39,15 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm"
     " .pnm".split()
 )
-MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GB as RGB
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.7 GB as Pillow keeps RGB
 
 # Only what people keep pictures in. Other readers of Pillow's start programs (EPS).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 _LONGEST = 16  # times the short side: resized whole, 3 MB for 224 px
+_ROOM = bounds.Room(MAX_PIXELS)
+_SCANS = 32  # passes over `MAX_PIXELS` that a progressive JPEG may take
+_DEFLATE = 1032
+_BAND = 1 << 20  # pixels converted at a time
 _CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
 
@@ -77,24 +81,10 @@ def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.n
     path = os.fspath(path)
     try:
         with quiet():
-            return decode(read_bytes(path), side, rule)
+            with bounds.opened(path) as data:
+                return decode(data, side, rule)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-
-
-def read_bytes(path: str) -> bytes:
-    """The content of a regular file; ValueError if it cannot be had."""
-    try:
-        # Reading a pipe would wait for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("got something else; expected a regular file; remove it.")
-        with open(path, "rb") as f:
-            return f.read()
-    except OSError as e:
-        raise ValueError(
-            f"cannot be read ({e.strerror}); expected a file that you may read; check "
-            "its permissions, or where the link leads."
-        ) from e
 
 
 def decode(data: bytes, side: int, rule: str) -> np.ndarray:
@@ -106,12 +96,21 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
         raise ValueError("got an empty file; expected a picture; fetch it again.")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            size = picture.width * picture.height
+            if size > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            _check_size(picture, data)
+            _check_scans(picture, data)
             if rule in ("crop", "squash"):
                 _draft(picture, side, rule)
-            picture.load()
-            upright = _upright(picture)
+            with _ROOM.take(picture.width * picture.height):
+                try:
+                    picture.load()
+                    return _finish(picture, side, rule)
+                finally:
+                    picture.close()  # its pixels go, whoever holds the error
+    except _OwnError as e:
+        raise ValueError(str(e)) from e
     except UnidentifiedImageError as e:
         raise ValueError(
             "got no picture that can be read; expected "
@@ -125,11 +124,47 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     except MemoryError:
         raise  # says nothing about the file
     except Exception as e:  # readers of damaged files raise whatever comes up
-        reason = " ".join(str(e).split()) or type(e).__name__
+        reason = bounds.printable(" ".join(str(e).split())[:300]) or type(e).__name__
         raise ValueError(
             f"got a damaged picture ({reason}); expected a whole one; fetch it again."
         ) from e
-    return fit(to_rgb(upright), side, rule)
+
+
+class _OwnError(Exception):
+    """What is wrong with a picture that is whole."""
+
+
+def _finish(picture: Image.Image, side: int, rule: str) -> np.ndarray:
+    _upright(picture)
+    try:
+        return fit(to_rgb(picture), side, rule)
+    except ValueError as e:  # not for damage: that is Pillow's to find
+        raise _OwnError(str(e)) from e
+
+
+def _check_size(picture: Image.Image, data: bytes) -> None:
+    """A PNG cut short is allocated whole before that is found: 0.7 GB of a few bytes.
+
+    Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit.
+    """
+    smallest = picture.width * picture.height // (8 * _DEFLATE)
+    if picture.format == "PNG" and len(data) < smallest:
+        raise _OwnError(
+            f"got a damaged picture ({picture.width} x {picture.height} px in "
+            f"{len(data)} bytes of PNG); expected a whole one; fetch it again."
+        )
+
+
+def _check_scans(picture: Image.Image, data: bytes) -> None:
+    """Every scan of a JPEG goes over all pixels, and takes but a few bytes."""
+    if picture.format != "JPEG":
+        return
+    scans = data.count(b"\xff\xda")
+    if scans * picture.width * picture.height > _SCANS * MAX_PIXELS:
+        raise _OwnError(
+            f"got a JPEG of {picture.width} x {picture.height} px in {scans} scans; "
+            "expected fewer; save it again."
+        )
 
 
 @functools.cache
@@ -155,12 +190,10 @@ def _draft(picture: Image.Image, side: int, rule: str) -> None:
             return
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(picture: Image.Image) -> None:
     """Applies EXIF's orientation; a damaged EXIF block is no reason to refuse."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # whatever the bytes lead to
-        return picture
+    with contextlib.suppress(Exception):  # whatever the bytes lead to
+        ImageOps.exif_transpose(picture, in_place=True)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -170,8 +203,23 @@ def to_rgb(picture: Image.Image) -> Image.Image:
       ValueError: If values are out of the range that the mode is taken to have.
     """
     mode = picture.mode
+    if mode == "RGB" and not picture.has_transparency_data:
+        return picture
     if mode.startswith("I") or mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(picture))).convert("RGB")
+    width, height = picture.size
+    rows = max(1, _BAND // width)
+    if rows >= height:
+        return _band_to_rgb(picture)
+    # Band by band: whole, each step of it would be another copy of a large picture.
+    out = Image.new("RGB", picture.size)
+    for top in range(0, height, rows):
+        band = picture.crop((0, top, width, min(top + rows, height)))
+        out.paste(_band_to_rgb(band), (0, top))
+    return out
+
+
+def _band_to_rgb(picture: Image.Image) -> Image.Image:
     if picture.has_transparency_data:
         over = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -188,7 +236,12 @@ def _to_8_bits(x: np.ndarray) -> np.ndarray:
             f"got {x.dtype.name} values from {low} to {high}; expected 0 to {top}; "
             "scale them, and save as 8 bits."
         )
-    return np.floor(x.astype(np.float64) * (255 / top) + 0.5).astype(np.uint8)
+    out = np.empty(x.shape, np.uint8)
+    rows = max(1, _BAND // x.shape[1])
+    for at in range(0, len(x), rows):
+        band = x[at : at + rows].astype(np.float64)
+        out[at : at + rows] = np.floor(band * (255 / top) + 0.5)
+    return out
 
 
 def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
@@ -314,8 +367,9 @@ def resize_bilinear(
         # Pictures last, so that picking rows and columns copies whole runs. No matrix
         # product: sums in another order on another machine would round differently.
         x = images[start : start + _CHUNK].transpose(1, 2, 0, 3)
-        x = x.reshape(h, w, -1).astype(np.float32)
-        x = x[top] * (1 - fy) + x[bottom] * fy
+        x = x.reshape(h, w, -1)
+        # Floats of the rows that are used only: a large picture has many others.
+        x = x[top].astype(np.float32) * (1 - fy) + x[bottom].astype(np.float32) * fy
         x = x[:, left] * (1 - fx) + x[:, right] * fx
         rounded = (x + np.float32(0.5)).astype(np.uint8)  # towards zero: halves up
         rounded = rounded.reshape(side, side, -1, c)
@@ -324,5 +378,15 @@ def resize_bilinear(
 
 
 def to_square(pixels: Any, side: int, rule: str) -> np.ndarray:
-    """uint8 grey `[h, w]` or RGB `[h, w, 3]` to `[side, side, 3]` by one of `RULES`."""
+    """uint8 grey `[h, w]` or RGB `[h, w, 3]` to `[side, side, 3]` by one of `RULES`.
+
+    Raises:
+      ValueError: If it has more than `MAX_PIXELS`.
+    """
+    height, width = pixels.shape[:2]
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"got a picture of {width} x {height} px; expected at most "
+            f"{MAX_PIXELS:,} pixels; make it smaller."
+        )
     return fit(Image.fromarray(pixels).convert("RGB"), side, rule)

@@ -246,10 +246,11 @@ def decode_picture(data: bytes, channels: int | None) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        # Of Pillow's other readers, some start programs.
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as file:
             mode = {1: "L", 3: "RGB"}.get(channels or 0, file.mode)
             picture = np.array(file if file.mode == mode else file.convert(mode))
-    except (OSError, SyntaxError, ValueError) as e:
+    except Exception as e:  # readers of damaged files raise whatever comes up
         raise ValueError(
             f"got {len(data)} bytes that are no picture ({e}); expected PNG or JPEG; "
             "prepare the data set again."

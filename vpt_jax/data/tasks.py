@@ -13,6 +13,7 @@ import gzip
 import importlib.resources
 import itertools
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import folder, prepared, shapes, strips, vtab
+from vpt_jax.data import bounds, folder, prepared, shapes, strips, vtab
 from vpt_jax.data.pictures import resize_bilinear
 from vpt_jax.prompts import check_choice
 
@@ -28,6 +29,8 @@ NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
 SPLITS = ("all", "select", "final")
 """What a run needs: every split; train and val, to choose by; train with val joined to
 it, and test, to report."""
+
+MAX_IDX = 1 << 30  # bytes of an idx file, unpacked; Fashion-MNIST has 47 MB
 
 # One seed per task: changing one changes the splits, and with them every number that
 # was ever reported on that task.
@@ -216,37 +219,49 @@ def read_idx(path: str, ndim: int) -> np.ndarray:
     remedy = "fetch the file again; it may be cut short or be another file."
     try:
         with gzip.open(path, "rb") as f:
-            data = f.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            shape = _idx_shape(path, f.read(4 + 4 * ndim), ndim, remedy)
+            # A small file can unpack to any size: no more than its header says.
+            data = f.read(math.prod(shape) + 1)
+    except (EOFError, OSError, zlib.error) as e:
         raise ValueError(
             f"{path}: got data that does not unpack ({e}); expected a gzip file; "
             f"{remedy}"
         ) from e
-    header = 4 + 4 * ndim
-    if len(data) < header or data[:2] != b"\0\0":
+    expected = math.prod(shape)
+    if len(data) != expected:
+        got = len(data) if len(data) < expected else f"more than {expected}"
         raise ValueError(
-            f"{path}: got {len(data)} bytes that start with {data[:4].hex()!r}; "
+            f"{path}: got {got} bytes of data; expected {expected} for shape "
+            f"{list(shape)}; {remedy}"
+        )
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _idx_shape(path: str, head: bytes, ndim: int, remedy: str) -> tuple[int, ...]:
+    """The sizes in an idx header; ValueError as `read_idx`."""
+    if len(head) < 4 + 4 * ndim or head[:2] != b"\0\0":
+        raise ValueError(
+            f"{path}: got {len(head)} bytes that start with {head[:4].hex()!r}; "
             f"expected an idx magic number '000008{ndim:02x}' and {ndim} sizes; "
             f"{remedy}"
         )
-    if data[2] != 8:
+    if head[2] != 8:
         raise ValueError(
-            f"{path}: got idx type 0x{data[2]:02x}; expected 0x08 (unsigned byte); "
+            f"{path}: got idx type 0x{head[2]:02x}; expected 0x08 (unsigned byte); "
             "save the array as uint8."
         )
-    if data[3] != ndim:
+    if head[3] != ndim:
         raise ValueError(
-            f"{path}: got {data[3]} axes; expected {ndim}; images have 3 and labels "
+            f"{path}: got {head[3]} axes; expected {ndim}; images have 3 and labels "
             "1: check that the two files are not exchanged."
         )
-    shape = tuple(np.frombuffer(data, ">u4", ndim, offset=4).tolist())
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(data) - header != expected:
+    shape = tuple(np.frombuffer(head, ">u4", ndim, offset=4).tolist())
+    if math.prod(shape) > MAX_IDX:
         raise ValueError(
-            f"{path}: got {len(data) - header} bytes of data; expected {expected} for "
-            f"shape {list(shape)}; {remedy}"
+            f"{path}: got a header of shape {list(shape)}; expected at most "
+            f"{MAX_IDX:,} bytes; {remedy}"
         )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return shape
 
 
 def _idx_paths(folder: str, prefix: str) -> tuple[str, str]:
@@ -369,7 +384,8 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
         data_dir, image_size, rule=resize, skip_broken=skip_broken
     )
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    return Task(name, names, *(Split(*splits[k]) for k in folder.SPLITS))
+    splits = (Split(*splits[k]) for k in folder.SPLITS)
+    return Task(bounds.printable(name), names, *splits)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:

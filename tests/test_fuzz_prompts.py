@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of prompts from strangers: what is accepted fits, what is damaged is named."""
+
+import json
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from fuzzing import (
+    PROMPT_FILES,
+    changed,
+    prompt_arrays,
+    prompt_header,
+    safetensors_of,
+    try_prompts,
+)
+from hypothesis import given, settings
+
+import vpt_jax
+from vpt_jax.readers import CheckpointError
+
+
+def written(arrays=None, **header):
+    arrays = prompt_arrays() | (arrays or {})
+    text = json.dumps(prompt_header() | header)
+    return safetensors_of(arrays, {"vpt_jax": text})
+
+
+def test_the_sound_file_is_accepted(tmp_path):
+    assert try_prompts(written(), tmp_path) == "accepted"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("prompts")
+
+
+@settings(max_examples=300)
+@given(PROMPT_FILES)
+def test_a_file_is_accepted_or_refused_by_one_error(scratch, data):
+    try_prompts(data, scratch)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    whole = written()
+    for size in range(0, len(whole), 7):
+        assert try_prompts(whole[:size], tmp_path) == "refused"
+
+
+def test_flipped_bits_of_the_header_never_crash(tmp_path):
+    whole, rng = written(), np.random.default_rng(0)
+    outcomes = [try_prompts(changed(whole, rng), tmp_path) for _ in range(300)]
+    assert outcomes.count("refused") > 150
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (written({"prompts/00": np.full((2, 4), np.nan, "f4")}), "infinite or NaN"),
+        (written({"head/bias": np.full(3, np.inf, "f4")}), "infinite or NaN"),
+        (written({"prompts/00": np.zeros((2, 4), "f8")}), "float64.*expected float32"),
+        (written({"prompts/00": np.zeros(4, "f4")}), r"prompts/00 float32 \[4\]"),
+        (written({"head/kernel": np.zeros((4, 2), "f4")}), r"\[d, classes\] with 3"),
+        (written({"more": np.zeros(1, "f4")}), "holds .*more"),
+        (written(counts=[1, 2]), r"\[count, d\] with 1"),
+        (written(counts="ab"), "counts 'ab' in its header"),
+        (written(counts=[True, 1]), r"counts \[True, 1\] in its header"),
+        (written(class_names=None), "class_names None in its header"),
+        (written(version=2), "format version 2"),
+        (written(backbone_hash="other"), "belongs to another backbone"),
+        (safetensors_of(prompt_arrays(), {}), "without a vpt_jax header"),
+        (safetensors_of(prompt_arrays(), {"vpt_jax": "[1]"}), r"has \[1\] as its"),
+        (safetensors_of(prompt_arrays(), {"vpt_jax": "[" * 99999}), "that is no JSON"),
+        (safetensors_of(prompt_arrays(), {"vpt_jax": 5}), "no strings"),
+        (struct.pack("<Q", 2**63) + b"{}", "header has"),
+        (written().replace(b"prompts/01", b"prompts/00", 1), "twice in its header"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, data, message):
+    path = tmp_path / "some.prompts"
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=message) as error:
+        vpt_jax.load_prompts(path, backbone="abc")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(path) in str(error.value) and peak < 50 << 20
+
+
+@pytest.mark.parametrize("card", ["[", "7", '{"normalisation": ["half"]}'])
+def test_a_model_card_that_is_no_card_is_refused(tmp_path, card):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(safetensors_of({"a": np.zeros(1, "f4")}, {"model_card": card}))
+    with pytest.raises(CheckpointError, match=r"weights.safetensors has "):
+        vpt_jax.read_card(path)
+
+
+def test_a_user_without_a_home_is_one_error():
+    with pytest.raises(CheckpointError, match="expected the path of a file"):
+        vpt_jax.load_backbone("B/16", "~no-such-user/weights.npz")

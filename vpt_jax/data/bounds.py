@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files from strangers: what of them is read, and how much of it at a time."""
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+
+MAX_BYTES = 1 << 30  # of a picture file: the largest picture, with 16 bits a channel
+MAX_TEXT = 1 << 28  # of a list: ImageNet's has 50 MB
+
+
+class Room:
+    """What all threads together hold in memory at a time; one alone may take more.
+
+    A small file can hold a large picture: without it, as many as there are threads
+    would be in memory at once.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._used, self._holders = limit, 0, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        """Waits until there is room."""
+
+        def fits() -> bool:
+            return not self._holders or self._used + amount <= self._limit
+
+        with self._changed:
+            self._changed.wait_for(fits)
+            self._used, self._holders = self._used + amount, self._holders + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used, self._holders = self._used - amount, self._holders - 1
+                self._changed.notify_all()
+
+
+_ROOM = Room(MAX_BYTES)
+
+
+@contextlib.contextmanager
+def opened(path: str, limit: int = MAX_BYTES) -> Iterator[bytes]:
+    """The content of a regular file, for as long as the block takes.
+
+    Threads that would hold more than `MAX_BYTES` together wait for each other.
+
+    Raises:
+      ValueError: If it cannot be had, or is larger than `limit`.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
+        raise ValueError(_unreadable(e)) from e
+    # Reading a pipe would wait for ever.
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("got something else; expected a regular file; remove it.")
+    if found.st_size > limit:
+        raise ValueError(
+            f"got a file of {found.st_size:,} bytes; expected at most {limit:,}; "
+            "make it smaller."
+        )
+    with _ROOM.take(found.st_size):
+        try:
+            with open(path, "rb") as f:
+                data = f.read(found.st_size)  # and not what is added meanwhile
+        except OSError as e:
+            raise ValueError(_unreadable(e)) from e
+        yield data
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    why = error.strerror if isinstance(error, OSError) else error
+    return (
+        f"cannot be read ({why}); expected a file that you may read; check its "
+        "permissions, or where the link leads."
+    )
+
+
+def printable(text: str) -> str:
+    """A name or text from outside, fit for one line of a terminal, a log or a page.
+
+    What cannot be printed (line ends, escape sequences, bytes that are not UTF-8) is
+    shown as Python's escapes.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
