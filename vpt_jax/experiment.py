@@ -109,7 +109,7 @@ def load_model(settings: configs.BackboneConfig) -> Model:
     )
     choices = {"remat": settings.remat, "attention": settings.attention}
     if isinstance(model, vpt_jax.ViT):
-        model = model.clone(**choices)
+        model = model.clone(remat=settings.remat, attention=settings.attention)
     elif choices != {"remat": "none", "attention": "products"}:
         raise ValueError(
             f"config.backbone has {choices}, which only a ViT has; leave both out for"

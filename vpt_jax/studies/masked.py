@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax import parallel, stages, train
+from vpt_jax import fitting, parallel, stages, train
 from vpt_jax import workdir as files
 from vpt_jax.prompts import Mask
 from vpt_jax.stages import Run
@@ -83,7 +83,7 @@ def finetuned(
     """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
     settings, num = run.config.finetune, len(run.labels)
     recipe = stages.make_recipe(run, settings, "finetune")
-    rates = stages.rates_of(settings, num)
+    rates = fitting.rates_of(settings, num)
     # A copy: the state is donated.
     state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
     mask: Mask = ()
