@@ -168,9 +168,10 @@ def spare_memory(values: ConfigDict) -> None:
     ViT-B/16, 935 MB instead of 249). A flag of the CPU backend alone, read when it
     starts; one that the caller has set stays.
     """
-    remat = values.get("backbone", {}).get("remat", "none")
+    backbone = values.get("backbone")
+    remat = backbone.get("remat") if isinstance(backbone, ConfigDict) else None
     flags_of_xla = os.environ.get("XLA_FLAGS", "")
-    if remat != "none" and "xla_cpu_scheduler_type" not in flags_of_xla:
+    if remat not in (None, "none") and "xla_cpu_scheduler_type" not in flags_of_xla:
         order = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
         os.environ["XLA_FLAGS"] = f"{flags_of_xla} {order}".strip()
 
