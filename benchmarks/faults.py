@@ -160,10 +160,13 @@ def prepare(folder: Path) -> None:
     from vpt_jax.checkpoint import save_backbone
 
     model = vpt_jax.ViT(patch=16, **SIZES)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes["params"]
+    )
     card = {"normalisation": "half"}
     save_backbone(folder / "backbone.safetensors", params, card)
-    rng = np.random.default_rng(0)
     arrays = {}
     for split, num in (("train", 80), ("val", 20), ("test", 40)):
         labels = np.arange(num) % 2
