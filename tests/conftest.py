@@ -13,6 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 import vpt_jax
+from vpt_jax import parallel
+
+# Of this process alone: commands that tests start have one device, as users' CPUs do.
+del os.environ["JAX_NUM_CPU_DEVICES"]
 
 # No test fails because the machine is busy.
 hypothesis.settings.register_profile("vpt_jax", deadline=None)
@@ -27,6 +31,17 @@ def standard_promotion():
     """For tests that run optax's Adam: its bias correction mixes float and int."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device_unless_many_are_meant(request):
+    """Whole runs would use all eight, and two cores take twice as long for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        parallel.all_devices.cache_clear()
+        if request.module.__name__ != "test_parallel":
+            patch.setattr(jax, "device_count", lambda: 1)
+        yield
+    parallel.all_devices.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="module")
