@@ -10,7 +10,6 @@ ends the process at once.
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,17 +25,15 @@ class Preempted(BaseException):
 
 _requested = threading.Event()
 _held = 0
-_sockets: list[socket.socket] = []
 
 
 def watch() -> None:
     """From here on SIGTERM is handled as the module says; in the main thread, once."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    _sockets[:] = (reader, writer)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     signal.signal(signal.SIGTERM, _handle)
     # Python's handlers wait until a compiled call returns; this one does not.
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader,), daemon=True).start()
 
 
@@ -71,9 +68,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Preempted
 
 
-def _listen(reader: socket.socket) -> None:
+def _listen(reader: int) -> None:
     first = None
-    while data := reader.recv(64):
+    while data := os.read(reader, 64):
         if signal.SIGTERM not in data:
             continue
         # coreutils' timeout, for one, signals the process and then its group.
