@@ -47,6 +47,7 @@ _LONGEST = 16  # times the short side: resized whole, 3 MB for 224 px
 _ROOM = bounds.Room(MAX_PIXELS)
 _SCANS = 32  # passes over `MAX_PIXELS` that a progressive JPEG may take
 _DEFLATE = 1032
+_BLOCK = 64 << 20  # bytes
 _BAND = 1 << 20  # pixels converted at a time
 _CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
@@ -87,6 +88,10 @@ def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.n
         raise ValueError(f"{path}: {e}") from e
 
 
+class _OwnError(Exception):
+    """What is wrong with a picture that is whole."""
+
+
 def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a file's content; to be called within `quiet()`."""
     check_choice("rule", rule, RULES)
@@ -99,8 +104,7 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
             size = picture.width * picture.height
             if size > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            _check_size(picture, data)
-            _check_scans(picture, data)
+            _check_bomb(picture, data)
             if rule in ("crop", "squash"):
                 _draft(picture, side, rule)
             with _ROOM.take(picture.width * picture.height):
@@ -130,10 +134,6 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
         ) from e
 
 
-class _OwnError(Exception):
-    """What is wrong with a picture that is whole."""
-
-
 def _finish(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     _upright(picture)
     try:
@@ -142,34 +142,29 @@ def _finish(picture: Image.Image, side: int, rule: str) -> np.ndarray:
         raise _OwnError(str(e)) from e
 
 
-def _check_size(picture: Image.Image, data: bytes) -> None:
-    """A PNG cut short is allocated whole before that is found: 0.7 GB of a few bytes.
-
-    Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit.
-    """
-    smallest = picture.width * picture.height // (8 * _DEFLATE)
-    if picture.format == "PNG" and len(data) < smallest:
+def _check_bomb(picture: Image.Image, data: bytes) -> None:
+    """Raises for what would take 0.7 GB, or minutes, and be damaged in the end."""
+    pixels, size = picture.width * picture.height, f"{picture.width} x {picture.height}"
+    # Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit.
+    if picture.format == "PNG" and len(data) < pixels // (8 * _DEFLATE):
         raise _OwnError(
-            f"got a damaged picture ({picture.width} x {picture.height} px in "
-            f"{len(data)} bytes of PNG); expected a whole one; fetch it again."
+            f"got a damaged picture ({size} px in {len(data)} bytes of PNG); expected "
+            "a whole one; fetch it again."
         )
-
-
-def _check_scans(picture: Image.Image, data: bytes) -> None:
-    """Every scan of a JPEG goes over all pixels, and takes but a few bytes."""
-    if picture.format != "JPEG":
-        return
-    scans = data.count(b"\xff\xda")
-    if scans * picture.width * picture.height > _SCANS * MAX_PIXELS:
+    # Every scan of a JPEG goes over all pixels, and takes but a few bytes.
+    scans = data.count(b"\xff\xda") if picture.format == "JPEG" else 0
+    if scans * pixels > _SCANS * MAX_PIXELS:
         raise _OwnError(
-            f"got a JPEG of {picture.width} x {picture.height} px in {scans} scans; "
-            "expected fewer; save it again."
+            f"got a JPEG of {size} px in {scans} scans; expected fewer; save it again."
         )
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    # Blocks above 32 MB go back to the system when they are freed; of Pillow's 16 MB,
+    # glibc would keep a picture's worth for every thread that once had a large one.
+    Image.core.set_block_size(_BLOCK)
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
@@ -248,12 +243,23 @@ def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     """An RGB picture to uint8 `[side, side, 3]` by one of `RULES`."""
     width, height = picture.size
     if rule in ("half_pixel", "corner"):
-        return resize_bilinear(np.asarray(picture)[None], side, rule)[0]
+        return resize_bilinear(_pixels(picture)[None], side, rule)[0]
     if (width, height) == (side, side):
         return np.asarray(picture)
     if rule == "crop":
         return centre_crop(picture, side)
     return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """uint8 `[h, w, 3]`, band by band: at once, Pillow would make two copies more."""
+    width, height = picture.size
+    out = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))
+    return out
 
 
 def centre_crop(picture: Image.Image, side: int) -> np.ndarray:

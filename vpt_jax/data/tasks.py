@@ -384,8 +384,8 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
         data_dir, image_size, rule=resize, skip_broken=skip_broken
     )
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    splits = (Split(*splits[k]) for k in folder.SPLITS)
-    return Task(bounds.printable(name), names, *splits)
+    parts = (Split(*splits[k]) for k in folder.SPLITS)
+    return Task(bounds.printable(name), names, *parts)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
