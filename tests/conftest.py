@@ -24,6 +24,9 @@ hypothesis.settings.load_profile("vpt_jax")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the tests' time is LLVM's. Tests of what programs cost, and the commands that
+# tests start, compile as users do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,12 @@ def one_device_unless_many_are_meant(request):
             patch.setattr(jax, "device_count", lambda: 1)
         yield
     parallel.all_devices.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimise_where_cost_is_looked_at(request):
+    costs = request.module.__name__ in ("test_speed", "test_parallel")
+    jax.config.update("jax_disable_most_optimizations", not costs)
 
 
 @pytest.fixture(autouse=True, scope="module")
