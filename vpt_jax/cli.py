@@ -40,6 +40,7 @@ HEARTBEAT = flags.DEFINE_integer(
 )
 # Names in the errors of what carries sums between processes, and of what watches them.
 _TRANSPORTS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection reset")
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 _PLACE = ("workdir", "launcher", "address", "resources")
 
 
@@ -66,7 +67,7 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
             leave(preemption.EXIT_CODE)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command continues here", file=sys.stderr)
-            leave(130)
+            leave(INTERRUPTED)
         except Exception as error:
             lost = several() and lost_another(error)
             ours = isinstance(error, ValueError | FloatingPointError | OSError)
@@ -134,11 +135,13 @@ def lost_another(error: Exception) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Exits; as one of several processes without a farewell.
+    """Exits; at once if something may still be computing.
 
-    JAX's own end waits for the others, who may be waiting for this one.
+    Interrupted, the device may be in the middle of a program, and Python's end would
+    take away what it reads. As one of several processes, JAX's own end waits for the
+    others, who may be waiting for this one.
     """
-    if several():
+    if several() or code in (preemption.EXIT_CODE, INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
