@@ -107,7 +107,9 @@ def test_remat_asks_for_the_order_that_spares_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("remat", sorted(set(REMATS) - {"none"}))
-@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+@pytest.mark.parametrize(
+    "formulation", ["kv", pytest.param("tokens", marks=pytest.mark.slow)]
+)
 def test_remat_changes_no_number(remat, formulation):
     model = make_model(image_size=32, depth=3)
     key = jax.random.key(0)

@@ -93,6 +93,7 @@ def assert_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+@pytest.mark.slow
 def test_seeds_and_masks_are_what_each_is_alone(model, shared):
     """Prompts, order, dropout, rates, decay and mask of its own; a partial batch.
 
@@ -173,6 +174,7 @@ def test_patches_are_embedded_once_for_a_grid():
     assert own - same > 3 * embedding
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_alone(model, shared):
     """It keeps its last finite epoch, and its neighbour is as without it."""
     good, bad = training(model, 3, 0.01), training(model, 3, 1e25, wd=1e10)
