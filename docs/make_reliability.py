@@ -93,17 +93,17 @@ def _faults(found: dict[str, Any]) -> list[str]:
 
 def _soak(found: dict[str, Any]) -> list[str]:
     rows = [
-        ("epochs", "epochs", "{:,}"),
-        ("minutes", "minutes", "{:.0f}"),
-        ("memory at the start, MiB", "rss_start_mib", "{:.0f}"),
-        ("memory at the end, MiB", "rss_end_mib", "{:.0f}"),
-        ("slope of memory, MiB per hour", "rss_slope_mib_per_hour", "{:.1f}"),
+        ("steps", "steps", "{:,}"),
+        ("seconds", "seconds", "{:.0f}"),
+        ("memory at the end, MB", "memory_mb", "{:.0f}"),
+        ("rise of memory over the run, MB (fitted line)", "memory_rise_mb", "{:.1f}"),
+        ("which may be, MB", "memory_bound_mb", "{:.0f}"),
         ("a step at the start, ms", "step_ms_first", "{:.2f}"),
         ("a step at the end, ms", "step_ms_last", "{:.2f}"),
     ]
     return _table(
         ["", "measured"],
-        [[name, form.format(found[key])] for name, key, form in rows if key in found],
+        [[name, form.format(found[key])] for name, key, form in rows],
     )
 
 
