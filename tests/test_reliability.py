@@ -35,11 +35,13 @@ def test_what_was_not_run_is_said(script, tmp_path):
     faults = {"command": "c", "faults": 21, "survived": 20, "lost": 1}
     faults["kinds"] = {"SIGKILL": 20, "disk full": {"faults": 1, "survived": 1}}
     (tmp_path / "faults.json").write_text(json.dumps(faults))
-    soak = {"command": "s", "epochs": 2000, "rss_slope_mib_per_hour": 0.25}
+    numbers = ("seconds", "memory_mb", "memory_rise_mb", "memory_bound_mb")
+    soak = dict.fromkeys((*numbers, "step_ms_first", "step_ms_last"), 0.25)
+    soak |= {"command": "s", "steps": 2000}
     (tmp_path / "soak.json").write_text(json.dumps(soak))
     made = script.section(tmp_path)
     assert "| all | 21 | 20 | 1 |" in made and "| SIGKILL | 20 |  |  |" in made
-    assert "| epochs | 2,000 |" in made and "| minutes" not in made
+    assert "| steps | 2,000 |" in made
     assert made.count("Not run") == 1
 
 
