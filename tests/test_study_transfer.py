@@ -403,6 +403,7 @@ def check_what_is_released(lab, rows):
             assert value == pytest.approx(row["test"][name], abs=1.0)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_to_the_same_end(small_lab, tmp_path, monkeypatch):
     run = functools.partial(transfer.run, plan=ONE_RATIO, sizes=SIZES)
     whole = run(small_lab)

@@ -48,7 +48,10 @@ def prompts_for(key, model, num):
     return jax.tree.map(lambda p: 5 * p, vpt_jax.init_prompts(key, model, num))
 
 
-@pytest.mark.parametrize("num", [None, (4, 0, 3), (0, 2, 0)])
+SECOND_LAYER_ONLY = pytest.param((0, 2, 0), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("num", [None, (4, 0, 3), SECOND_LAYER_ONLY])
 @pytest.mark.parametrize("deep", [True, False])
 def test_agrees_with_a_float64_reference(case, images, getkey, num, deep):
     model, backbone, run, kind = case
