@@ -106,15 +106,16 @@ def per_example(x: jax.Array, like: jax.Array) -> jax.Array:
     first axis takes 7. Ones like `like [b, ...]` keep its sharding over a mesh.
 
     Returns:
-      `[b, ...]`; `x` itself if it has the rank of `like` and `b` entries.
+      `[b, ...]`: if `x` has the rank of `like` and `b` entries, those.
     """
-    if x.ndim == like.ndim:
-        if x.shape[0] == like.shape[0]:
-            return x
+    own = x.ndim == like.ndim and x.shape[0] == like.shape[0]
+    if x.ndim == like.ndim and not own:
         x = x[0]
     if not x.size:
-        return jnp.zeros((like.shape[0], *x.shape), x.dtype)
+        return x if own else jnp.zeros((like.shape[0], *x.shape), x.dtype)
     ones = jnp.ones_like(like[(slice(None), *(0,) * (like.ndim - 1))], x.dtype)
+    if own:  # plus zeros that are split over the mesh as `like` is
+        return x + jnp.expand_dims(jnp.zeros_like(ones), range(1, x.ndim))
     return jnp.einsum("b,...->b...", ones, x, precision=jax.lax.Precision.HIGHEST)
 
 
