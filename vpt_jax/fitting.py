@@ -181,7 +181,9 @@ def call_lengths(steps: int, *, on_features: bool = False) -> list[int]:
     if on_features:
         most = _CALL_STEPS_ON_FEATURES
     most = min(most, steps)
-    for length in range(most, most // 2, -1):
+    # Another length is another compilation, which costs a CPU more than calls do.
+    least = 1 if jax.default_backend() == "cpu" else most // 2 + 1
+    for length in range(most, least - 1, -1):
         if steps % length == 0:
             return [length] * (steps // length)
     return [len(part) for part in np.array_split(range(steps), -(-steps // most))]
