@@ -15,6 +15,7 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fuzzing import changed
 from safetensors.numpy import save as save_safetensors
 
 from vpt_jax import readers, torch_files
@@ -854,42 +855,6 @@ FUZZED = {
     "inside torch zip": (inside_torch, False),
     "torch legacy": (around(lambda a: torch_legacy({"model": a, "epoch": 3})), False),
 }
-NUMBERS = [0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
-NUMBERS += [2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-
-
-def changed(data, rng):
-    """One of the many ways in which a file can be wrong."""
-    data = bytearray(data)
-    size = len(data)
-    near = rng.choice([size, min(size, 120)])  # half of them at the start or the end
-    at = int(rng.integers(near))
-    at = size - 1 - at if rng.random() < 0.5 else at
-    length = int(rng.integers(1, 1 + min(size - at, rng.choice([4, 64]))))
-    kind = rng.integers(9)
-    if kind == 0:
-        del data[at:]
-    elif kind == 1:
-        data[at] ^= 1 << rng.integers(8)
-    elif kind == 2:
-        for i in rng.integers(size, size=rng.integers(2, 9)):
-            data[i] ^= 1 << rng.integers(8)
-    elif kind == 3:
-        data[at : at + length] = rng.bytes(length)
-    elif kind == 4:
-        data[at : at + length] = bytes([rng.choice([0, 255])]) * length
-    elif kind == 5:
-        del data[at : at + length]
-    elif kind == 6:
-        data[at:at] = rng.bytes(length)
-    elif kind == 7:
-        source = int(rng.integers(size))
-        data[at:at] = data[source : source + length]
-    else:
-        width = int(rng.choice([1, 2, 4, 8]))
-        number = NUMBERS[rng.integers(len(NUMBERS))] % 256**width
-        data[at : at + width] = number.to_bytes(width, rng.choice(["little", "big"]))
-    return bytes(data)
 
 
 def outcome(path, expected):
