@@ -14,6 +14,8 @@ import pytest
 
 import vpt_jax
 from vpt_jax import parallel
+from vpt_jax.checkpoint import save_backbone
+from vpt_jax.models import vit
 
 # Of this process alone: commands that tests start have one device, as users' CPUs do.
 del os.environ["JAX_NUM_CPU_DEVICES"]
@@ -58,6 +60,26 @@ def forget_what_was_compiled():
     """Compiled programs of all files together would take many GB."""
     yield
     jax.clear_caches()
+
+
+# For whole runs: four tokens of a picture of the demo's size. Half their time would be
+# the demo's other three layers, compiled again and again.
+SMALL = "small/16"
+vit.VARIANTS["small"] = {
+    "width": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_dim": 64,
+    "image_size": 32,
+}
+
+
+def save_small_backbone(path, variant=SMALL):
+    """A file of random weights, of a normalisation as the demo's."""
+    model = vpt_jax.ViT(variant)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    return path
 
 
 @pytest.fixture

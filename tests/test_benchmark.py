@@ -5,11 +5,9 @@ import json
 import os
 import random
 
-import jax
-import jax.numpy as jnp
 import pytest
 import test_records
-from conftest import randomised
+from conftest import SMALL, save_small_backbone
 from test_protocol import load
 from test_vtab import toy
 
@@ -27,7 +25,6 @@ from vpt_jax import (
     train,
 )
 from vpt_jax import workdir as files
-from vpt_jax.checkpoint import save_backbone
 from vpt_jax.data import vtab
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -47,13 +44,7 @@ def place(tmp_path_factory):
         for name in ("dtd", "svhn"):
             patch.setitem(vtab.BENCHMARKS, name, toy(name=name))
         test_records.make(folder / "toy" / "1.0.0", "array_record")
-        model = vpt_jax.ViT("demo/16")
-        params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-        save_backbone(
-            folder / "small.safetensors",
-            randomised(params, scale=0.05),
-            {"normalisation": "half"},
-        )
+        save_small_backbone(folder / "small.safetensors")
         yield folder
 
 
@@ -62,7 +53,7 @@ def values(place, *tasks, **changes):
     arg = ",".join(f"task={task}" for task in tasks or ("dtd", "svhn"))
     found = load("vtab", f"{arg},smoke").to_dict()
     found["backbone"] |= {
-        "variant": "demo/16",
+        "variant": SMALL,
         "checkpoint": str(place / "small.safetensors"),
         "image_size": 32,
     }

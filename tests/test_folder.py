@@ -6,11 +6,9 @@ import os
 import random
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import SMALL, save_small_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +16,6 @@ from PIL import Image
 import vpt_jax
 from vpt_jax import config as configs
 from vpt_jax import experiment
-from vpt_jax.checkpoint import save_backbone
 from vpt_jax.data import cache, folder, pictures, tasks
 
 ROOT = Path(__file__).parent.parent
@@ -585,12 +582,9 @@ def test_a_whole_run_on_a_folder(tmp_path):
         for k in range(10):
             x = np.clip(rng.normal(tone, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(x).save(tmp_path / "zoo" / kind / f"{k}.jpg")
-    model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    weights = tmp_path / "small.safetensors"
-    save_backbone(weights, randomised(params, scale=0.05), {"normalisation": "half"})
+    weights = save_small_backbone(tmp_path / "small.safetensors")
     values = folder_config(str(tmp_path / "zoo")).to_dict()
-    values["backbone"].update(variant="demo/16", checkpoint=str(weights))
+    values["backbone"].update(variant=SMALL, checkpoint=str(weights))
     values["prompts"]["num_prompts"] = 4
     values["condense"].update(keep_ratios=())
     values["baselines"] = ()

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import SMALL, randomised, save_small_backbone
 
 import vpt_jax
 from vpt_jax import cli, experiment, protocol, train
 from vpt_jax import config as configs
 from vpt_jax import workdir as files
-from vpt_jax.checkpoint import save_backbone
 from vpt_jax.data.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -26,18 +25,13 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Random weights of the demo's architecture with 16 px patches."""
-    model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
-    return path
+    return save_small_backbone(tmp_path_factory.mktemp("weights") / "w.safetensors")
 
 
 def smoke(checkpoint, **changes):
     """The demo's smoke config on the small backbone."""
     values = load_config("configs/demo.py", "digits,smoke").to_dict()
-    values["backbone"].update(variant="demo/16", checkpoint=str(checkpoint))
+    values["backbone"].update(variant=SMALL, checkpoint=str(checkpoint))
     values["tune"]["epochs"] = 3
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
@@ -84,18 +78,18 @@ def test_the_report_has_a_row_for_every_model(finished):
         ("scratch", None, None, 0.3),
     ]
     counts = [sum(r["counts"]) for r in report["rows"]]
-    assert counts == [0, 24, 7, 7, 6, 7, 6]  # 30 % of 6 x 4, rounded
-    model = vpt_jax.ViT("demo/16")
+    assert counts == [0, 12, 4, 4, 3, 4, 3]  # 30 % of 3 x 4, rounded
+    model = vpt_jax.ViT(SMALL)
     for row in report["rows"]:
         assert row["macs"] == vpt_jax.macs(model, row["counts"])
         assert row["macs_reference"] == vpt_jax.macs(
             model, row["counts"], formulation="tokens"
         )
-        assert row["tuned_params"] == 128 * sum(row["counts"]) + 129 * 10
+        assert row["tuned_params"] == 32 * sum(row["counts"]) + 33 * 10
         assert 0 <= row["test_accuracy"] <= 1 and row["latency_ms"] > 0
     assert report["task"] == "digits" and report["command"] == "a command"
-    assert report["backbone"]["variant"] == "demo/16"
-    assert [len(s) for s in report["importance"]["layers"]] == [4] * 6
+    assert report["backbone"]["variant"] == SMALL
+    assert [len(s) for s in report["importance"]["layers"]] == [4] * 3
 
 
 def test_the_workdir_holds_what_the_readme_says(finished):
@@ -110,7 +104,7 @@ def test_the_workdir_holds_what_the_readme_says(finished):
 
 def test_released_prompts_reproduce_their_row(finished, checkpoint):
     config, workdir, report = finished
-    model, backbone = vpt_jax.load_backbone("demo/16", checkpoint)
+    model, backbone = vpt_jax.load_backbone(SMALL, checkpoint)
     task = load_task("digits")
     for row, unit in zip(report["rows"], experiment.plan(config), strict=True):
         got = vpt_jax.load_prompts(
@@ -220,7 +214,7 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
         {"prompts__deep": False, "prompts__dropout": 0.0, "prompts__num_prompts": 12},
         {"backbone__dtype": "bfloat16", "prompts__dropout": 0.0},
         {"score__score": "leave_one_out", "finetune__head": True},
-        {"prompts__num_prompts": (0, 3, 0, 2, 4, 1), "score__score": "random"},
+        {"prompts__num_prompts": (0, 3, 1), "score__score": "random"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -234,7 +228,9 @@ def test_other_configs_run_too(checkpoint, tmp_path, changes):
 
 
 def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
-    config = smoke(checkpoint, tune__base_lr=1e30, baselines=())
+    # The rate alone leaves a perceptron, finite; its product with the decay is a factor.
+    changes = {"tune__base_lr": 1e30, "tune__weight_decay": 0.01}
+    config = smoke(checkpoint, baselines=(), **changes)
     with pytest.raises(FloatingPointError, match="lower config.tune.base_lr"):
         experiment.run(config, tmp_path)
 
@@ -242,10 +238,9 @@ def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
 # --- the command line -----------------------------------------------------------------
 
 
-def command(*args, path=ROOT):
-    """The real command in a process of its own; `path` comes first in sys.path."""
-    search = os.pathsep.join((str(path), str(ROOT)))
-    environment = {**os.environ, "PYTHONPATH": search, "JAX_NUM_CPU_DEVICES": "1"}
+def command(*args):
+    """The real command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.run(
         [sys.executable, "-m", "vpt_jax.main", *args],
         cwd=ROOT,
@@ -279,21 +274,6 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(
     assert message in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert not workdir.exists()
-
-
-def test_the_real_command_prints_the_table_without_tensorflow(checkpoint, tmp_path):
-    """TensorFlow is made impossible to import; the run must not notice."""
-    (tmp_path / "tensorflow.py").write_text("raise ImportError('TensorFlow was used')")
-    done = command(
-        "--config=configs/demo.py:digits,smoke",
-        "--config.backbone.variant=demo/16",
-        f"--config.backbone.checkpoint={checkpoint}",
-        f"--workdir={tmp_path / 'out'}",
-        path=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "PC global 30 %" in done.stdout
-    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout
 
 
 # --- configs --------------------------------------------------------------------------
@@ -437,7 +417,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
 
 
 def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
-    weights = vpt_jax.load_backbone("demo/16", checkpoint)[1]
+    weights = vpt_jax.load_backbone(SMALL, checkpoint)[1]
     np.savez(tmp_path / "mine.npz", **vpt_jax.checkpoint.flatten(weights))
     config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
     with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import save_small_backbone
 
 import vpt_jax
 from vpt_jax import cli
-from vpt_jax.checkpoint import save_backbone
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,10 +58,7 @@ class Ended(NamedTuple):
 def config(tmp_path_factory):
     """A config file, beside it a small backbone and what is compiled."""
     folder = tmp_path_factory.mktemp("config")
-    model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    path = folder / "small.safetensors"
-    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    path = save_small_backbone(folder / "small.safetensors", "demo/16")
     demo = str(ROOT / "configs" / "demo.py")
     text = CONFIG.format(demo=demo, checkpoint=str(path))
     (folder / "config.py").write_text(text)

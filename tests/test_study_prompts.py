@@ -3,16 +3,13 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import SMALL, save_small_backbone
 from test_protocol import load
 
-import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax.checkpoint import save_backbone
 from vpt_jax.studies import prompts, study
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -91,12 +88,9 @@ def test_one_seed_decides_nothing():
 @pytest.fixture
 def miniature_lab(tmp_path):
     """Digits, 16 of them to train on, and a backbone that has learnt nothing."""
-    model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    path = tmp_path / "small.safetensors"
-    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    path = save_small_backbone(tmp_path / "small.safetensors")
     values = load("demo", "digits,smoke,seeds=2").to_dict()
-    values["backbone"] |= {"variant": "demo/16", "checkpoint": str(path)}
+    values["backbone"] |= {"variant": SMALL, "checkpoint": str(path)}
     lab = study.make_lab(configs.parse(values), tmp_path / "out")
     task = lab.pictures.task
     few = task._replace(

@@ -10,13 +10,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
+from conftest import save_small_backbone
 from fuzzing import ROOT
-
-import vpt_jax
-from vpt_jax.checkpoint import save_backbone
 
 PACKAGE = ROOT / "vpt_jax"
 # Modules that execute what they read, or start programs.
@@ -126,14 +122,13 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
     """The whole smoke run; what it opens to write is seen by Python's audit events.
 
     Writes of C++ libraries are not; Orbax's are all under the workdir's checkpoints.
+    TensorFlow is made impossible to import; the run must not notice.
     """
-    home, temp = tmp_path / "home", tmp_path / "temp"
-    home.mkdir()
-    temp.mkdir()
-    model = vpt_jax.ViT("demo/16")
-    weights = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    checkpoint = tmp_path / "small.safetensors"
-    save_backbone(checkpoint, weights, {"normalisation": "half"})
+    home, temp, trap = (tmp_path / name for name in ("home", "temp", "trap"))
+    for folder in (home, temp, trap):
+        folder.mkdir()
+    (trap / "tensorflow.py").write_text("raise ImportError('TensorFlow was used')")
+    checkpoint = save_small_backbone(tmp_path / "w.safetensors", "demo/16")
     # Threads give themselves names in /proc.
     allowed = [tmp_path / "out", tmp_path / "cache", temp]
     allowed += [Path("/dev/null"), Path("/proc/self")]
@@ -157,7 +152,7 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
                 for k, v in os.environ.items()
                 if not k.startswith(("XDG", "JAX_C"))
             },
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join((str(trap), str(ROOT))),
             "HOME": str(home),
             "TMPDIR": str(temp),
             "VPT_JAX_CACHE": str(tmp_path / "cache"),
@@ -168,6 +163,8 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
+    assert "PC layer 30 %" in done.stdout
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stdout
     watched = json.loads(found.read_text())
     assert watched["asked"] == []
     elsewhere = [
