@@ -136,7 +136,9 @@ def trainable_of(given: Inputs, num: Any) -> dict[str, Any]:
     }
 
 
-def step_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program:
+def step_program(
+    given: Inputs, what: str, trainable: dict[str, Any], prompt_mask: Any = None
+) -> Program:
     """One training step; not donated, so that it can run again and again."""
     model, backbone, batch, key = given
     recipe = train.Recipe(dropout=0.0)
@@ -148,7 +150,7 @@ def step_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program
         2 * least_training_macs(model, counts, size),
         2 * sum(x.nbytes for x in jax.tree.leaves(backbone)),
     )
-    inputs = (state, backbone, batch, 0.1, 1e-3, key)
+    inputs = (state, backbone, batch, 0.1, 1e-3, key, prompt_mask)
     return compiled(what, counts, least, step, *inputs, model=model, recipe=recipe)
 
 
@@ -221,12 +223,14 @@ def remat_programs(given: Inputs, num: int) -> list[Program]:
 
 
 def compile_programs(given: Inputs, num: int) -> list[Program]:
-    """The tuning step with equal counts, and with as many counts as layers."""
+    """The tuning step with equal counts, with as many as layers, and those rounded."""
     depth = given.model.depth
-    rising = [num - depth // 2 + i for i in range(depth)]
+    rising = trainable_of(given, [num - depth // 2 + i for i in range(depth)])
+    padded, mask = vpt_jax.pad_prompts(rising["prompts"], 16)
     return [
         step_program(given, "equal counts", trainable_of(given, num)),
-        step_program(given, "all counts differ", trainable_of(given, rising)),
+        step_program(given, "all counts differ", rising),
+        step_program(given, "rounded up to 16", {**rising, "prompts": padded}, mask),
     ]
 
 
