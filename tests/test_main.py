@@ -228,7 +228,7 @@ def test_other_configs_run_too(checkpoint, tmp_path, changes):
 
 
 def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
-    # The rate alone leaves a perceptron, finite; its product with the decay is a factor.
+    # A rate alone leaves a perceptron, finite; times the decay it is a factor.
     changes = {"tune__base_lr": 1e30, "tune__weight_decay": 0.01}
     config = smoke(checkpoint, baselines=(), **changes)
     with pytest.raises(FloatingPointError, match="lower config.tune.base_lr"):
