@@ -4,6 +4,7 @@ r"""How near the arithmetic floor we are: least work, XLA's counts, measured tim
 python benchmarks/roofline.py                       # ViT-B/16, batch 8, 100 prompts
 python benchmarks/roofline.py --variant=S/16 --batch=32 --prompts 50 100 200
 python benchmarks/roofline.py --dtype=bfloat16 --batch=128       # on a GPU or TPU
+python benchmarks/roofline.py --inference --prompts 200 --batch=1     # to 64
 python benchmarks/roofline.py --remat                # memory and time of every policy
 python benchmarks/roofline.py --compile              # seconds to compile
 
@@ -56,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=(100,))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--inference", action="store_true", help="inference alone")
     parser.add_argument("--remat", action="store_true", help="the policies' table")
     parser.add_argument("--compile", action="store_true", help="compilation alone")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
@@ -154,6 +156,29 @@ def step_program(
     return compiled(what, counts, least, step, *inputs, model=model, recipe=recipe)
 
 
+def inference_program(given: Inputs, what: str, prompts: Any) -> Program:
+    """Answers with prompts whose keys and values are made beforehand."""
+    model, backbone, batch, _ = given
+    counts = vpt_jax.counts(prompts)
+    ready = {
+        **trainable_of(given, 0),
+        "prompts": vpt_jax.prefill(model, backbone, prompts),
+    }
+    inputs = (ready, backbone, batch["image"], batch["label"], batch["mask"])
+    return compiled(
+        what,
+        counts,
+        (
+            2 * vpt_jax.macs(model, counts),
+            sum(x.nbytes for x in jax.tree.leaves(backbone)),
+        ),
+        train.eval_step,
+        *inputs,
+        model=model,
+        recipe=train.Recipe(dropout=0.0),
+    )
+
+
 def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
     """Prompts kept by random scores over all layers."""
     scores = tuple(
@@ -166,25 +191,9 @@ def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
 def programs(given: Inputs, num: int) -> list[Program]:
     """All rows for one number of prompts."""
     model, backbone, batch, key = given
-    traffic = sum(x.nbytes for x in jax.tree.leaves(backbone))
     trainable = trainable_of(given, num)
     counts = vpt_jax.counts(trainable["prompts"])
-    ready = {
-        **trainable,
-        "prompts": vpt_jax.prefill(model, backbone, trainable["prompts"]),
-    }
-    recipe = train.Recipe(dropout=0.0)
-    found = [
-        compiled(
-            "inference",
-            counts,
-            (2 * vpt_jax.macs(model, counts), traffic),
-            train.eval_step,
-            *(ready, backbone, batch["image"], batch["label"], batch["mask"]),
-            model=model,
-            recipe=recipe,
-        )
-    ]
+    found = [inference_program(given, "inference", trainable["prompts"])]
     if not num:
         return found
     found.append(step_program(given, "tuning step", trainable))
@@ -207,6 +216,19 @@ def programs(given: Inputs, num: int) -> list[Program]:
         small = {**trainable, "prompts": condensed(trainable["prompts"], ratio, key)}
         found.append(step_program(given, f"fine-tuning, {ratio:.0%}", small))
     return found
+
+
+def inference_programs(given: Inputs, num: int) -> list[Program]:
+    """Without prompts, with all, and after condensing."""
+    prompts = trainable_of(given, num)["prompts"]
+    return [
+        inference_program(given, "no prompts", trainable_of(given, 0)["prompts"]),
+        inference_program(given, "all prompts", prompts),
+        *(
+            inference_program(given, f"{r:.0%} kept", condensed(prompts, r, given.key))
+            for r in (0.3, 0.1)
+        ),
+    ]
 
 
 def remat_programs(given: Inputs, num: int) -> list[Program]:
@@ -262,8 +284,14 @@ def main() -> None:
     )
     rows = []
     for num in args.prompts:
-        make = remat_programs if args.remat else programs
-        found = (compile_programs if args.compile else make)(given, num)
+        if args.compile:
+            found = compile_programs(given, num)
+        elif args.remat:
+            found = remat_programs(given, num)
+        elif args.inference:
+            found = inference_programs(given, num)
+        else:
+            found = programs(given, num)
         if args.compile:  # of several compilations, taken in turns, the median
             again = []
             for _ in range(args.rounds - 1):

@@ -4,6 +4,11 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import test_records
@@ -18,6 +23,7 @@ from vpt_jax import (
     experiment,
     jobs,
     launch,
+    preemption,
     protocol,
     stages,
     states,
@@ -26,6 +32,7 @@ from vpt_jax import (
 )
 from vpt_jax import workdir as files
 from vpt_jax.data import vtab
+from vpt_jax.models import vit
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 BOARD = [f"leaderboard.{suffix}" for suffix in ("json", "md", "csv", "tex", "html")]
@@ -183,6 +190,77 @@ def test_interrupted_anywhere_the_leaderboard_is_the_same(
     board = json.loads((tmp_path / "leaderboard.json").read_bytes())
     expected = json.loads((undisturbed[0] / "leaderboard.json").read_bytes())
     assert board["tasks"]["svhn"] == expected["tasks"]["svhn"]
+
+
+# What the real command is given: its pictures are known to this process alone.
+SWEEP = """
+import sys
+sys.path.insert(0, {tests!r})
+from ml_collections import ConfigDict
+from test_vtab import toy
+from vpt_jax.data import vtab
+from vpt_jax.models import vit
+
+vit.VARIANTS["small"] = {sizes!r}
+vtab.NUM_TRAIN, vtab.NUM_VAL = 4, 2
+vtab.BENCHMARKS["svhn"] = toy(name="svhn")
+
+def get_config():
+    return ConfigDict({values!r})
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_that_gets_sigterm_again_and_again_ends_the_same(place, tmp_path):
+    """By the real command, at random times."""
+    root = Path(__file__).parents[1]
+    config = tmp_path / "sweep.py"
+    config.write_text(
+        SWEEP.format(
+            tests=str(root / "tests"),
+            sizes=vit.VARIANTS["small"],
+            values=values(place, "svhn"),
+        )
+    )
+
+    def start(workdir):
+        arguments = (f"--config={config}", f"--workdir={workdir}")
+        return subprocess.Popen(
+            [sys.executable, "-m", "vpt_jax.main", *arguments],
+            cwd=root,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start(tmp_path / "whole")
+    began = time.monotonic()
+    _, error = whole.communicate(timeout=600)
+    assert whole.returncode == 0, error
+    rng, most, stopped = random.Random(0), time.monotonic() - began, 0
+    log = tmp_path / "stopped" / "log.txt"
+    while True:
+        child = start(tmp_path / "stopped")
+        size = log.stat().st_size if log.exists() else 0
+        while child.poll() is None and not (log.exists() and log.stat().st_size > size):
+            time.sleep(0.05)  # before it says something it is not listening
+        try:
+            _, error = child.communicate(timeout=rng.uniform(0.1, most / 6))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGTERM)
+            _, error = child.communicate(timeout=600)
+        if child.returncode == 0:
+            break
+        assert child.returncode == preemption.EXIT_CODE, error
+        assert "Traceback" not in error
+        stopped += 1
+    assert stopped >= 3
+    boards = [
+        json.loads((tmp_path / name / "leaderboard.json").read_bytes())["tasks"]
+        for name in ("whole", "stopped")
+    ]
+    assert boards[0] == boards[1]
 
 
 class Elsewhere:

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from reference import features as reference_features
 
 import vpt_jax
-from vpt_jax.models.layers import attend, gelu, standardise
+from vpt_jax.models.layers import attend, gelu, standardise, weighted_exp
 
 RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
 # Float32 sums in another order: 1e-5 relative to the largest value.
@@ -518,3 +518,21 @@ def test_standardise_has_the_derivatives_of_its_formula():
     centred = x - x.mean(-1, keepdims=True)
     variance = (centred**2).mean(-1, keepdims=True)
     np.testing.assert_allclose(y, centred / np.sqrt(variance + 1e-2), rtol=1e-12)
+
+
+def test_weighted_exp_has_the_derivatives_of_its_formula():
+    """By weight, by argument and by both; and removed keys far above are exactly 0."""
+    rng = np.random.default_rng(0)
+    w, x = rng.uniform(0.5, 2.0, (2, 1, 1, 5)), -rng.uniform(0.0, 3.0, (2, 3, 4, 5))
+    with jax.enable_x64(True):
+        w, x = jnp.asarray(w), jnp.asarray(x)
+        for f, args in (
+            (weighted_exp, (w, x)),
+            (lambda w: weighted_exp(jnp.asarray(w), x), (w,)),
+            (lambda x: weighted_exp(w, jnp.asarray(x)), (x,)),
+        ):
+            check_grads(lambda *a, f=f: f(*map(jnp.asarray, a)), args, order=2)
+        np.testing.assert_allclose(weighted_exp(w, x), w * np.exp(x), rtol=1e-12)
+    far = jnp.array([1000.0])
+    value, slope = jax.value_and_grad(lambda x: weighted_exp(jnp.zeros(1), x)[0])(far)
+    assert value == 0 and slope == 0
