@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guard on what programs cost: FLOP, memory, compilations; never seconds."""
 
+import argparse
 import importlib.util
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SMALL
 from ml_collections import ConfigDict
 
 import vpt_jax
@@ -84,6 +86,18 @@ def test_without_prompts_the_least_training_work_is_the_forward_pass():
     model = make_model()
     none = (0,) * model.depth
     assert roofline.least_training_macs(model, none, 8) == vpt_jax.macs(model, none)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [("programs", 5), ("inference_programs", 4), ("remat_programs", 3)],
+)
+def test_the_script_has_its_rows_and_they_run(make, rows):
+    args = argparse.Namespace(variant=SMALL, batch=2, dtype="float32")
+    found = getattr(roofline, make)(roofline.make_inputs(args), 8)
+    assert len({program.what for program in found}) == len(found) == rows
+    assert all(flop(p.compiled) >= 2 * p.least_flop for p in found)
+    assert all(seconds > 0 for seconds in roofline.measure(found, 1))
 
 
 def test_memory_of_keys_and_values_of_tokens_and_of_every_remat():
