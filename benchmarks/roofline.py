@@ -66,11 +66,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def least_training_macs(model: vpt_jax.ViT, counts: Sequence[int], batch: int) -> float:
+def least_training_macs(
+    model: vpt_jax.ViT, counts: Sequence[int], batch: int, learn: bool = True
+) -> float:
     """Multiply-accumulates per picture of a step that learns deep prompts.
 
     Forward as `vpt_jax.macs` counts it. Backward, from the top down to the first layer
     with prompts: for every product the gradient of the input that depends on prompts.
+    Without `learn` it ends at keys and values, where the score's gates are.
     """
     forward = vpt_jax.macs(model, counts, prompt_batch=batch)
     d, m, t = model.width, model.mlp_dim, (model.image_size // model.patch) ** 2 + 1
@@ -78,7 +81,7 @@ def least_training_macs(model: vpt_jax.ViT, counts: Sequence[int], batch: int) -
     for i in range(first, model.depth):
         n, q = counts[i], 1 if i == model.depth - 1 else t
         mlp_and_out = 2 * q * d * m + q * d * d
-        prompts = 2 * n * d * d / batch
+        prompts = 2 * n * d * d / batch if learn else 0.0
         if i == first:  # the tokens do not depend on any prompt yet
             attention, projections = q * (t + n) * d + 2 * q * n * d, 0
         else:
@@ -205,7 +208,10 @@ def programs(given: Inputs, num: int) -> list[Program]:
         compiled(
             "score step",
             counts,
-            found[-1][2:4],
+            (
+                2 * least_training_macs(model, counts, len(batch["label"]), False),
+                found[-1].least_bytes,
+            ),
             score_step,
             *(backbone, trainable, pictures, None),
             model=model,

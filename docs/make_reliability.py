@@ -95,8 +95,12 @@ def _soak(found: dict[str, Any]) -> list[str]:
     rows = [
         ("steps", "steps", "{:,}"),
         ("seconds", "seconds", "{:.0f}"),
-        ("memory at the end, MB", "memory_mb", "{:.0f}"),
-        ("rise of memory over the run, MB (fitted line)", "memory_rise_mb", "{:.1f}"),
+        ("memory, median, MB", "memory_mb", "{:.0f}"),
+        (
+            "its rise over the run, MB (line; falls left out)",
+            "memory_rise_mb",
+            "{:.1f}",
+        ),
         ("which may be, MB", "memory_bound_mb", "{:.0f}"),
         ("a step at the start, ms", "step_ms_first", "{:.2f}"),
         ("a step at the end, ms", "step_ms_last", "{:.2f}"),
