@@ -457,6 +457,35 @@ except preemption.Preempted:
 """
 
 
+SWALLOWED = """
+import os, signal, sys, time
+from vpt_jax import preemption
+
+class Garbage:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)  # the handler runs here, long before it is tried again
+
+preemption.watch()
+try:
+    Garbage()
+    time.sleep(10)
+except preemption.Preempted:
+    sys.exit(preemption.EXIT_CODE)
+"""
+
+
+def test_sigterm_while_garbage_is_collected_is_not_lost():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (75, "")
+
+
 @pytest.mark.parametrize(("args", "code"), [((), 75), (("twice",), 143)])
 def test_sigterm_is_held_back_and_a_second_one_is_not(args, code):
     done = subprocess.run(

@@ -7,13 +7,16 @@ the exception back and `requested` is asked between two compiled calls. A second
 ends the process at once.
 """
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: the same command continues
 _SAME_S = 1.0
@@ -24,6 +27,7 @@ class Preempted(BaseException):
 
 
 _requested = threading.Event()
+_sent_again = threading.Event()
 _held = 0
 
 
@@ -35,6 +39,17 @@ def watch() -> None:
     # Python's handlers wait until a compiled call returns; this one does not.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader,), daemon=True).start()
+    before = sys.unraisablehook
+
+    def swallowed(unraisable: Any) -> None:
+        # What is raised while Python collects garbage goes nowhere: raise it again,
+        # when that is over.
+        if unraisable.exc_type is Preempted:
+            threading.Timer(0.01, _send_again).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = swallowed
 
 
 def requested() -> bool:
@@ -68,10 +83,19 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Preempted
 
 
+def _send_again() -> None:
+    _sent_again.set()
+    _requested.clear()
+    _thread.interrupt_main(signal.SIGTERM)
+
+
 def _listen(reader: int) -> None:
     first = None
     while data := os.read(reader, 64):
         if signal.SIGTERM not in data:
+            continue
+        if _sent_again.is_set():  # by ourselves: nobody is in a hurry
+            _sent_again.clear()
             continue
         # coreutils' timeout, for one, signals the process and then its group.
         if first is not None and time.monotonic() - first > _SAME_S:
