@@ -154,6 +154,7 @@ def test_processes_agree_stop_together_and_resume(config, alone, tmp_path, num, 
             jax.tree.leaves((b.prompts, b.head)),
             strict=True,
         ):
+            # Sums over the batch in another order, amplified by three epochs.
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
     ended = start(config, broken, num, victim, die_at=2)
