@@ -116,6 +116,9 @@ def test_flags_through_the_real_parser_end_with_2_and_one_line():
         ["--config=configs/absent.py"],
         ["--config=README.md"],
         ["--config=configs/demo.py:smoke", "--unknown"],
+        # Keys that cannot be sorted: found by fuzzing 2,000 command lines.
+        ["--config=configs/demo.py:smoke", "--config.linear={-35: 1, 'x': 2}"],
+        ["--config=configs/vtab.py:task=svhn", "--config.linear={-35: 1, 'x': 2}"],
     ],
 )
 def test_the_command_line_ends_with_2(arguments, tmp_path):

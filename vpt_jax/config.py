@@ -257,6 +257,23 @@ GROUPS = {
 }
 
 
+def plain_dict(values: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A config as a plain dict.
+
+    Raises:
+      ValueError: If a group has keys that are not all names.
+    """
+    if not isinstance(values, ConfigDict):
+        return dict(values)
+    try:
+        return values.to_dict()
+    except TypeError as error:  # it sorts keys
+        raise ValueError(
+            f"config has a group whose keys are of several types ({error}); expected"
+            " names."
+        ) from error
+
+
 def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
     """Checks a nested mapping and makes a `Config` of it.
 
@@ -264,7 +281,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
       ValueError: For an unknown or missing key (the known ones are listed), a value of
         the wrong type, or one out of its range.
     """
-    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    plain = plain_dict(values)
     built = {}
     for name, value in plain.items():
         group = GROUPS.get(name)

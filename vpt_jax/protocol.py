@@ -62,7 +62,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     Raises:
       ValueError: If a key is wrong, of the benchmark or of any task's runs.
     """
-    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    plain = configs.plain_dict(values)
     if "benchmark" not in plain:
         raise ValueError("config key config.benchmark is missing; set it.")
     settings = configs.build(
