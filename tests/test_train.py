@@ -465,7 +465,7 @@ def test_what_pads_is_not_seen_and_gets_no_gradient(problem):
 
 
 def test_bfloat16_trains_as_float32_does(problem):
-    """Computation in 8 bits, parameters in float32; bounds of docs/reliability.md."""
+    """Computed with 8 bits, learnt in float32; the bounds are docs/reliability.md's."""
     model, backbone = make_tiny()
     ends = []
     for dtype in (jnp.float32, jnp.bfloat16):

@@ -270,7 +270,7 @@ def plain_dict(values: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     except TypeError as error:  # it sorts keys
         raise ValueError(
             f"config has a group whose keys are of several types ({error}); expected"
-            " names."
+            " names. Set single keys, such as --config.tune.epochs=3."
         ) from error
 
 

@@ -4,7 +4,8 @@
 `watch` makes SIGTERM raise `Preempted`, as Ctrl-C raises KeyboardInterrupt: what lies
 on disk is whole at any moment. Where something is worth saving first, `deferred` holds
 the exception back and `requested` is asked between two compiled calls. A second SIGTERM
-ends the process at once.
+ends the process at once. Raised where Python swallows exceptions (a finaliser, a
+garbage collector's callback), `Preempted` is raised again a moment later.
 """
 
 import _thread
