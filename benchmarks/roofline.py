@@ -6,7 +6,7 @@ python benchmarks/roofline.py --variant=S/16 --batch=32 --prompts 50 100 200
 python benchmarks/roofline.py --dtype=bfloat16 --batch=128       # on a GPU or TPU
 python benchmarks/roofline.py --inference --prompts 200 --batch=1     # to 64
 python benchmarks/roofline.py --remat                # memory and time of every policy
-python benchmarks/roofline.py --compile              # seconds to compile
+python benchmarks/roofline.py --compile              # seconds to compile an epoch
 
 Rows: inference with prefilled prompts; a tuning step; a step of the score `removal`; a
 fine-tuning step after global condensation to 100, 30 and 10 % (random scores, so that
@@ -124,17 +124,22 @@ class Inputs(NamedTuple):
     key: jax.Array
 
 
-def make_inputs(args: argparse.Namespace) -> Inputs:
-    model = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype))
+def make_inputs(model: vpt_jax.ViT, size: int) -> Inputs:
     side, key = model.image_size, jax.random.key(0)
     backbone = jax.jit(model.init)(key, jnp.zeros((1, side, side, 3)))["params"]
-    pictures = np.random.default_rng(0).integers(0, 256, (args.batch, side, side, 3))
+    pictures = np.random.default_rng(0).integers(0, 256, (size, side, side, 3))
     batch = {
         "image": jnp.asarray(pictures, jnp.uint8),
-        "label": jnp.arange(args.batch) % CLASSES,
-        "mask": jnp.ones(args.batch, bool),
+        "label": jnp.arange(size) % CLASSES,
+        "mask": jnp.ones(size, bool),
     }
     return Inputs(model, backbone, batch, key)
+
+
+def least_training(given: Inputs, counts: Sequence[int]) -> tuple[float, float]:
+    """FLOP per picture and bytes per step of learning deep prompts."""
+    macs = least_training_macs(given.model, counts, len(given.batch["label"]))
+    return 2 * macs, 2 * sum(x.nbytes for x in jax.tree.leaves(given.backbone))
 
 
 def trainable_of(given: Inputs, num: Any) -> dict[str, Any]:
@@ -144,21 +149,15 @@ def trainable_of(given: Inputs, num: Any) -> dict[str, Any]:
     }
 
 
-def step_program(
-    given: Inputs, what: str, trainable: dict[str, Any], prompt_mask: Any = None
-) -> Program:
+def step_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program:
     """One training step; not donated, so that it can run again and again."""
     model, backbone, batch, key = given
     recipe = train.Recipe(dropout=0.0)
     step = jax.jit(train.train_step, static_argnames=("model", "recipe"))
     state = train.init_state(trainable, recipe)
     counts = vpt_jax.counts(trainable["prompts"])
-    size = len(batch["label"])
-    least = (
-        2 * least_training_macs(model, counts, size),
-        2 * sum(x.nbytes for x in jax.tree.leaves(backbone)),
-    )
-    inputs = (state, backbone, batch, 0.1, 1e-3, key, prompt_mask)
+    least = least_training(given, counts)
+    inputs = (state, backbone, batch, 0.1, 1e-3, key)
     return compiled(what, counts, least, step, *inputs, model=model, recipe=recipe)
 
 
@@ -253,15 +252,42 @@ def remat_programs(given: Inputs, num: int) -> list[Program]:
     ]
 
 
+def epoch_program(
+    given: Inputs, what: str, trainable: dict[str, Any], dropout: float, mask: Any
+) -> Program:
+    """What the command compiles: an epoch, here of two steps. It cannot run twice."""
+    model, backbone, batch, key = given
+    recipe = train.Recipe(dropout=dropout)
+    size = len(batch["label"])
+    counts = vpt_jax.counts(trainable["prompts"])
+    inputs = (
+        *(train.init_state(trainable, recipe), backbone),
+        *(batch["image"], batch["label"]),
+        *(jnp.zeros((2, size), jnp.int32), jnp.ones((2, size), bool)),
+        *(jnp.zeros(2), jnp.float32(1e-3), key, mask),
+    )
+    least = least_training(given, counts)
+    what = f"{what}, dropout" if dropout else what
+    return compiled(
+        what, counts, least, train.train_epoch, *inputs, model=model, recipe=recipe
+    )
+
+
 def compile_programs(given: Inputs, num: int) -> list[Program]:
-    """The tuning step with equal counts, with as many as layers, and those rounded."""
+    """Epochs with equal counts, with as many as layers, and those rounded."""
     depth = given.model.depth
+    equal = trainable_of(given, num)
     rising = trainable_of(given, [num - depth // 2 + i for i in range(depth)])
-    padded, mask = vpt_jax.pad_prompts(rising["prompts"], 16)
+    padded, real = vpt_jax.pad_prompts(rising["prompts"], 16)
+    rounded = {**rising, "prompts": padded}
     return [
-        step_program(given, "equal counts", trainable_of(given, num)),
-        step_program(given, "all counts differ", rising),
-        step_program(given, "rounded up to 16", {**rising, "prompts": padded}, mask),
+        epoch_program(given, what, trainable, dropout, mask)
+        for dropout in (train.Recipe().dropout, 0.0)
+        for what, trainable, mask in (
+            ("equal counts", equal, None),
+            ("counts differ", rising, None),
+            ("rounded to 16", rounded, real),
+        )
     ]
 
 
@@ -280,8 +306,9 @@ def main() -> None:
     args = parse()
     if args.remat:  # as the command does, for all rows
         cli.spare_memory(ConfigDict({"backbone": {"remat": "block"}}))
-    given = make_inputs(args)
-    rate = matrix_rate(given.model, args.batch)
+    model = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype))
+    given = make_inputs(model, args.batch)
+    rate = matrix_rate(model, args.batch)
     where = (
         f"{args.variant}, batch {args.batch}, {args.dtype}; jax {jax.__version__},"
         f" {jax.devices()[0].device_kind}, {platform.machine()};"

@@ -375,14 +375,35 @@ def test_shared_dropout_is_one_mask_and_keeps_the_mean():
     assert not np.array_equal(values, again[0])
 
 
-def test_dropout_of_a_layer_does_not_depend_on_the_others():
-    a = vpt_jax.prompt_dropout(
-        jax.random.key(0), (jnp.ones((3, 4)), jnp.ones((5, 4))), 0.5, 2
-    )
-    b = vpt_jax.prompt_dropout(
-        jax.random.key(0), (jnp.ones((0, 4)), jnp.ones((5, 4))), 0.5, 2
-    )
-    np.testing.assert_array_equal(a[1], b[1])
+@pytest.mark.parametrize("batch_size", [2, None])
+def test_what_a_prompt_drops_does_not_depend_on_the_others(batch_size):
+    def dropped(*shapes):
+        prompts = tuple(map(jnp.ones, shapes))
+        return vpt_jax.prompt_dropout(jax.random.key(0), prompts, 0.5, batch_size)
+
+    # Layers of two widths, and more prompts than a CPU draws at a time.
+    some = dropped((3, 24), (0, 24), (90, 16), (5, 24))
+    more = dropped((0, 24), (7, 16), (70, 16), (9, 24))
+    np.testing.assert_array_equal(some[2][..., :70, :], more[2])
+    np.testing.assert_array_equal(some[3], more[3][..., :5, :])
+    rows = [r.tobytes() for p in some for r in np.moveaxis(p, -2, 0)]
+    assert len(set(rows)) == len(rows) == 98
+
+
+def test_dropout_draws_the_same_on_every_platform(monkeypatch):
+    """Not a CPU alone draws 64 prompts at a time."""
+    prompts = (jnp.ones((90, 16)), jnp.ones((3, 8)))
+    drop = functools.partial(vpt_jax.prompt_dropout, jax.random.key(0), prompts, 0.5, 3)
+    ours, taken = drop(), []
+
+    def elsewhere(*args, cpu, default):
+        taken.append(default)
+        return default(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+    for a, b in zip(ours, drop(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(taken) == 2
 
 
 # --- position table -----------------------------------------------------------------

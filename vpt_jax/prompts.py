@@ -7,12 +7,14 @@ the model, so `jax.grad` with respect to `{'prompts', 'head'}` never sees the fr
 backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 Prompts = PyTree[Float[Array, "_ _"]]
@@ -131,8 +133,9 @@ def prompt_dropout(
     step of ViT-B/16 with 100 prompts (`benchmarks/shared_dropout.py`).
 
     Args:
-      key: A JAX random key; layer `i` uses `fold_in(key, i)`, so that a layer's mask
-        does not depend on how many prompts other layers have.
+      key: A JAX random key; prompt `j` of layer `i` uses
+        `fold_in(fold_in(key, i), j)`, so that what it drops does not depend on how many
+        others there are.
       prompts: One `[n_i, d]` array per layer.
       rate: Probability of dropping an element, in `[0, 1)`. The reference uses 0.1
         for deep prompts and 0 for shallow ones.
@@ -148,15 +151,45 @@ def prompt_dropout(
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
 
-    def drop(i: int, p: jax.Array) -> jax.Array:
-        batch = () if batch_size is None else (batch_size,)
-        shape = (*batch, *p.shape)
-        keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape)
+    batch = () if batch_size is None else (batch_size,)
+    keep = _draw(key, prompts, 1 - rate, batch)
+
+    def drop(p: jax.Array, keep: jax.Array) -> jax.Array:
         p = p / (1 - rate)
         p = per_example(p, keep) if batch else p
         return jnp.where(keep, p, jnp.zeros((), p.dtype))
 
-    return tuple(drop(i, p) for i, p in enumerate(prompts))
+    return tuple(map(drop, prompts, keep))
+
+
+def _draw(
+    key: jax.Array, prompts: Prompts, rate: float, batch: tuple[int, ...]
+) -> list[jax.Array]:
+    """Which elements are kept, with probability `rate`: bool `[*batch, n_i, d]`.
+
+    All layers of one width are drawn by one piece of code, whatever their counts. Layer
+    by layer, a training step of ViT-B/16 with twelve different counts took 5.9 s to
+    compile instead of 3.4, where equal ones take 2.5.
+    """
+    num, widths = counts(prompts), [p.shape[1] for p in prompts]
+    keep = [jnp.zeros((*batch, *p.shape), bool) for p in prompts]
+    for width in sorted({w for n, w in zip(num, widths, strict=True) if n}):
+        layers = [i for i, w in enumerate(widths) if w == width]
+        places = [(i, j) for i in layers for j in range(num[i])]
+        keys = jax.vmap(
+            lambda at: jax.random.fold_in(jax.random.fold_in(key, at[0]), at[1])
+        )(np.array(places, np.uint32))
+        draw = functools.partial(jax.random.bernoulli, p=rate, shape=(*batch, width))
+        # On a CPU so many prompts at a time that its caches hold the random numbers.
+        rows = jax.lax.platform_dependent(
+            keys,
+            cpu=functools.partial(jax.lax.map, draw, batch_size=64),
+            default=jax.vmap(draw),
+        )
+        ends = np.cumsum([num[i] for i in layers])
+        for i, own in zip(layers, jnp.split(rows, ends[:-1]), strict=True):
+            keep[i] = jnp.moveaxis(own, 0, -2)
+    return keep
 
 
 def pad_prompts(

@@ -25,6 +25,12 @@ class KeyValue(NamedTuple):
     value: jax.Array  # [h, n, d / h]
 
 
+class Standard(NamedTuple):
+    """A layer's prompts after `standardise`, the first half of their normalisation."""
+
+    rows: jax.Array  # [n, d], float32 or float64
+
+
 def batched(x: jax.Array, rank: int) -> jax.Array:
     """Adds a batch axis of 1 in front unless `x` has `rank` axes already."""
     return x if x.ndim == rank else x[None]
@@ -154,7 +160,8 @@ class LayerNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, standard: bool = False) -> jax.Array:
+        """Of `x [..., d]`; `standard` says that it has been through `standardise`."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
@@ -162,7 +169,7 @@ class LayerNorm(nn.Module):
         scale, bias = (
             jnp.expand_dims(v.astype(kind), range(x.ndim - 1)) for v in (scale, bias)
         )
-        x = standardise(x.astype(kind), self.epsilon)
+        x = x if standard else standardise(x.astype(kind), self.epsilon)
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -366,14 +373,16 @@ class Block(nn.Module):
             self.LayerScale_0 = LayerScale(**kinds)
             self.LayerScale_1 = LayerScale(**kinds)
 
-    def prefill(self, prompts: jax.Array) -> KeyValue:
+    def prefill(self, prompts: jax.Array | Standard) -> KeyValue:
         """Keys and values `[(b,) h, n, d / h]` of prompts `[(b,) n, d]`."""
-        return self.MultiHeadDotProductAttention_0.key_value(self.LayerNorm_0(prompts))
+        standard = isinstance(prompts, Standard)
+        y = self.LayerNorm_0(prompts.rows if standard else prompts, standard)
+        return self.MultiHeadDotProductAttention_0.key_value(y)
 
     def __call__(
         self,
         x: jax.Array,
-        prompts: jax.Array | KeyValue | None = None,
+        prompts: jax.Array | Standard | KeyValue | None = None,
         key_weight: jax.Array | None = None,
         read: slice = slice(None),
     ) -> tuple[jax.Array, jax.Array]:
@@ -381,7 +390,8 @@ class Block(nn.Module):
 
         Args:
           x: Tokens `[b, t, d]`.
-          prompts: None, `[n, d]`, `[b, n, d]`, or what `prefill` made of them.
+          prompts: None, `[n, d]`, `[b, n, d]`, the former after `standardise`, or what
+            `prefill` made of them.
           key_weight: None, `[b or 1, t + n]` or `[b, h, q, t + n]`, see `attend`.
           read: Only these `q` tokens are computed and returned; the others are keys and
             values alone.
