@@ -113,6 +113,7 @@ ORDER = (
     "models.vit",
     "models.inputs",
     "models.layers",
+    "models.attention",
     "models.posemb",
     "prompts",
 )

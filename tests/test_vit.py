@@ -13,7 +13,8 @@ from jax.test_util import check_grads
 from reference import features as reference_features
 
 import vpt_jax
-from vpt_jax.models.layers import attend, gelu, standardise, weighted_exp
+from vpt_jax.models.attention import attend, weighted_exp
+from vpt_jax.models.layers import gelu, standardise
 
 RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
 # Float32 sums in another order: 1e-5 relative to the largest value.

@@ -20,7 +20,7 @@ import numpy as np
 from vpt_jax.backbones import known_backbone
 from vpt_jax.durable import atomic_path
 from vpt_jax.matching import match_swin, match_vit, parameters
-from vpt_jax.models.layers import wide
+from vpt_jax.models.attention import wide
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT

@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vpt_jax import parallel
-from vpt_jax.models.layers import wide
+from vpt_jax.models.attention import wide
 from vpt_jax.prompts import (
     Importance,
     Mask,

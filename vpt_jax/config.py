@@ -17,7 +17,7 @@ from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
-from vpt_jax.models.layers import ATTENTIONS
+from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import check_choice

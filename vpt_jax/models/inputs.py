@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.models.layers import KeyValue, batched, wide
+from vpt_jax.models.attention import wide
+from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice
 
 FORMULATIONS = ("kv", "tokens")

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax.models.attention import ATTENTIONS, wide
 from vpt_jax.models.inputs import Inputs, check_prompts, prepare
 from vpt_jax.models.layers import (
-    ATTENTIONS,
     AddPositionEmbs,
     Block,
     LayerNorm,
@@ -34,7 +34,6 @@ from vpt_jax.models.layers import (
     Standard,
     mean_tokens,
     standardise,
-    wide,
 )
 from vpt_jax.prompts import check_choice, per_example
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from vpt_jax.models.attention import wide
 from vpt_jax.models.layers import (
     HeadProjection,
     KeyValue,
     OutProjection,
-    wide,
 )
 
 
@@ -77,7 +77,7 @@ def exponentials(
     """One softmax over several groups of keys, before the division.
 
     The groups stay apart, so that keys which all windows share are not copied. For the
-    reasons of the two guards see `layers.attend`.
+    reasons of the two guards see `attention.attend`.
 
     Args:
       groups: Logits `[b, h, w, q, t]` and the keys' weights: None, `[b or 1, t]`, or
@@ -174,7 +174,7 @@ class WindowAttention(nn.Module):
         Args:
           x: Windows `[b, w, t, d]`, the first `num_prompts` of the `t` are prompts.
           extra: None or prompts' keys and values `[(b,) h, n, d / h]`.
-          key_weight: None or the prompts' weights `[b or 1, n]`, see `layers.attend`;
+          key_weight: None or the prompts' weights `[b or 1, n]`, see `attend`;
             with `extra` also `[b, h, w * t, n]`, by head and query.
           num_prompts: Prompts among the tokens.
 

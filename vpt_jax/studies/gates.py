@@ -33,7 +33,7 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax.condense import example_values
-from vpt_jax.models.layers import wide
+from vpt_jax.models.attention import wide
 
 FORMS = ("removal", "key_gate")
 
