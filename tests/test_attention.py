@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vpt_jax.models import attention
 from vpt_jax.models.attention import attend, blocks
@@ -95,6 +96,20 @@ def test_many_runs_at_once(given):
     for own, one in zip(ours, (0, 1), strict=True):
         theirs = at_once(*jax.tree.map(lambda x: x[one], stacked))[0]  # noqa: B023
         np.testing.assert_allclose(own, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_batch_may_be_split_over_devices(given, kind):
+    mesh = jax.make_mesh(
+        (2,), ("batch",), axis_types=(kind,), devices=jax.devices()[:2]
+    )
+    with jax.set_mesh(mesh):
+        split = jax.device_put(given, NamedSharding(mesh, PartitionSpec("batch")))
+        out = jax.jit(attend)(*split)[0]
+        text = compiled(lambda *given: attend(*given)[0], *split).as_text()
+    assert out.sharding.spec[0] == "batch"
+    assert "all-" not in text
+    np.testing.assert_allclose(out, at_once(*given)[0], atol=2e-6)
 
 
 def test_accelerators_attend_at_once(given):
