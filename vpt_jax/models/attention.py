@@ -66,7 +66,7 @@ def attend(
 
 
 def blocks(q: jax.Array, k: jax.Array) -> int:
-    """How many blocks of queries a CPU takes one after the other.
+    """Into how many blocks a CPU splits the queries.
 
     XLA's CPU code (jaxlib 0.10) multiplies, normalises and multiplies again head by
     head without writing the weights to memory, as long as those of one head are at most
