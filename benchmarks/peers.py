@@ -10,11 +10,14 @@ python benchmarks/peers.py                    # ViT-B/16, batch 8, float32, five
 - `timm` is timm's ViT without any prompts: what a prompted network can hardly beat.
 - `vpt_jax` is this package: prompts as keys and values; prefilled for inference.
 
-Both networks get the same random weights, and the script stops unless their logits and
-prompt gradients agree. A training step is forward, backward, and SGD with momentum and
-weight decay of prompts and head. All programs take turns within a round, in an order
-that turns with the rounds, so that a drift of the machine's speed hits all alike;
-ratios are medians of the rounds' own ratios, with the smallest and largest behind.
+Both networks get the same random weights, and the script stops unless their logits
+and prompt gradients agree. A training step is forward, backward, and SGD with momentum
+and weight decay of prompts and head, `--steps` of them in a row: PyTorch in a loop,
+ours in one call of `train.train_epoch`, as `fit` and the command train. `alone` are
+ours in a loop too, each step a call: XLA's CPU code then asks the system for its memory
+in every step. All programs take turns within a round, in an order that turns with the
+rounds, so that a drift of the machine's speed hits all alike; ratios are medians of the
+rounds' own ratios, with the smallest and largest behind.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from vpt_jax import train
 
 CLASSES = 100
 RATE, DECAY, MOMENTUM = 0.1, 1e-3, 0.9
+TRAINING = "training step"
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompts", type=int, nargs="+", default=(100, 200))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="of training, in a row")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: cores")
     parser.add_argument(
         "--compile", action="store_true", help="also PyTorch through torch.compile"
@@ -185,8 +190,9 @@ def our_programs(
     trainable: dict[str, Any],
     images: np.ndarray,
     labels: np.ndarray,
-) -> tuple[Callable, Callable, Callable]:
-    """Inference with prefilled prompts, one training step, and the prompt gradients."""
+    steps: int,
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """Inference with prefilled prompts, `steps` of training, one step, gradients."""
     recipe = train.Recipe(dropout=0.0, normalisation="half")
     ready = vpt_jax.prefill(model, backbone, trainable["prompts"])
     images, labels = jnp.asarray(images), jnp.asarray(labels)
@@ -208,7 +214,10 @@ def our_programs(
         train.train_step, static_argnames=("model", "recipe"), donate_argnums=0
     )
     held = [train.init_state(jax.tree.map(jnp.copy, trainable), recipe)]
+    kept = jax.tree.map(jnp.copy, held)
     key = jax.random.key(0)
+    order = jnp.tile(jnp.arange(len(labels)), (steps, 1))
+    full, rates = jnp.ones(order.shape, bool), jnp.full(steps, RATE)
     infer_with = {**trainable, "prompts": ready}
 
     def infer():
@@ -220,7 +229,18 @@ def our_programs(
         )
         return float(sums["loss"]), jax.block_until_ready(held[0])
 
-    return infer, step, lambda: gradient(trainable, backbone, batch)
+    def epoch():
+        data = images, labels, order, full, rates, DECAY, key
+        kept[0], metrics = train.train_epoch(
+            kept[0], backbone, *data, model=model, recipe=recipe
+        )
+        return float(metrics["loss"]), jax.block_until_ready(kept[0])
+
+    return infer, epoch, step, lambda: gradient(trainable, backbone, batch)
+
+
+def in_a_row(step: Callable, steps: int) -> Callable:
+    return lambda: [step() for _ in range(steps)]
 
 
 def check_same(name: str, ours: Any, theirs: Any, limit: float) -> None:
@@ -253,15 +273,16 @@ def build(args: argparse.Namespace) -> dict[tuple[str, str, int], Callable]:
         prompts = vpt_jax.init_prompts(keys[1], model, num)
         head = vpt_jax.init_head(keys[2], model.width, CLASSES)
         trainable = {"prompts": prompts, "head": head}
-        infer, step, gradient = our_programs(
-            model, backbone, trainable, pictures, labels
+        infer, epoch, step, gradient = our_programs(
+            model, backbone, trainable, pictures, labels, args.steps
         )
         programs["inference", "vpt_jax", num] = infer
-        programs["training step", "vpt_jax", num] = step
+        programs[TRAINING, "vpt_jax", num] = epoch
+        programs[TRAINING, "vpt_jax alone", num] = in_a_row(step, args.steps)
         for whose, net in peers.items():
             their_infer, their_step = torch_programs(net, trainable, images, labels)
             programs["inference", whose, num] = their_infer
-            programs["training step", whose, num] = their_step
+            programs[TRAINING, whose, num] = in_a_row(their_step, args.steps)
             what = f"{whose}, {num} prompts:"
             check_same(f"{what} logits", infer(), their_infer(), 1e-4)
             # Float32 through twelve layers and back, in two libraries.
@@ -288,7 +309,8 @@ def main() -> None:
             start = time.perf_counter()
             programs[name]()
             if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                steps = args.steps if name[0] == TRAINING else 1
+                times[name].append((time.perf_counter() - start) / steps)
     rows = []
 
     def ratio(name: tuple, other: tuple) -> str:

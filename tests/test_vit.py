@@ -14,7 +14,7 @@ from reference import features as reference_features
 
 import vpt_jax
 from vpt_jax.models.attention import attend, weighted_exp
-from vpt_jax.models.layers import gelu, standardise
+from vpt_jax.models.layers import gelu, standardise, swiglu
 
 RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
 # Float32 sums in another order: 1e-5 relative to the largest value.
@@ -242,6 +242,15 @@ def test_gelu_is_exact():
     x = jnp.linspace(-6, 6, 101)
     np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=2e-6)
     assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
+
+
+@pytest.mark.parametrize("activation", [gelu, swiglu])
+def test_a_backward_pass_keeps_the_input_of_an_activation_alone(activation):
+    with jax.enable_x64(True):
+        x = 2 * jax.random.normal(jax.random.key(0), (5, 8), jnp.float64)
+        check_grads(activation, (x,), order=2, rtol=1e-6)
+        kept = jax.tree.leaves(jax.vjp(activation, x)[1])
+    assert sum(value.size for value in kept) == x.size
 
 
 BLOCK = """LayerNorm_0/bias LayerNorm_0/scale LayerNorm_1/bias LayerNorm_1/scale

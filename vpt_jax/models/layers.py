@@ -36,9 +36,22 @@ def batched(x: jax.Array, rank: int) -> jax.Array:
     return x if x.ndim == rank else x[None]
 
 
+@jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU. `lax.erf` is 2-4 times as fast on CPU as `jax.nn.gelu`'s erfc."""
+    """Exact GELU. `lax.erf` is 2-4 times as fast on CPU as `jax.nn.gelu`'s erfc.
+
+    A backward pass finds `x` alone and computes the error function once more: training
+    ViT-B/16 so needs 18 % less memory, moves 7 % fewer bytes and takes 0.94 of the time
+    (`docs/performance.md`).
+    """
     return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
+
+
+@jax.checkpoint
+def swiglu(x: jax.Array) -> jax.Array:
+    """`silu(gate) * up` of the halves of `x [..., 2 f]`, gate first, as `[..., f]`."""
+    gate, up = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def mean_tokens(x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
@@ -220,11 +233,7 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
         )
         y = dense(self.mlp_dim * (2 if self.swiglu else 1), name="Dense_0")(x)
-        if self.swiglu:
-            gate, y = jnp.split(y, 2, axis=-1)
-            y = jax.nn.silu(gate) * y
-        else:
-            y = gelu(y)
+        y = swiglu(y) if self.swiglu else gelu(y)
         return dense(x.shape[-1], name="Dense_1")(y)
 
 
