@@ -147,7 +147,7 @@ def test_memory_of_keys_and_values_of_tokens_and_of_every_remat():
     }
     masked = temporary(compiled_step(make_model(), num, masked=True)) / tokens
     assert masked < 1.1 * shares["none"]  # attention weights are kept once: not 1.9
-    # Four layers; the twelve of ViT-B/16 are in docs/performance.md: 0.14 for blocks.
+    # Four layers; the twelve of ViT-B/16 are in docs/performance.md: 0.24 for blocks.
     assert shares["block"] < 0.35
     assert shares["block"] < shares["attention"] < shares["none"] < 0.65
 

@@ -21,7 +21,7 @@ def weighted_exp(weight: jax.Array, x: jax.Array) -> jax.Array:
 
     Where the weight is 0, `x` may be large: no `inf * 0`. The derivative by `x` is the
     result itself, so that a mask, by which nothing is differentiated, costs a backward
-    pass no more memory than no mask (of ViT-B/16 1.1 GB, batch 8, against 2.1).
+    pass no more memory than no mask (of ViT-B/16, batch 8, 0.9 GB).
     """
     return weight * jnp.exp(jnp.minimum(x, 80.0))
 
