@@ -292,8 +292,8 @@ def build(args: argparse.Namespace) -> dict[tuple[str, str, int], Callable]:
 
 def main() -> None:
     args = parse()
-    # As XLA does: or a step in ten meets numbers below 1e-38 and takes up to 35 times
-    # as long. Before the first operation, since threads take it from their maker.
+    # As XLA does: or steps that meet numbers below 1e-38 take up to 35 times as long.
+    # Before the first operation, since threads take it from their maker.
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     if args.threads:
