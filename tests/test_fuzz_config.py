@@ -67,6 +67,7 @@ def test_values_out_of_range_are_refused(changes, message):
         ({"benchmark__num_prompts": (0, 5)}, "each must be greater than 0"),
         ({"tune__batch_size": 0}, "batch_size is 0; it must be greater than 0"),
         ({"tune": 5}, "config.tune is 5; expected a group of keys"),
+        ({"tune": {0: False}}, r"unknown config key config\.tune\.0; known keys there"),
         ({"seeds": 5}, "config.seeds is 5; expected tuple"),
         ({"baselines": True}, "config.baselines is True; expected tuple"),
     ],

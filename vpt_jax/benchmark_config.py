@@ -95,11 +95,11 @@ class OwnConfig:
 
 def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
     """Raises ValueError for what `configs.parse` cannot tell, as tasks fill it in."""
-    groups = {name: plain.get(name, {}) for name in configs.GROUPS} | {"tasks": tasks}
-    for name, value in groups.items():
-        if not isinstance(value, Mapping):
-            got = configs.shown(value)
-            raise ValueError(f"config.{name} is {got}; expected a group of keys.")
+    for name, kind in configs.GROUPS.items():
+        configs.check_keys(kind, plain.get(name, {}), f"config.{name}.")
+    if not isinstance(tasks, Mapping):
+        got = configs.shown(tasks)
+        raise ValueError(f"config.tasks is {got}; expected a group of keys.")
     if not tasks:
         raise ValueError("config.tasks is empty; expected at least one task.")
     for name in tasks:

@@ -285,27 +285,14 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
     built = {}
     for name, value in plain.items():
         group = GROUPS.get(name)
-        if group is not None and not isinstance(value, Mapping):
-            raise ValueError(
-                f"config.{_key(name)} is {shown(value)}; expected a group of keys."
-            )
         built[name] = build(group, value, f"config.{name}.") if group else value
     return build(Config, built, "config.")
 
 
 def build(kind: Any, values: Any, prefix: str) -> Any:
     """Checks flat values and makes the dataclass `kind` of them; errors as `parse`."""
-    if not isinstance(values, Mapping):
-        raise ValueError(
-            f"{prefix.rstrip('.')} is {shown(values)}; expected a group of keys."
-        )
+    check_keys(kind, values, prefix)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(_key(name) for name in values if name not in fields)
-    if unknown:
-        raise ValueError(
-            f"unknown config key {prefix}{unknown[0]}; known keys there:"
-            f" {', '.join(fields)}."
-        )
     missing = [
         n
         for n, f in fields.items()
@@ -318,6 +305,21 @@ def build(kind: Any, values: Any, prefix: str) -> Any:
         return kind(**converted)
     except ValueError as error:
         raise ValueError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def check_keys(kind: Any, values: Any, prefix: str) -> None:
+    """Raises ValueError unless `values` is a group with no keys but those of `kind`."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{prefix.rstrip('.')} is {shown(values)}; expected a group of keys."
+        )
+    fields = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(_key(name) for name in values if name not in fields)
+    if unknown:
+        raise ValueError(
+            f"unknown config key {prefix}{unknown[0]}; known keys there:"
+            f" {', '.join(fields)}."
+        )
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
