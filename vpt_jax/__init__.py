@@ -26,6 +26,7 @@ from vpt_jax.prompts import (
     prompt_dropout,
 )
 from vpt_jax.readers import CheckpointError
+from vpt_jax.tokens import block_tokens
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "ViT",
     "apply_head",
     "backbone_hash",
+    "block_tokens",
     "condense",
     "counts",
     "cross_entropy",
