@@ -5,8 +5,8 @@ python -m vpt_jax.main --config=configs/demo.py
 python -m vpt_jax.main --config=configs/demo.py:digits
 python -m vpt_jax.main --config=configs/demo.py:shapes_location,seeds=5
 
-The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`,
-`fashion_mnist`), `seeds=N`, and `smoke` (two epochs, for tests).
+The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`),
+`seeds=N`, and `smoke` (two epochs, for tests).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,6 @@ TASKS = {
     "shapes_location": 1.0,
     "shapes_orientation": 1.0,
     "digits": 0.15,
-    "fashion_mnist": 0.15,
 }
 
 

@@ -63,7 +63,6 @@ def get_config(arg: str = "") -> ConfigDict:
             # Of the chosen rate: prompts that are tuned already need less.
             "finetune_rate": 0.1,
             "final_splits": "all",  # as VPT: trained on train, not on val too
-            "trials_together": 1,  # in one program; memory as of so many batches
         }
     )
     c.tasks = ConfigDict()

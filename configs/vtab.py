@@ -64,7 +64,6 @@ def get_config(arg: str = "") -> ConfigDict:
             # Of the chosen rate: prompts that are tuned already need less.
             "finetune_rate": 0.1,
             "final_splits": "final",  # trained on train800val200, tested on test
-            "trials_together": 1,  # in one program; memory as of so many batches
         }
     )
     c.tasks = ConfigDict()

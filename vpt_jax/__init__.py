@@ -22,7 +22,6 @@ from vpt_jax.prompts import (
     counts,
     init_head,
     init_prompts,
-    pad_prompts,
     prompt_dropout,
 )
 from vpt_jax.readers import CheckpointError
@@ -50,7 +49,6 @@ __all__ = [
     "load_backbone",
     "load_prompts",
     "macs",
-    "pad_prompts",
     "prefill",
     "prompt_dropout",
     "prompted",

@@ -248,47 +248,6 @@ def _draw(
     return keep
 
 
-def pad_prompts(
-    prompts: Prompts, multiple: int, *, beside: int = 0
-) -> tuple[Prompts, Mask]:
-    """Fills layers up to round counts, with rows that a mask takes out again.
-
-    With the mask as `prompt_mask=` it is the network of the prompts alone, exactly; the
-    rows that are added get no gradient. Layers without prompts stay without.
-
-    Args:
-      prompts: One `[n_i, d]` array per layer.
-      multiple: What `n_i + beside` becomes a multiple of, `n_i` at least.
-      beside: Keys that lie beside the prompts in attention: 197 in ViT-B/16 at 224 px.
-        What matrix units see is the sum. 0 rounds the counts themselves.
-
-    Returns:
-      One `[m_i, d]` array per layer, `m_i >= n_i`, and one boolean `[m_i]` per layer,
-      False for what was added.
-
-    Raises:
-      ValueError: If `multiple` is below 1 or `beside` below 0.
-
-    Example:
-      >>> padded, mask = pad_prompts((jnp.ones((3, 4)), jnp.ones((0, 4))), 8)
-      >>> counts(padded), int(mask[0].sum())
-      ((8, 0), 3)
-    """
-    if multiple < 1 or beside < 0:
-        raise ValueError(
-            f"got multiple={multiple} and beside={beside}; expected at least 1 and 0."
-        )
-    added = [-(n + beside) % multiple if n else 0 for n in counts(prompts)]
-    padded = tuple(
-        jnp.concatenate([p, jnp.zeros((more, p.shape[1]), p.dtype)])
-        for p, more in zip(prompts, added, strict=True)
-    )
-    mask = tuple(
-        jnp.arange(n) < n - more for n, more in zip(counts(padded), added, strict=True)
-    )
-    return padded, mask
-
-
 def init_head(
     key: jax.Array,
     width: int,

@@ -43,7 +43,6 @@ class Recipe(NamedTuple):
     shared_dropout: bool = False  # one mask per step, not one per example
     deep: bool = True
     normalisation: str = "half"
-    train_prompts: bool = True
     train_head: bool = True
 
 
@@ -84,9 +83,8 @@ def make_optimizer(
     if recipe.train_head:
         head = learn(weight_decay, of_kernel), learn(0.0, of_bias)
     kernel, bias = head or (optax.set_to_zero(), optax.set_to_zero())
-    prompts = learn(weight_decay) if recipe.train_prompts else optax.set_to_zero()
     return optax.multi_transform(
-        {"prompts": prompts, "kernel": kernel, "bias": bias},
+        {"prompts": learn(weight_decay), "kernel": kernel, "bias": bias},
         {"prompts": "prompts", "head": {"kernel": "kernel", "bias": "bias"}},
     )
 
