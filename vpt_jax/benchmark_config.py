@@ -11,7 +11,7 @@ from typing import Any
 from vpt_jax import config as configs
 from vpt_jax.prompts import check_choice
 
-MODES = ("sweep", "published")
+MODES = ("sweep", "published", "search")
 # A task's name is a folder's too.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 # Keys of `tune` that may be None, and what they are otherwise.
@@ -25,6 +25,8 @@ class BenchmarkConfig:
     `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
+    In mode `search`, `shares` are the lengths of the trials as shares of a whole
+    training: all rates at the first, the better half at the next.
     """
 
     name: str
@@ -34,6 +36,7 @@ class BenchmarkConfig:
     num_prompts: tuple[int, ...] = ()
     finetune_rate: float = 0.1
     final_splits: str = "final"
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -46,8 +49,17 @@ class BenchmarkConfig:
                 f"num_prompts is {self.num_prompts} in mode 'published', which tries"
                 " none; set prompts.num_prompts, or mode 'sweep'."
             )
-        if self.mode == "sweep" and not (self.rates and self.decays):
-            raise ValueError("rates or decays are empty; mode 'sweep' needs both.")
+        if self.mode != "published" and not (self.rates and self.decays):
+            raise ValueError(
+                f"rates or decays are empty; mode {self.mode!r} needs both."
+            )
+        if (self.mode == "search") != bool(self.shares):
+            raise ValueError(
+                f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
+                " them, the others have none."
+            )
+        if not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
         for decay in self.decays:
             if not 0 <= decay < math.inf:
                 raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
@@ -64,6 +76,34 @@ class BenchmarkConfig:
                     f"{name} is {configs.shown(values)}; a value is there twice (to six"
                     " digits); expected each once."
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
+
+    `rates` are tried for the first of `shares` of a whole training, the better half of
+    them for the next. The rate of fine-tuning is `finetune_rate` times the chosen one.
+    """
+
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    shares: tuple[float, ...] = (0.15, 0.3)
+    finetune_rate: float = 1.0
+
+    def settings(self, decay: float) -> BenchmarkConfig:
+        """The benchmark of one task that the search is."""
+        return BenchmarkConfig(
+            name="search",
+            mode="search",
+            rates=self.rates,
+            decays=(decay,),
+            finetune_rate=self.finetune_rate,
+            final_splits="all",
+            shares=self.shares,
+        )
+
+    def __post_init__(self) -> None:
+        self.settings(0.0)  # checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

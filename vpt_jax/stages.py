@@ -56,6 +56,7 @@ class Run(NamedTuple):
     images: jax.Array | Strip
     labels: jax.Array
     log: files.Log
+    doubts: tuple[str, ...] = ()  # about the data
 
 
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
@@ -67,8 +68,7 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         return result
     trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
-    if "decay" in training:
-        row["decay"] = training["decay"]
+    row |= {k: training[k] for k in ("decay", "losses") if training.get(k)}
     if training["epochs"] < training["planned_epochs"]:
         row |= {k: training[k] for k in ("epochs", "planned_epochs")}
     result = {"row": row, "seconds": training["seconds"]}
