@@ -303,7 +303,7 @@ def _config(
     values["tune"] = _stage(base, "tune", best)
     values["linear"] = _stage(base, "linear", linear)
     values["finetune"] = _stage(base, "finetune", best, less)
-    values |= {"seeds": seeds, "diverged": "last_finite"}
+    values |= {"seeds": seeds, "diverged": base.get("diverged", "last_finite")}
     if splits == "select":
         values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}
         values["baselines"] = ()
