@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, end to end, on a backbone small enough for seconds."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -366,6 +367,141 @@ def test_wrong_configs(changes, message):
         values[name] = {**values[name], **change} if merge else change
     with pytest.raises(ValueError, match=message):
         configs.parse(values)
+
+
+# What the files of configs/ came to before they stated differences only.
+STAGES = {
+    "demo": {
+        "tune": ("adamw", "step", 18, 2, 1.0, 0.0, 32, True),
+        "linear": ("adamw", "step", 100, 10, 0.2, 0.0, 32, True),
+        "finetune": ("adamw", "step", 4, 0, 0.3, 0.0, 32, False),
+    },
+    "folder": {
+        "tune": ("sgd", "epoch", 100, 10, 2.5, 1e-4, 64, True),
+        "linear": ("sgd", "epoch", 100, 10, 2.5, 1e-4, 64, True),
+        "finetune": ("sgd", "epoch", 20, 0, 0.25, 1e-4, 64, False),
+    },
+    "vtab": {
+        "tune": ("sgd", "epoch", 100, 10, 0.05, 0.0, 128, True),
+        "linear": ("sgd", "epoch", 100, 10, 0.05, 0.0, 128, True),
+        "finetune": ("sgd", "epoch", 20, 0, 0.005, 0.0, 128, False),
+    },
+}
+STAGES["swin"] = STAGES["vtab"]
+STAGES["fgvc"] = {
+    "tune": ("sgd", "epoch", 100, 10, 0.1, 0.0, 128, True),
+    "linear": ("sgd", "epoch", 100, 10, 0.1, 0.0, 128, True),
+    "finetune": ("sgd", "epoch", 20, 0, 0.01, 0.0, 128, False),
+}
+REST = {  # prompts, variant, side, resize, keep ratios, scopes, eval batch, diverged
+    "demo": (20, "demo/4", 0, "", (0.3, 0.1), ("global", "layer"), 100, "error"),
+    "folder": (50, "demo/4", 0, "", (0.3, 0.1), ("global", "layer"), 64, "error"),
+}
+VPT = (224, "corner", (0.5, 0.3, 0.2, 0.1), ("global",), 64, "last_finite")
+REST |= {
+    "vtab": (50, "B/16", *VPT),
+    "swin": (1, "Swin-B", *VPT),
+    "fgvc": (50, "B/16", VPT[0], "", *VPT[2:]),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_file_of_differences_is_the_same_config_as_before(name):
+    arg = {"vtab": "task=svhn", "swin": "task=svhn", "fgvc": "task=cars"}.get(name, "")
+    values = load_config(f"configs/{name}.py", arg)
+    if "benchmark" in values:
+        config = protocol.planned(protocol.parse(values))[-1].config
+    else:
+        config = configs.parse(values)
+    order = ("optimizer", "schedule", "epochs", "warmup_epochs")
+    order += ("base_lr", "weight_decay", "batch_size", "head")
+    for stage, expected in STAGES[name].items():
+        found = tuple(getattr(getattr(config, stage), key) for key in order)
+        assert found == pytest.approx(expected), stage
+    assert REST[name] == (
+        config.prompts.num_prompts,
+        config.backbone.variant,
+        config.backbone.image_size,
+        config.task.resize,
+        config.condense.keep_ratios,
+        config.condense.scopes,
+        config.eval_batch_size,
+        config.diverged,
+    )
+
+
+def keys_of(kind, prefix=""):
+    """Every key of the schema, dotted, with its type."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from keys_of(field.type, f"{field.name}.")
+        else:
+            yield prefix + field.name, field.type
+
+
+OWN = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"tune": {"base_lr": 1}, "seeds": (0,)})
+"""
+
+
+def flags_of(tmp_path, *args):
+    """What the command line makes of a config file and flags, in this process."""
+    (tmp_path / "own.py").write_text(OWN)
+    code = (
+        "import json, sys\n"
+        "from vpt_jax import cli, main, config\n"
+        "def show(values, workdir, command):\n"
+        "    print(json.dumps(config.plain(values.to_dict())))\n"
+        f"sys.argv[1:] = {[f'--config={tmp_path}/own.py', *args]!r}\n"
+        "cli.start(show, main.complete)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_every_key_of_the_schema_can_be_set(tmp_path):
+    """Of a file that leaves out nearly all of them."""
+    sample = {int: 7, float: 0.5, str: "word", bool: False}
+    given = {
+        name: sample.get(kind, (7, 8)) for name, kind in keys_of(configs.Config)
+    } | {"prompts.num_prompts": (7, 8)}
+    done = flags_of(tmp_path, *(f"--config.{k}={v}" for k, v in given.items()))
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    for name, value in given.items():
+        for part in (place := name.split("."))[:-1]:
+            assert part in values
+        group = values[place[0]] if len(place) == 2 else values
+        assert group[place[-1]] == configs.plain(value), name
+
+
+def test_a_tuple_that_is_given_again_counts_anew(tmp_path):
+    done = flags_of(
+        tmp_path,
+        "--config.condense.keep_ratios=(0.5,)",
+        "--config.condense.keep_ratios=0.3",
+        "--config.baselines=linear",
+    )
+    values = json.loads(done.stdout)
+    assert values["condense"]["keep_ratios"] == [0.3]
+    assert values["baselines"] == ["linear"]
+
+
+def test_a_bare_number_of_seeds_is_asked_about(tmp_path):
+    done = flags_of(tmp_path, "--config.seeds=3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "3 could be one value or how many there are; write (3,)" in done.stderr
+    done = flags_of(tmp_path, "--config.seeds=(3,)")
+    assert json.loads(done.stdout)["seeds"] == [3]
 
 
 def test_missing_keys_are_named():

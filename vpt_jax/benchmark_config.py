@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's config has beside a run's, checked; see `protocol.py`."""
+"""What a benchmark's config has beside a run's, checked; see `protocol.py`.
+
+`vpt` is what the configs of VTAB-1k, FGVC and Swin share: VPT's protocol.
+"""
 
 import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vpt_jax import config as configs
-from vpt_jax.prompts import check_choice
+from ml_collections import ConfigDict, config_dict
 
+from vpt_jax import config as configs
+from vpt_jax.prompts import check_choice, did_you_mean
+
+PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
 MODES = ("sweep", "published", "search")
 # A task's name is a folder's too.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 # Keys of `tune` that may be None, and what they are otherwise.
 _OWN = {"base_lr": (int, float), "weight_decay": (int, float), "batch_size": (int,)}
+# Keys of a run that the protocol fills in.
+_FILLED = {
+    "task": ("name", "splits"),
+    "linear": tuple(_OWN),
+    "finetune": tuple(_OWN),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +98,8 @@ class SearchConfig:
     them for the next. The rate of fine-tuning is `finetune_rate` times the chosen one.
     """
 
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
-    shares: tuple[float, ...] = (0.15, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    shares: tuple[float, ...] = (0.2, 0.3)
     finetune_rate: float = 1.0
 
     def settings(self, decay: float) -> BenchmarkConfig:
@@ -123,10 +135,162 @@ class OwnConfig:
         configs.check_prompts(self.num_prompts)
 
 
+def complete(values: ConfigDict) -> None:
+    """As `configs.complete`, for the config of a run or of a benchmark."""
+    if "benchmark" not in values:
+        configs.complete(values)
+        if "search" not in values and values.tune.base_lr is None:
+            values.search = ConfigDict()
+        if "search" in values:
+            configs.complete(values.search, SearchConfig)
+        return
+    kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **configs.GROUPS}
+    groups: dict[str, ConfigDict] = {}
+    for name in kinds:
+        if name not in values:
+            values[name] = ConfigDict()
+        group = values[name]
+        if isinstance(group, ConfigDict):  # else `parse` says what it is
+            groups[name] = group
+    if "diverged" not in values:  # as in VPT's sweeps
+        values.diverged = "last_finite"
+    # None, whatever the default of a run is: each task's own.
+    for name, keys in {"prompts": ("num_prompts",), "tune": tuple(_OWN)}.items():
+        for key in keys:
+            if name in groups and key not in groups[name]:
+                kind = _OWN.get(key, (object,))[-1]
+                groups[name][key] = config_dict.placeholder(kind)
+    filled = [
+        (groups[name], key)
+        for name, keys in _FILLED.items()
+        for key in keys
+        if name in groups and key not in groups[name]
+    ]
+    for name, group in groups.items():
+        configs.complete(group, kinds[name])
+    configs.complete(values)
+    for group, key in filled:
+        del group[key]
+    tasks = values.get("tasks")
+    for own in tasks.values() if isinstance(tasks, ConfigDict) else ():
+        if isinstance(own, ConfigDict):
+            configs.complete(own, OwnConfig)
+
+
+def words(
+    arg: str, tasks: Sequence[str], known: Sequence[str]
+) -> tuple[list[str], set[str]]:
+    """The argument of a config file: `task=NAME` and single words, by commas.
+
+    Returns:
+      The names of tasks, and the other words.
+
+    Raises:
+      ValueError: For what is not among `tasks` or `known`; names the nearest.
+    """
+    names: list[str] = []
+    found: set[str] = set()
+    for word in filter(None, arg.split(",")):
+        key, _, value = word.partition("=")
+        if word in known:
+            found.add(word)
+        elif key == "task" and value in tasks:
+            names.append(value)
+        else:
+            near = did_you_mean(word, [*known, *(f"task={name}" for name in tasks)])
+            raise ValueError(
+                f"unknown argument {word!r}; {near}use task=NAME, {', '.join(known)};"
+                f" tasks are {', '.join(tasks)}."
+            )
+    return names, found
+
+
+def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """VPT's protocol, which the configs of VTAB-1k, FGVC and Swin share.
+
+    A grid of base rates (times batch_size / 256) and decays, 100 epochs of SGD, five
+    seeds with the best pair. Rates, decays and batch sizes of all stages come from the
+    grid, or from the tasks in mode published.
+
+    Args:
+      name: Of the leaderboard.
+      mode: One of `MODES`.
+      tasks: What each task has of its own, see `OwnConfig`.
+    """
+    c = ConfigDict()
+    c.benchmark = ConfigDict(
+        {
+            "name": name,
+            "mode": mode,
+            "rates": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+            "decays": (0.01, 0.001, 0.0001, 0.0),
+        }
+    )
+    c.tasks = ConfigDict({task: dict(own) for task, own in tasks.items()})
+    complete(c)
+    c.seeds = (42, 44, 82, 100, 800)
+    c.backbone.update(variant="B/16", image_size=224)
+    sgd = {"optimizer": "sgd", "schedule": "epoch"}
+    c.tune.update(sgd, epochs=100, warmup_epochs=10)
+    c.linear.update(sgd, epochs=100, warmup_epochs=10)
+    # Prompts that are tuned already need fewer epochs, and `finetune_rate` of the rate.
+    c.finetune.update(sgd, epochs=20, warmup_epochs=0, head=False)
+    c.condense.update(keep_ratios=(0.5, 0.3, 0.2, 0.1), scopes=("global",))
+    c.eval_batch_size = 64
+    return c
+
+
+def recipe(c: ConfigDict) -> None:
+    """Sets the recipe that finds its rate by itself; docs/real.md has what it is worth.
+
+    AdamW with a rate per step, the same for every batch size; the head from zeros, with
+    a rate of its own for features at unit scale; a regularised linear probe. Lengths
+    and rate of a run are left open, see `search.py`; a benchmark's stay its own.
+    """
+    adam = {"optimizer": "adamw", "schedule": "step", "head_lr": 0.003}
+    c.prompts.update(head_init="zeros", dropout=0.0)
+    c.tune.update(adam, batch_size=32)
+    c.finetune.update(adam, head=True, warmup_epochs=0)
+    c.linear.update(optimizer="lbfgs", epochs=1, warmup_epochs=0)
+    if "benchmark" in c:
+        found = SearchConfig()
+        c.benchmark.update(mode="search", rates=found.rates, decays=(0.0,))
+        c.benchmark.update(shares=found.shares, finetune_rate=found.finetune_rate)
+        return
+    c.tune.weight_decay = 0.0
+    c.finetune.update(batch_size=32, weight_decay=0.0)
+    c.finetune.warmup_epochs = 0
+    # Of the probe only the decay is used, and that where there is no val to choose it.
+    c.linear.update(batch_size=32, base_lr=1.0, weight_decay=PROBE_DECAY)
+    complete(c)
+
+
+def shorten(c: ConfigDict, *, image_size: int) -> None:
+    """A trial of the whole way: the package's small backbone, two of everything."""
+    if c.benchmark.mode == "sweep":
+        c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))
+    c.seeds = (42, 44)
+    c.backbone.update(variant="demo/4", image_size=image_size)
+    c.prompts.num_prompts = 2
+    c.tune.update(epochs=2, warmup_epochs=1)
+    c.linear.update(epochs=2, warmup_epochs=1)
+    c.finetune.update(epochs=1, warmup_epochs=0)
+    c.condense.keep_ratios = (0.3,)
+    c.checkpoint_every = 1
+
+
 def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
     """Raises ValueError for what `configs.parse` cannot tell, as tasks fill it in."""
     for name, kind in configs.GROUPS.items():
         configs.check_keys(kind, plain.get(name, {}), f"config.{name}.")
+    for name, keys in _FILLED.items():
+        for key in keys:
+            if plain.get(name, {}).get(key) is not None:
+                raise ValueError(
+                    f"config.{name}.{key} is {configs.shown(plain[name][key])}; a"
+                    " benchmark fills it in from config.tasks and its grid. Leave it"
+                    " out."
+                )
     if not isinstance(tasks, Mapping):
         got = configs.shown(tasks)
         raise ValueError(f"config.tasks is {got}; expected a group of keys.")

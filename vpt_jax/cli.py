@@ -7,6 +7,7 @@ continues; see `preemption.py`. 130, Ctrl-C. 143, a second SIGTERM. 1, a bug of 
 with a traceback; `--traceback` shows one for every error.
 """
 
+import ast
 import os
 import shlex
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
 from vpt_jax import durable, preemption
 
@@ -44,8 +46,60 @@ INTERRUPTED = 130  # by Ctrl-C, as shells have it
 _PLACE = ("workdir", "launcher", "address", "resources")
 
 
-def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
-    """Parses the flags and calls `main(config, workdir, command)`; does not return."""
+class _ConfigFile(config_flags.ConfigFileFlagParser):
+    """A config file's `ConfigDict`, to which `complete` adds the keys it leaves out."""
+
+    def __init__(self, complete: Callable[[ConfigDict], None]):
+        super().__init__("config", lock_config=True)
+        self.complete = complete
+
+    def parse(self, path: str) -> Any:
+        values = super().parse(path)
+        if isinstance(values, ConfigDict):
+            with values.unlocked():
+                self.complete(values)
+            values.lock()
+        return values
+
+
+class _Tuple(flags.ArgumentParser):
+    """A tuple on the command line: `(0.3, 0.1)`, or one value.
+
+    Given again it counts anew, as other flags do; ml_collections' own would append.
+    """
+
+    def parse(self, argument: Any) -> tuple:
+        if not isinstance(argument, str):
+            return tuple(argument or ())
+        try:
+            value = ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            value = argument  # a word
+        if type(value) is int:
+            raise ValueError(
+                f"{value} could be one value or how many there are; write ({value},)"
+                " for the one value, or all of them, such as (0, 1, 2)."
+            )
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
+
+
+def start(
+    main: Callable[[ConfigDict, Path, str], None],
+    complete: Callable[[ConfigDict], None] = lambda values: None,
+) -> None:
+    """Parses the flags and calls `main(config, workdir, command)`; does not return.
+
+    Args:
+      main: The program.
+      complete: Adds the keys that a config file leaves out, so that they can be set.
+    """
+    flags.FLAGS["config"].parser = _ConfigFile(complete)
     program = sys.modules["__main__"].__spec__
     name = program.name if program else sys.argv[0]
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door between `ml_collections` and typed values: everything checked, once.
 
-Config files build a `ConfigDict` with two flat levels; `parse` turns it into the frozen
-dataclasses below and raises one clear error for anything that cannot work, before any
-file is written. Past this door nothing sees a `ConfigDict`.
+A config is a `ConfigDict` with two flat levels. Its keys and their defaults stand in
+the frozen dataclasses below and nowhere else: `defaults` makes a `ConfigDict` of them,
+and a config file states what differs. `parse` turns it into the dataclasses and raises
+one clear error for anything that cannot work, before any file is written. Past this
+door nothing sees a `ConfigDict`.
 """
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
@@ -288,6 +291,61 @@ GROUPS = {
 }
 
 
+def defaults() -> ConfigDict:
+    """A run's config with every key: its default, or None where one must be given.
+
+    Example:
+      >>> c = defaults()
+      >>> c.score.score
+      'removal'
+    """
+    values = ConfigDict()
+    complete(values)
+    return values
+
+
+def complete(values: ConfigDict, kind: Any = Config) -> None:
+    """Adds the keys of a schema that are not there, so that each can be set.
+
+    A key takes what its type says, not what its first value happened to be: 1 does not
+    make a rate an integer.
+
+    Args:
+      values: Changed in place: it gets defaults, or None where there is none.
+      kind: The dataclass.
+    """
+    here = dict(values.items(preserve_field_references=True))
+    for field in dataclasses.fields(kind):
+        name = field.name
+        if dataclasses.is_dataclass(field.type):
+            if name not in here:
+                values[name] = ConfigDict()
+            group = values[name]
+            if isinstance(group, ConfigDict):  # else `parse` says what it is
+                complete(group, field.type)
+            continue
+        value = here.get(name, _default(field))
+        if isinstance(value, config_dict.FieldReference):  # its file made it so
+            continue
+        if field.type is float and type(value) is int:
+            value = _as_float(value)
+        if name in here:
+            del values[name]
+        if isinstance(field.type, types.UnionType):  # a number, or one per layer
+            value = config_dict.FieldReference(value, field_type=object)
+        elif value is None:
+            given = field.type if isinstance(field.type, type) else tuple
+            value = config_dict.placeholder(given)
+        values[name] = value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A key's default; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def plain_dict(values: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """A config as a plain dict.
 
@@ -313,8 +371,9 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
         the wrong type, or one out of its range.
     """
     plain = plain_dict(values)
+    check_keys(Config, plain, "config.")
     built = {}
-    for name, value in plain.items():
+    for name, value in ({name: {} for name in GROUPS} | plain).items():
         group = GROUPS.get(name)
         built[name] = build(group, value, f"config.{name}.") if group else value
     return build(Config, built, "config.")
@@ -325,9 +384,7 @@ def build(kind: Any, values: Any, prefix: str) -> Any:
     check_keys(kind, values, prefix)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     missing = [
-        n
-        for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING
+        n for n, f in fields.items() if values.get(n) is None and _default(f) is None
     ]
     if missing:
         raise ValueError(f"config key {prefix}{missing[0]} is missing; set it.")

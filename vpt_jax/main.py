@@ -74,5 +74,12 @@ def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
     print(f"leaderboard: {workdir / 'leaderboard.html'}")
 
 
+def complete(values: ConfigDict) -> None:
+    """Adds the keys of the schema that a config file leaves out."""
+    from vpt_jax import benchmark_config
+
+    benchmark_config.complete(values)
+
+
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, complete)

@@ -7,6 +7,7 @@ the model, so `jax.grad` with respect to `{'prompts', 'head'}` never sees the fr
 backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
 """
 
+import difflib
 import functools
 import math
 from collections.abc import Sequence
@@ -296,5 +297,13 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
         got = ascii(value)  # one line, whatever it is
         got = got if len(got) <= 200 else f"{got[:200]}..."
         raise ValueError(
-            f"unknown {name} {got}; choose one of {', '.join(map(repr, known))}."
+            f"unknown {name} {got}; {did_you_mean(value, known)}choose one of"
+            f" {', '.join(map(repr, known))}."
         )
+
+
+def did_you_mean(value: Any, known: Sequence[Any]) -> str:
+    """`did you mean 'svhn'? ` for `shvn`; nothing where no known word is near."""
+    words = [word for word in known if isinstance(word, str)]
+    near = difflib.get_close_matches(str(value)[:200], words, 1) if words else []
+    return f"did you mean {near[0]!r}? " if near else ""

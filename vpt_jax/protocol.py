@@ -22,7 +22,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vpt_jax import config as configs
-from vpt_jax.benchmark_config import BenchmarkConfig, OwnConfig, check_groups
+from vpt_jax.benchmark_config import (
+    PROBE_DECAY,
+    BenchmarkConfig,
+    OwnConfig,
+    check_groups,
+)
 from vpt_jax.data.vtab import BENCHMARKS
 
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
@@ -401,9 +406,11 @@ def _config(
     if bench.settings.mode == "search":
         for name in ("linear", "finetune"):  # what a config gives stands
             values[name] |= {k: v for k, v in base[name].items() if v is not None}
-        if linear.get("how") == "search" and splits == "final":
-            values["linear"]["weight_decay"] = linear["weight_decay"]
-    values |= {"seeds": seeds, "diverged": "last_finite"}
+        found = linear.get("how") == "search" and splits == "final"
+        if found or not values["linear"]["weight_decay"]:
+            decay = linear["weight_decay"] if found else PROBE_DECAY
+            values["linear"]["weight_decay"] = decay
+    values |= {"seeds": seeds, "diverged": base.get("diverged", "last_finite")}
     if splits == "select":
         values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}
         values["baselines"] = ()

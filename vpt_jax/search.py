@@ -16,7 +16,7 @@ from typing import Any
 from vpt_jax import config as configs
 from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
-from vpt_jax.benchmark_config import OwnConfig, SearchConfig, check_groups
+from vpt_jax.benchmark_config import OwnConfig, SearchConfig
 
 STEPS = 500  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (20, 100)  # at least and at most
@@ -44,8 +44,8 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     if not wanted(plain):
         return experiment.run(configs.parse(plain), workdir, command)
     fill_lengths(plain)
-    if plain["tune"]["base_lr"] is not None:
-        if plain["finetune"]["base_lr"] is None:
+    if plain["tune"].get("base_lr") is not None:
+        if plain["finetune"].get("base_lr") is None:
             rate = settings.finetune_rate * plain["tune"]["base_lr"]
             plain["finetune"]["base_lr"] = rate
         return experiment.run(configs.parse(plain), workdir, command)
@@ -60,19 +60,24 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
 
 def fill_lengths(plain: dict[str, Any]) -> None:
     """Epochs that are None: as many as `STEPS` need, within `EPOCHS`; half to refine."""
-    check_groups(plain, {plain.get("task", {}).get("name", ""): {}})
+    for name, kind in configs.GROUPS.items():
+        configs.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
     tune, finetune = plain["tune"], plain["finetune"]
-    if tune["epochs"] is None:
+    if tune.get("epochs") is None:
         num = jobs.num_train(
             configs.build(configs.BackboneConfig, plain["backbone"], "config.backbone."),
             configs.build(configs.TaskConfig, plain["task"], "config.task."),
         )
-        configs.positive(batch_size=tune["batch_size"])
-        steps = math.ceil(num / tune["batch_size"])
+        size = tune.get("batch_size")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"config.tune.batch_size is {configs.shown(size)}; expected int from 1."
+            )
+        steps = math.ceil(num / size)
         tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
-    if tune["warmup_epochs"] is None:
+    if tune.get("warmup_epochs") is None:
         tune["warmup_epochs"] = tune["epochs"] / 10
-    if finetune["epochs"] is None:
+    if finetune.get("epochs") is None:
         finetune["epochs"] = max(1, tune["epochs"] // 2)
 
 

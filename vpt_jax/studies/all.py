@@ -70,4 +70,4 @@ code; they hold for this backbone and this task.</p>
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, configs.complete)

@@ -244,4 +244,4 @@ def start(name: str, study: ModuleType) -> None:
         print_section(section)
         print(f"study: {workdir / f'{name}.html'}")
 
-    cli.start(main)
+    cli.start(main, configs.complete)
