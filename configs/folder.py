@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.backbone.variant = "demo/4"  # its weights are in the package
     c.prompts.num_prompts = 10
     recipe(c)
-    c.condense.keep_ratios = (0.5, 0.3, 0.1)
+    c.condense.keep_ratios = (0.3, 0.1)
+    c.condense.scopes = ("global",)
     c.eval_batch_size = 64
     return c

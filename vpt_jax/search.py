@@ -18,8 +18,8 @@ from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
 from vpt_jax.benchmark_config import OwnConfig, SearchConfig
 
-STEPS = 500  # of AdamW: fewer are too few for a handful of pictures
-EPOCHS = (20, 100)  # at least and at most
+STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
+EPOCHS = (12, 100)  # at least and at most
 _FORWARD = 1 / 3  # of the work of a training step
 
 
@@ -44,10 +44,10 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     if not wanted(plain):
         return experiment.run(configs.parse(plain), workdir, command)
     fill_lengths(plain)
-    if plain["tune"].get("base_lr") is not None:
+    rate = plain["tune"].get("base_lr")
+    if rate is not None:
         if plain["finetune"].get("base_lr") is None:
-            rate = settings.finetune_rate * plain["tune"]["base_lr"]
-            plain["finetune"]["base_lr"] = rate
+            plain["finetune"]["base_lr"] = settings.finetune_rate * rate
         return experiment.run(configs.parse(plain), workdir, command)
     bench = benchmark_of(settings, plain)
     (task,) = bench.tasks
@@ -56,6 +56,21 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
     return experiment.run(protocol.single(bench, task, results), workdir, command, found)
+
+
+def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
+    """A checked config without a search: what is open gets a rate that mostly does.
+
+    For studies, which compare selections at one rate.
+    """
+    plain = configs.plain_dict(values)
+    plain.pop("search", None)
+    if wanted(plain):
+        fill_lengths(plain)
+        for name in ("tune", "finetune"):
+            if plain[name].get("base_lr") is None:
+                plain[name]["base_lr"] = rate
+    return configs.parse(plain)
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
