@@ -28,14 +28,18 @@ def swin():
     return model, model.init(KEY, images)["params"], images
 
 
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+
+
 class Foreign(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Dense(8)(x.reshape(x.shape[0], -1, 12))
         for i in range(2):
-            y = nn.LayerNorm()(x)
-            block = nn.MultiHeadDotProductAttention(2, name=f"encoderblock_{i}")
-            x = x + block(y)
+            x = Block(name=f"encoderblock_{i}")(x)
         return x.mean(1)
 
 
@@ -70,10 +74,11 @@ def test_every_model_starts_from_its_tokens(make, init):
     prompts = vpt_jax.init_prompts(KEY, model, counts, init=init, tokens=tokens)
     assert vpt_jax.counts(prompts) == counts
     for p, t in zip(prompts, tokens, strict=True):
+        p = np.asarray(p)
         assert p.shape[1] == t.shape[1] and np.isfinite(p).all()
         if init == "tokens":
-            assert len({row.tobytes() for row in np.asarray(p)}) == len(p)
-            assert all((row == t).all(axis=1).any() for row in np.asarray(p))
+            assert len({row.tobytes() for row in p}) == len(p)
+            assert all((row == t).all(axis=1).any() for row in p)
         elif len(p):
             assert (p <= t.max(axis=0)).all() and (p >= t.min(axis=0)).all()
     model.apply({"params": backbone}, images, prompts=prompts)
@@ -82,7 +87,8 @@ def test_every_model_starts_from_its_tokens(make, init):
         jax.random.key(1), model, counts, init=init, tokens=tokens
     )
     assert all(map(np.array_equal, prompts, again))
-    assert not all(map(np.array_equal, prompts, other))
+    if init == "tokens":  # centres may be found from every start
+        assert not all(map(np.array_equal, prompts, other))
 
 
 def test_shallow_prompts_start_from_the_first_blocks_tokens():

@@ -22,7 +22,7 @@ def test_it_is_the_optimum(problem, decay):
     """JAX's gradient of the stated loss, in float64, is 0 there."""
     features, labels = problem
     (found,) = probe.fit_probes(features, labels, 3, (decay,))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         x = jnp.asarray(features, jnp.float64)
         mean, scale = x.mean(0), jnp.sqrt(x.var(0).mean())
 
