@@ -38,7 +38,8 @@ class BenchmarkConfig:
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
     In mode `search`, `shares` are the lengths of the trials as shares of a whole
-    training: all rates at the first, the better half at the next.
+    training: all rates at the first, the better half at the next; every rate is tried
+    with a head from each of `head_inits`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class BenchmarkConfig:
     finetune_rate: float = 0.1
     final_splits: str = "final"
     shares: tuple[float, ...] = ()
+    head_inits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -70,6 +72,13 @@ class BenchmarkConfig:
                 f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
                 " them, the others have none."
             )
+        if (self.mode == "search") != bool(self.head_inits):
+            raise ValueError(
+                f"head_inits is {self.head_inits} in mode {self.mode!r}; mode 'search'"
+                " needs them, the others have none."
+            )
+        for init in self.head_inits:
+            check_choice("head_inits", init, configs.HEAD_INITS)
         if not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
         for decay in self.decays:
@@ -80,6 +89,8 @@ class BenchmarkConfig:
                 f"num_prompts is {configs.shown(self.num_prompts)}; each must be"
                 " greater than 0."
             )
+        if len(set(self.head_inits)) != len(self.head_inits):
+            raise ValueError(f"head_inits is {self.head_inits}; expected each once.")
         for name in ("rates", "decays", "num_prompts"):
             values = getattr(self, name)
             # As the runs' folders are called: two that print alike would be one run.
@@ -94,12 +105,14 @@ class BenchmarkConfig:
 class SearchConfig:
     """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
 
-    `rates` are tried for the first of `shares` of a whole training, the better half of
-    them for the next. The rate of fine-tuning is `finetune_rate` times the chosen one.
+    `rates` are tried, with a head from each of `head_inits`, for the first of `shares`
+    of a whole training, and the better half of them for the next. The rate of
+    fine-tuning is `finetune_rate` times the chosen one.
     """
 
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    shares: tuple[float, ...] = (0.2, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03)
+    head_inits: tuple[str, ...] = ("zeros", "probe")
+    shares: tuple[float, ...] = (0.15, 0.3)
     finetune_rate: float = 1.0
 
     def settings(self, decay: float) -> BenchmarkConfig:
@@ -112,6 +125,7 @@ class SearchConfig:
             finetune_rate=self.finetune_rate,
             final_splits="all",
             shares=self.shares,
+            head_inits=self.head_inits,
         )
 
     def __post_init__(self) -> None:
@@ -248,14 +262,15 @@ def recipe(c: ConfigDict) -> None:
     and rate of a run are left open, see `search.py`; a benchmark's stay its own.
     """
     adam = {"optimizer": "adamw", "schedule": "step", "head_lr": 0.003}
-    c.prompts.update(head_init="zeros", dropout=0.0)
+    c.prompts.update(head_init="zeros", dropout=0.0)  # the start is searched too
     c.tune.update(adam, batch_size=32)
     c.finetune.update(adam, head=True, warmup_epochs=0)
     c.linear.update(optimizer="lbfgs", epochs=1, warmup_epochs=0)
     if "benchmark" in c:
         found = SearchConfig()
         c.benchmark.update(mode="search", rates=found.rates, decays=(0.0,))
-        c.benchmark.update(shares=found.shares, finetune_rate=found.finetune_rate)
+        c.benchmark.update(shares=found.shares, head_inits=found.head_inits)
+        c.benchmark.finetune_rate = found.finetune_rate
         return
     c.tune.weight_decay = 0.0
     c.finetune.update(batch_size=32, weight_decay=0.0)

@@ -146,6 +146,7 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
         rates = [own.base_lr if given[0] is None else given[0]]
         decays = [own.weight_decay if given[1] is None else given[1]]
     size = tune.get("batch_size")
+    starts = [{"head_init": start} for start in settings.head_inits] or [{}]
     return [
         {
             "num_prompts": count,
@@ -153,8 +154,9 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
             "weight_decay": decay,
             "batch_size": batch_size(count) if size is None else size,
         }
-        for count, rate, decay in itertools.product(
-            sorted(counts) if settings.num_prompts else counts, rates, decays
+        | start
+        for count, rate, decay, start in itertools.product(
+            sorted(counts) if settings.num_prompts else counts, rates, decays, starts
         )
     ]
 
@@ -175,14 +177,18 @@ def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
 
 
 def single(
-    bench: Benchmark, task: str, results: Results, rate: float | None = None
+    bench: Benchmark, task: str, results: Results
 ) -> configs.Config:
-    """The config of one run of all seeds with the chosen values, or with a given rate.
+    """The config of one run of all seeds with the chosen values.
 
     It stops where training diverges, if its config says so.
     """
-    best = choices(bench, task)[0]
-    best = {**best, "base_lr": rate} if rate else chosen(bench, task, "grid", results)
+    best = chosen(bench, task, "grid", results)
+    return run_with(bench, task, best)
+
+
+def run_with(bench: Benchmark, task: str, best: Mapping[str, Any]) -> configs.Config:
+    """As `single`, with one of `choices`."""
     splits = bench.base.get("task", {}).get("splits") or bench.settings.final_splits
     config = _config(bench, task, best, best, splits, bench.seeds)
     return dataclasses.replace(config, diverged=bench.base.get("diverged", "error"))
@@ -212,7 +218,7 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
     tried = choices(bench, task)
     if kind == "linear" and bench.settings.mode == "search":
         return _chosen_probe(bench, task, results)
-    if not _named(bench, task, kind, results):
+    if not _named(bench, task, kind, {}):
         how = bench.tasks[task].how if kind == "grid" else "default"
         tune = bench.base.get("tune", {})
         if tune.get("base_lr") is not None or tune.get("weight_decay") is not None:
@@ -224,8 +230,7 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
     # max keeps the first of equals, and choices are in the order of preference. A run
     # that was never finite has learnt nothing: the reference skips it.
     best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
-    keys = ("num_prompts", "base_lr", "weight_decay", "batch_size")
-    return {key: best[key] for key in keys} | {
+    return {key: best[key] for key in tried[0]} | {
         "how": bench.settings.mode,
         "val_accuracy": best["val_accuracy"],
     }
@@ -241,8 +246,11 @@ def grid(
             continue
         row = results[job.name]["rows"][0]
         stage = getattr(job.config, "tune" if kind == "grid" else "linear")
+        searched = bench.settings.mode == "search"
+        start = {"head_init": job.config.prompts.head_init} if searched else {}
         found.append(
             {
+                **start,
                 "num_prompts": job.config.prompts.num_prompts,
                 "base_lr": stage.base_lr,
                 "weight_decay": stage.weight_decay,
@@ -311,6 +319,7 @@ def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float)
     warmup = tune.warmup_epochs * epochs / tune.epochs
     tune = dataclasses.replace(tune, epochs=epochs, warmup_epochs=warmup)
     name = f"{task}/search-{epochs}epochs-lr{choice['base_lr']:g}"
+    name += f"-{choice['head_init']}"
     if len(bench.settings.decays) > 1:
         name += f"-wd{choice['weight_decay']:g}"
     return Job(name, "grid", dataclasses.replace(config, tune=tune))
@@ -400,6 +409,8 @@ def _config(
     values = dict(base)
     values["task"] = {**base.get("task", {}), "name": task, "splits": splits}
     values["prompts"] = {**base.get("prompts", {}), "num_prompts": best["num_prompts"]}
+    if bench.settings.mode == "search":
+        values["prompts"]["head_init"] = best["head_init"]
     values["tune"] = _stage(base, "tune", best)
     values["linear"] = _stage(base, "linear", linear)
     values["finetune"] = _stage(base, "finetune", best, less)

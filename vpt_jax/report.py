@@ -260,12 +260,13 @@ def _search(report: Row) -> str:
     if not search:
         return ""
     lines = "".join(
-        f"<tr><td>{row['base_lr']:g}</td><td>{row['planned_epochs']}</td>"
+        f"<tr><td>{row['base_lr']:g}</td><td>{escape(row['head_init'])}</td>"
+        f"<td>{row['planned_epochs']}</td>"
         f"<td>{100 * row['val_accuracy']:.1f}</td></tr>"
         for row in search["trials"]
     )
     return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
-<div class="wide"><table><thead><tr><th>Rate</th><th>Epochs</th><th>Val %</th></tr>
+<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th><th>Val %</th></tr>
 </thead><tbody>{lines}</tbody></table></div>"""
 
 

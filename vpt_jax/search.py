@@ -64,7 +64,7 @@ def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
     For studies, which compare selections at one rate.
     """
     plain = configs.plain_dict(values)
-    plain.pop("search", None)
+    configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if wanted(plain):
         fill_lengths(plain)
         for name in ("tune", "finetune"):
@@ -96,9 +96,7 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         finetune["epochs"] = max(1, tune["epochs"] // 2)
 
 
-def benchmark_of(
-    settings: SearchConfig, plain: dict[str, Any]
-) -> protocol.Benchmark:
+def benchmark_of(settings: SearchConfig, plain: dict[str, Any]) -> protocol.Benchmark:
     """The benchmark of one task that a run's config describes."""
     decay = plain["tune"].pop("weight_decay", None) or 0.0
     own = OwnConfig(
@@ -128,10 +126,10 @@ def perform_trials(bench: protocol.Benchmark, workdir: Path) -> dict[str, Any]:
             results[job.name] = jobs.perform(job, workdir, prefix)
             row = results[job.name]["rows"][0]
             if files.writes():
-                tune = job.config.tune
+                tune, start = job.config.tune, job.config.prompts.head_init
                 print(
-                    f"{prefix} rate {tune.base_lr:g}, {tune.epochs} epochs: val"
-                    f" {100 * row['val_accuracy']:.1f} %",
+                    f"{prefix} rate {tune.base_lr:g}, head from {start},"
+                    f" {tune.epochs} epochs: val {100 * row['val_accuracy']:.1f} %",
                     flush=True,
                 )
 
@@ -149,18 +147,19 @@ def summary(
         "chosen": best,
         "cost": round(cost, 3),
         "sentence": (
-            f"Rate {best['base_lr']:g} chosen on val among"
-            f" {', '.join(f'{r:g}' for r in bench.settings.rates)}: {len(trials)}"
-            f" trials, {cost:.2g} times the pictures of one full training."
+            f"Rate {best['base_lr']:g} and a head from {best['head_init']}, chosen on val"
+            f" by {len(trials)} short trainings: {cost:.2g} times the pictures of a"
+            " whole one."
         ),
     }
 
 
 def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
     """Raises ValueError if the workdir is another run's, whatever a search may choose."""
-    for rate in bench.settings.rates:
+    for choice in protocol.choices(bench, task):
         try:
-            experiment.check_same_config(protocol.single(bench, task, {}, rate), workdir)
+            config = protocol.run_with(bench, task, choice)
+            experiment.check_same_config(config, workdir)
             return
         except files.Damaged:
             raise

@@ -289,7 +289,7 @@ def head_rates_of(
     if not settings.head_lr:
         return None
     share = settings.head_lr / settings.base_lr
-    return share / probe.feature_scale(features_of(run)), share
+    return share / probe.feature_scale(np.asarray(features_of(run))), share
 
 
 def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:
