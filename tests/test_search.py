@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that finds its rate: which trials there are, what is chosen, what it costs."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 from conftest import SMALL, save_small_backbone
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_main import load_config
 
@@ -34,24 +33,11 @@ def plain(**changes):
 
 
 def bench(**changes):
-    settings = SearchConfig(**changes)
+    own = SearchConfig(**changes)
     values = plain()
     del values["search"]
     search.fill_lengths(values)
-    return search.benchmark_of(settings, values)
-
-
-def searched(bench, accuracy):
-    """Results of all trials, with `accuracy(rate, epochs)`."""
-    results = {}
-    while True:
-        ready = [j for j in protocol.jobs(bench, results) if j.kind != "final"]
-        ready = [j for j in ready if j.name not in results]
-        if not ready:
-            return results
-        for job in ready:
-            tune = job.config.tune
-            results[job.name] = result(accuracy(tune.base_lr, tune.epochs))
+    return search.benchmark_of(own, values)
 
 
 def searched(bench, accuracy):
@@ -84,15 +70,14 @@ def test_all_are_tried_briefly_and_the_better_half_longer():
     assert len(protocol.planned(known)) == len(tried) + 1
 
 
+@settings(max_examples=10)
 @given(st.permutations([0.2, 0.4, 0.6, 0.8]), st.permutations([0.1, 0.3]))
 def test_the_best_of_the_longest_trials_is_chosen(short, long):
     known = bench()
     of_short = dict(zip(ALL, short, strict=True))
     kept = [c for c in ALL if of_short[c] > 0.5]
     of_long = dict(zip(kept, long, strict=True))
-    results = searched(
-        known, lambda *at: (of_short if at[2] == 3 else of_long)[at[:2]]
-    )
+    results = searched(known, lambda *at: (of_short if at[2] == 3 else of_long)[at[:2]])
     # A short trial may have been better; its rate fell sooner.
     best = max(of_long, key=lambda c: of_long[c])
     config = protocol.single(known, "digits", results)
@@ -107,11 +92,11 @@ def test_of_equals_the_first_is_taken():
     assert (best["base_lr"], best["head_init"]) == ALL[0]
 
 
-@pytest.mark.parametrize("epochs", range(2, 101))
+@pytest.mark.parametrize("epochs", [2, 3, 4, 5, 7, 12, 20, 33, 100])
 def test_a_search_costs_at_most_what_it_says(epochs):
     """Counted in pictures times epochs, with whole epochs: 2.2 full trainings."""
     known = bench()
-    known.base["tune"]["epochs"] = epochs
+    known.base["tune"].update(epochs=epochs, warmup_epochs=epochs / 10)
     results = searched(known, lambda *at: at[0])
     found = search.summary(known, "digits", results)
     trials = protocol.grid(known, "digits", "grid", results)
@@ -203,7 +188,6 @@ def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):
     values = whole(checkpoint, tune__base_lr=0.01, baselines=())
     report = search.run(values, tmp_path)
     assert "search" not in report
-    assert report["config"]["prompts"]["head_init"] == found["chosen"]["head_init"]
     assert report["config"]["finetune"]["base_lr"] == 0.01
 
 
@@ -236,7 +220,8 @@ def report_of(**changes):
     row |= {"val_accuracy": 0.8, "test_accuracy": 0.8, "stage": "tune"}
     linear = {**row, "stage": "linear", "keep_ratio": 0.0, "val_accuracy": 0.7}
     data = {"classes": 4, "test": 1000}
-    return {"rows": [linear, {**row, **changes}], "data": data, "doubts": []}
+    rows, about = [linear, {**row, **changes}], {"score": "removal"}
+    return {"rows": rows, "data": data, "doubts": [], "importance": about}
 
 
 def test_a_good_run_is_not_doubted():
@@ -266,7 +251,7 @@ def test_a_small_test_set_is_said():
 def test_the_interval_is_wilsons():
     """Newcombe, Statistics in Medicine 1998, table I: 81 of 263 and 0 of 20."""
     assert cautions.interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert cautions.interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert cautions.interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
 def test_what_is_doubted_of_the_data_is_said():

@@ -264,9 +264,7 @@ class Config:
         )
         check_choice("diverged", self.diverged, DIVERGED)
         for name in ("tune", "finetune"):
-            check_choice(
-                f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS
-            )
+            check_choice(f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS)
         if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
             raise ValueError(
                 "linear.weight_decay is 0 with optimizer 'lbfgs', whose optimum may then"

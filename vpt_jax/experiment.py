@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax import config as configs
 from vpt_jax import cautions, parallel, report
+from vpt_jax import config as configs
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data import doubts, strips

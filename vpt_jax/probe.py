@@ -98,6 +98,7 @@ def best_probe(
     probes: Sequence[Probe], features: np.ndarray, labels: np.ndarray
 ) -> Probe:
     """The probe with the highest accuracy on validation features; the larger decay on
-    a tie."""
+    a tie.
+    """
     ordered = sorted(probes, key=lambda p: -p.decay)
     return max(ordered, key=lambda p: accuracy(p.head, features, labels))

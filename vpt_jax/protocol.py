@@ -176,9 +176,7 @@ def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
             )
 
 
-def single(
-    bench: Benchmark, task: str, results: Results
-) -> configs.Config:
+def single(bench: Benchmark, task: str, results: Results) -> configs.Config:
     """The config of one run of all seeds with the chosen values.
 
     It stops where training diverges, if its config says so.
@@ -202,7 +200,8 @@ def planned(bench: Benchmark) -> list[Job]:
         for kind in TRIALS:
             found += bench.trials[task][kind]
         if bench.settings.mode == "search":
-            found += [job for rung in rungs(bench, task, {}, all_of=True) for job in rung]
+            rung = rungs(bench, task, {}, all_of=True)
+            found += {job.name: job for jobs in rung for job in jobs}.values()
         found += _final(bench, task, first, first)
     return found
 
@@ -226,7 +225,9 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
         return {**tried[0], "how": how, "val_accuracy": None}
     rows = grid(bench, task, kind, results)
     if bench.settings.mode == "search":  # of the longest trials
-        rows = [row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]]
+        rows = [
+            row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]
+        ]
     # max keeps the first of equals, and choices are in the order of preference. A run
     # that was never finite has learnt nothing: the reference skips it.
     best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
@@ -336,12 +337,12 @@ def _chosen_probe(bench: Benchmark, task: str, results: Results) -> dict[str, An
     return {**first, "weight_decay": row["decay"], **how}
 
 
-def _named(
-    bench: Benchmark, task: str, kind: str, results: Results
-) -> tuple[Job, ...]:
+def _named(bench: Benchmark, task: str, kind: str, results: Results) -> tuple[Job, ...]:
     """The trials of a kind that can be named now."""
     if kind == "grid" and bench.settings.mode == "search":
-        return tuple(job for rung in rungs(bench, task, results) for job in rung)
+        found = rungs(bench, task, results)
+        # Of very few epochs the next rung is as long as the one before: its trials.
+        return tuple({job.name: job for rung in found for job in rung}.values())
     return bench.trials[task][kind]
 
 

@@ -275,7 +275,10 @@ def _html_table(report: Row) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
     lines = []
     for group in summarise(report["rows"], default):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(group, default, _num_test(report)))
+        cells = "".join(
+            f"<td>{escape(cell)}</td>"
+            for cell in _cells(group, default, _num_test(report))
+        )
         lines.append(f"<tr>{cells}</tr>")
     return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>
 <tbody>{"".join(lines)}</tbody></table></div>"""

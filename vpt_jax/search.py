@@ -55,7 +55,9 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     results = perform_trials(bench, workdir)
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
-    return experiment.run(protocol.single(bench, task, results), workdir, command, found)
+    return experiment.run(
+        protocol.single(bench, task, results), workdir, command, found
+    )
 
 
 def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
@@ -80,7 +82,9 @@ def fill_lengths(plain: dict[str, Any]) -> None:
     tune, finetune = plain["tune"], plain["finetune"]
     if tune.get("epochs") is None:
         num = jobs.num_train(
-            configs.build(configs.BackboneConfig, plain["backbone"], "config.backbone."),
+            configs.build(
+                configs.BackboneConfig, plain["backbone"], "config.backbone."
+            ),
             configs.build(configs.TaskConfig, plain["task"], "config.task."),
         )
         size = tune.get("batch_size")
