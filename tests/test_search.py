@@ -233,7 +233,7 @@ def test_a_good_run_is_not_doubted():
     [
         ({"val_accuracy": 0.7}, "70.0 % with all of them, 70.0 % with the linear"),
         ({"losses": [1.3, 1.5]}, "no better than guessing (1.39)"),
-        ({"losses": [0.2, 0.9]}, "0.90, above that of its first epoch, 0.20"),
+        ({"losses": [0.2, 0.9]}, "ended at 0.90, above the first epoch's 0.20"),
     ],
 )
 def test_what_did_not_learn_is_said(changes, says):

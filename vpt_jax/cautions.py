@@ -82,9 +82,7 @@ def _not_learnt(row: Row, classes: int) -> str:
     if last >= chance:
         what = f"ended at a loss of {last:.2f}, no better than guessing ({chance:.2f})"
     elif len(losses) > 1 and last > first:
-        what = (
-            f"ended at a loss of {last:.2f}, above that of its first epoch, {first:.2f}"
-        )
+        what = f"its loss ended at {last:.2f}, above the first epoch's {first:.2f}"
     else:
         return ""
     return f"{what}. Lower its rate (base_lr), or leave it out so that it is searched."

@@ -188,8 +188,8 @@ class TrainConfig:
             raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
         if self.head_lr and self.optimizer != "adamw":
             raise ValueError(
-                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it is for"
-                " 'adamw' alone. Leave it out."
+                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; only"
+                " 'adamw' has it. Leave it out."
             )
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -267,8 +267,8 @@ class Config:
             check_choice(f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS)
         if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
             raise ValueError(
-                "linear.weight_decay is 0 with optimizer 'lbfgs', whose optimum may then"
-                " be at infinity; pass a decay above 0, such as 0.01."
+                "linear.weight_decay is 0 with optimizer 'lbfgs', which needs one; pass"
+                " a decay above 0, such as 0.01."
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(

@@ -132,8 +132,8 @@ def init_prompts(
         len(t) < n for t, (n, _) in zip(found, shapes, strict=True)
     ):
         raise ValueError(
-            f"init {init!r} got tokens of shapes {got}; expected at least {shapes}, a"
-            " [m, d] array per layer. Pass tokens=block_tokens(model, backbone, images)."
+            f"init {init!r} got tokens of shapes {got}; expected at least {shapes}."
+            " Pass tokens=block_tokens(model, backbone, images)."
         )
     choose = _centres if init == "kmeans" else _some
     return tuple(

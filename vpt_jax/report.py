@@ -97,7 +97,7 @@ def print_table(report: Row, file: Any = None) -> None:
         if ratio not in (previous_ratio, 0.0, 1.0):
             table.add_section()
         previous_ratio = ratio
-        table.add_row(*_cells(group, default, _num_test(report)))
+        table.add_row(*_cells(group, default, num))
     console.print(table)
     console.print(
         "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
@@ -266,18 +266,17 @@ def _search(report: Row) -> str:
         for row in search["trials"]
     )
     return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
-<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th><th>Val %</th></tr>
-</thead><tbody>{lines}</tbody></table></div>"""
+<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th>
+<th>Val %</th></tr></thead><tbody>{lines}</tbody></table></div>"""
 
 
 def _html_table(report: Row) -> str:
     default = default_score(report)
     header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    lines = []
+    lines, num = [], _num_test(report)
     for group in summarise(report["rows"], default):
         cells = "".join(
-            f"<td>{escape(cell)}</td>"
-            for cell in _cells(group, default, _num_test(report))
+            f"<td>{escape(cell)}</td>" for cell in _cells(group, default, num)
         )
         lines.append(f"<tr>{cells}</tr>")
     return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>

@@ -76,7 +76,7 @@ def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
-    """Epochs that are None: as many as `STEPS` need, within `EPOCHS`; half to refine."""
+    """Epochs that are None: what `STEPS` need, within `EPOCHS`; half to fine-tune."""
     for name, kind in configs.GROUPS.items():
         configs.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
     tune, finetune = plain["tune"], plain["finetune"]
@@ -151,15 +151,15 @@ def summary(
         "chosen": best,
         "cost": round(cost, 3),
         "sentence": (
-            f"Rate {best['base_lr']:g} and a head from {best['head_init']}, chosen on val"
-            f" by {len(trials)} short trainings: {cost:.2g} times the pictures of a"
-            " whole one."
+            f"Rate {best['base_lr']:g} and a head from {best['head_init']} were chosen"
+            f" on val by {len(trials)} short trainings, {cost:.2g} times the pictures"
+            " of a whole one."
         ),
     }
 
 
 def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
-    """Raises ValueError if the workdir is another run's, whatever a search may choose."""
+    """Raises ValueError if the workdir is another's, whatever a search may choose."""
     for choice in protocol.choices(bench, task):
         try:
             config = protocol.run_with(bench, task, choice)
