@@ -97,7 +97,7 @@ def print_table(report: Row, file: Any = None) -> None:
         if ratio not in (previous_ratio, 0.0, 1.0):
             table.add_section()
         previous_ratio = ratio
-        table.add_row(*_cells(group, default, num))
+        table.add_row(*_cells(group, default, _num_test(report)))
     console.print(table)
     console.print(
         "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
