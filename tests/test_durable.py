@@ -458,24 +458,24 @@ except preemption.Preempted:
 
 
 SWALLOWED = """
-import os, signal, sys, time
+import os, signal, sys
 from vpt_jax import preemption
 
 class Garbage:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1.5)  # the handler runs here, long before it is tried again
 
 preemption.watch()
+Garbage()
 try:
-    Garbage()
-    time.sleep(10)
+    with preemption.deferred():
+        pass
 except preemption.Preempted:
     sys.exit(preemption.EXIT_CODE)
 """
 
 
-def test_sigterm_while_garbage_is_collected_is_not_lost():
+def test_a_sigterm_that_python_swallowed_ends_the_next_training():
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWED],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -483,7 +483,8 @@ def test_sigterm_while_garbage_is_collected_is_not_lost():
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (75, "")
+    assert done.returncode == 75
+    assert "Exception ignored in" in done.stderr
 
 
 @pytest.mark.parametrize(("args", "code"), [((), 75), (("twice",), 143)])
