@@ -87,6 +87,7 @@ ORDER = (
     "data.labels",
     "data.records",
     "data.pictures",
+    "data.colours",
     "data.npz",
     "data.bounds",
     "data.cache",
