@@ -382,11 +382,18 @@ def lists(root, **texts):
 
 def test_lists_of_paths_and_labels(tmp_path):
     root = tmp_path / "cifar"
-    put(root, "images/a/1.png", "images/a b/2.png", "images/3.png", "top.png")
+    put(
+        root,
+        "images/a/1.png",
+        "images/a b/2.png",
+        "images/3.png",
+        "images/b.png",
+        "top.png",
+    )
     lists(
         root,
         train800="images/a/1.png 1\na b/2.png\t0\n\n",
-        val200="3.png 2\n",
+        val200="3.png 2\nb.png 0\n",
         test="top.png 0\r\nimages/3.png 2\n",
     )
     loaded, said = load(root)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from vpt_jax.data.found import lines
+from vpt_jax.data.found import text
 
 FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 AGAIN = "unpack the publisher's archive again."
@@ -26,14 +26,14 @@ class Picture(NamedTuple):
 def _table(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Picture's number to value, of a file of lines `number value`."""
     try:
-        found = lines(path)
+        found = text(path).splitlines()
     except ValueError as e:
         raise ValueError(f"{e} Expected lines of a uuid and {kind}; {AGAIN}") from e
     table = {}
     for number, line in enumerate(found, 1):
-        uuid, _, text = line.partition(" ")
+        uuid, _, rest = line.strip().partition(" ")
         try:
-            value = parse(text)
+            value = parse(rest)
         except ValueError as e:
             raise ValueError(
                 f"{path}:{number}: got {line[:200]!r}; expected a uuid and {kind}; "
@@ -48,17 +48,17 @@ def _table(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]
     return table
 
 
-def _path(text: str) -> str:
-    path = PurePosixPath(text)
-    if not text or path.is_absolute() or ".." in path.parts or "\0" in text:
-        raise ValueError(text)
-    return text
+def _path(rest: str) -> str:
+    path = PurePosixPath(rest)
+    if not rest or path.is_absolute() or ".." in path.parts or "\0" in rest:
+        raise ValueError(rest)
+    return rest
 
 
-def _bit(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError(text)
-    return text == "1"
+def _bit(rest: str) -> bool:
+    if rest not in ("0", "1"):
+        raise ValueError(rest)
+    return rest == "1"
 
 
 def read(folder: Path) -> tuple[dict[str, Picture], list[int]]:

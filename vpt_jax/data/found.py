@@ -91,7 +91,9 @@ def text(path: Path) -> str:
         with opened(os.fspath(path), MAX_TEXT) as data:
             return data.decode("utf-8-sig")
     except ValueError as e:
-        why = f"no UTF-8: {e.reason}" if isinstance(e, UnicodeDecodeError) else e
+        why = str(e).partition("; expected")[0].removeprefix("cannot be read (")
+        why = why.removesuffix(")")
+        why = f"no UTF-8: {e.reason}" if isinstance(e, UnicodeDecodeError) else why
         raise ValueError(
             f"{path}: cannot be read ({why}); expected a text file in UTF-8; save it "
             "again."
