@@ -20,7 +20,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -499,6 +499,39 @@ def png(
     palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette
     return start + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def tiff(
+    height: int,
+    width: int,
+    tags: dict,
+    data: bytes,
+    order: str = "<",
+    strips: Sequence[int] = (),
+) -> bytes:
+    """A TIFF of one page; values of `tags` are numbers, or a type and numbers."""
+    strips = strips or [len(data)]
+    entries = {256: (4, [width]), 257: (4, [height]), 279: (4, list(strips))}
+    for tag, value in tags.items():
+        entries[int(tag)] = (3, [value]) if isinstance(value, int) else value
+
+    def directory(first: int) -> bytes:
+        starts = [first + sum(strips[:k]) for k in range(len(strips))]
+        found = sorted((entries | {273: (4, starts)}).items())
+        at = 8 + 2 + 12 * len(found) + 4
+        head, rest = struct.pack(order + "H", len(found)), b""
+        for tag, (kind, values) in found:
+            form = f"{order}{len(values)}{'HI'[kind - 3]}"
+            value = struct.pack(form, *values)
+            if len(value) > 4:
+                value, rest = struct.pack(order + "I", at + len(rest)), rest + value
+            head += struct.pack(order + "HHI", tag, kind, len(values))
+            head += value.ljust(4, b"\0")
+        return head + bytes(4) + rest
+
+    first = 8 + len(directory(0))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "I", 8) + directory(first) + data
 
 
 def picture(format: str, mode: str, side: int = 9) -> bytes:

@@ -161,15 +161,17 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    mesh, seen = parallel.all_devices(), task
-    if isinstance(task.train.images, strips.Strip):  # looked at on the device
-        images = jax.tree.map(jnp.asarray, task.train.images)
-        seen = task._replace(train=task.train._replace(images=images))
+    mesh, said = parallel.all_devices(), task.doubts
+    if said is None:
+        train = task.train
+        if isinstance(train.images, strips.Strip):  # looked at on the device
+            train = train._replace(images=jax.tree.map(jnp.asarray, train.images))
+        said = doubts.doubts({"train": train, "val": task.val, "test": task.test})
     return Pictures(
         task,
         strips.put(task.train.images, mesh),
         parallel.put_whole(task.train.labels, mesh),
-        tuple(doubts.doubts(seen)),
+        tuple(said),
     )
 
 

@@ -48,6 +48,7 @@ class Task(NamedTuple):
     train: Split
     val: Split | None  # None where train has these pictures too
     test: Split | None  # None where it was not asked for
+    doubts: tuple[str, ...] | None = None  # None where nobody looked, see `doubts.py`
 
 
 def check_task(task: Task) -> Task:
@@ -189,12 +190,12 @@ FGVC = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group == "fgvc")
 
 def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> Task:
     """Own pictures; the task is called as the folder is."""
-    names, splits = folder.load(
+    names, splits, doubts = folder.load(
         data_dir, image_size, rule=resize, skip_broken=skip_broken
     )
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    parts = (Split(*splits[k]) for k in folder.SPLITS)
-    return Task(bounds.printable(name), names, *parts)
+    train, val, test = (Split(*splits[k]) for k in folder.SPLITS)
+    return Task(bounds.printable(name), names, train, val, test, doubts)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
