@@ -18,6 +18,7 @@ disjoint, also between seeds, and the same for all rules.
 """
 
 import argparse
+import gzip
 import importlib.util
 import io
 import shlex
@@ -30,7 +31,7 @@ from PIL import Image, ImageOps
 
 import vpt_jax
 from vpt_jax import train
-from vpt_jax.data import pictures, tasks
+from vpt_jax.data import pictures
 
 SIZES = (32, 32), (64, 64), (96, 96), (300, 200), (480, 320), (1242, 375)  # width first
 PROBED = (16, 28, 96)  # brought to these, antialiased, before the rule is applied
@@ -113,9 +114,11 @@ def compare_pixels(side: int = 224) -> None:
 def read(path: str) -> tuple[np.ndarray, np.ndarray]:
     """The 10,000 test pictures of the zip or of Fashion-MNIST, and their labels."""
     if not path:
-        images = tasks.read_idx(FASHION.format("images-idx3"), 3)
-        labels = tasks.read_idx(FASHION.format("labels-idx1"), 1)
-        return np.repeat(images[..., None], 3, -1), labels
+        with gzip.open(FASHION.format("images-idx3")) as file:
+            images = np.frombuffer(file.read(), np.uint8, offset=16)
+        with gzip.open(FASHION.format("labels-idx1")) as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)
+        return np.repeat(images.reshape(-1, 28, 28, 1), 3, -1), labels
     with zipfile.ZipFile(path) as file:
         names = [n for n in sorted(file.namelist()) if n.endswith(".jpg")]
         names = [n for n in names if n.startswith("test/")]

@@ -253,7 +253,7 @@ def remat_programs(given: Inputs, num: int) -> list[Program]:
 
 
 def epoch_program(
-    given: Inputs, what: str, trainable: dict[str, Any], dropout: float, mask: Any
+    given: Inputs, what: str, trainable: dict[str, Any], dropout: float
 ) -> Program:
     """What the command compiles: an epoch, here of two steps. It cannot run twice."""
     model, backbone, batch, key = given
@@ -264,7 +264,7 @@ def epoch_program(
         *(train.init_state(trainable, recipe), backbone),
         *(batch["image"], batch["label"]),
         *(jnp.zeros((2, size), jnp.int32), jnp.ones((2, size), bool)),
-        *(jnp.zeros(2), jnp.float32(1e-3), key, mask),
+        *(jnp.zeros(2), jnp.float32(1e-3), key),
     )
     least = least_training(given, counts)
     what = f"{what}, dropout" if dropout else what
@@ -274,20 +274,14 @@ def epoch_program(
 
 
 def compile_programs(given: Inputs, num: int) -> list[Program]:
-    """Epochs with equal counts, with as many as layers, and those rounded."""
+    """Epochs with equal counts, and with as many as layers."""
     depth = given.model.depth
     equal = trainable_of(given, num)
     rising = trainable_of(given, [num - depth // 2 + i for i in range(depth)])
-    padded, real = vpt_jax.pad_prompts(rising["prompts"], 16)
-    rounded = {**rising, "prompts": padded}
     return [
-        epoch_program(given, what, trainable, dropout, mask)
+        epoch_program(given, what, trainable, dropout)
         for dropout in (train.Recipe().dropout, 0.0)
-        for what, trainable, mask in (
-            ("equal counts", equal, None),
-            ("counts differ", rising, None),
-            ("rounded to 16", rounded, real),
-        )
+        for what, trainable in (("equal counts", equal), ("counts differ", rising))
     ]
 
 

@@ -5,9 +5,9 @@ python -m vpt_jax.main --config=configs/demo.py
 python -m vpt_jax.main --config=configs/demo.py:digits
 python -m vpt_jax.main --config=configs/demo.py:shapes_location,seeds=5
 
-The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`,
-`fashion_mnist`), `seeds=N`, and `smoke` (two epochs, for tests). What is not set here
-has its default from vpt_jax/config.py; any key can be set on the command line.
+The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`),
+`seeds=N`, and `smoke` (two epochs, for tests). What is not set here has its default
+from vpt_jax/config.py; any key can be set on the command line.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,6 @@ TASKS = {
     "shapes_location": 1.0,
     "shapes_orientation": 1.0,
     "digits": 0.15,
-    "fashion_mnist": 0.15,
 }
 
 

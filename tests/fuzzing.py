@@ -11,7 +11,6 @@ thousands.
 import contextlib
 import copy
 import errno
-import gzip
 import io
 import json
 import os
@@ -804,38 +803,6 @@ def zip_with(name: str, header: dict, payload: bytes, size: int) -> bytes:
     return out.getvalue()
 
 
-# --- gzipped idx files ----------------------------------------------------------------
-
-
-def _idx(shape: list[int], kind: int, size: int) -> bytes:
-    head = bytes([0, 0, kind, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
-    return gzip.compress(head + bytes(size), 1, mtime=0)
-
-
-IDX = damage(
-    st.just(_idx([3, 4, 5], 8, 60))
-    | st.builds(
-        _idx,
-        st.lists(_SIZES, max_size=4),
-        st.sampled_from([8, 8, 8, 9, 13]),
-        st.integers(0, 100),
-    )
-)
-
-
-def try_idx(data: bytes, folder: Path) -> str:
-    """`tasks.read_idx`."""
-    from vpt_jax.data import tasks
-
-    path = folder / "images.gz"
-    path.write_bytes(data)
-    with or_refused(path) as outcome:
-        found = tasks.read_idx(str(path), 3)
-        assert found.ndim == 3 and found.dtype == np.uint8
-        outcome.append("accepted")
-    return outcome[0]
-
-
 READERS: dict[str, Callable[[], Reader]] = {
     "config": lambda: Reader(edited("demo.py:smoke"), try_config),
     "benchmark": lambda: Reader(edited("vtab.py:task=svhn,smoke"), try_protocol),
@@ -846,5 +813,4 @@ READERS: dict[str, Callable[[], Reader]] = {
     "folders": lambda: Reader(TREES, try_folder),
     "lists": lambda: Reader(LISTS, try_lists),
     "npz sets": lambda: Reader(SETS, try_set),
-    "idx": lambda: Reader(IDX, try_idx),
 }

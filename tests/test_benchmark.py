@@ -26,7 +26,6 @@ from vpt_jax import (
     protocol,
     stages,
     states,
-    together,
     train,
 )
 from vpt_jax import workdir as files
@@ -305,47 +304,6 @@ def test_a_sweep_compiles_once_per_shape(place, tmp_path):
         for job in trials[kind][1:]:
             jobs.perform(job, tmp_path)
         assert train.train_epoch._cache_size() == before
-
-
-def test_trials_that_are_trained_together(undisturbed, place, tmp_path, monkeypatch):
-    """Three of the four of a kind, then the last; interrupted between two of them.
-
-    The same choices and the same table: no answer of the toys hangs on rounding.
-    """
-    config = values(place, "svhn", benchmark__trials_together=3)
-    before, sizes = together.fit, []
-
-    def fit(runs, *args, **kwargs):
-        sizes.append((len(runs), kwargs["at_once"]))
-        if len(sizes) == 2:
-            raise Interrupted
-        return before(runs, *args, **kwargs)
-
-    monkeypatch.setattr(together, "fit", fit)
-    with pytest.raises(Interrupted):
-        benchmark.run(config, tmp_path, launch.Here(tmp_path), "a command")
-    compiled = together.train_epoch._cache_size()
-    content = benchmark.run(config, tmp_path, launch.Here(tmp_path), "a command")
-    # Two each of the linear and of the prompts' trials, of equal size.
-    assert sizes == [(2, 2)] * 5
-    assert together.train_epoch._cache_size() == compiled + 1
-    expected = json.loads((undisturbed[0] / "leaderboard.json").read_bytes())
-    assert content["tasks"]["svhn"] == expected["tasks"]["svhn"]
-    folder = tmp_path / "runs/svhn/grid-2prompts-lr0.5-wd0"
-    assert "epoch 2/2" in (folder / "log.txt").read_text()
-    assert json.loads((folder / jobs.RESULT).read_bytes())["seconds"] > 0
-
-
-def test_trials_are_trained_together_here_only(place, tmp_path):
-    config = values(place, benchmark__trials_together=3)
-    with pytest.raises(ValueError, match="trials_together is 3 with a launcher"):
-        benchmark.run(config, tmp_path, Elsewhere(tmp_path))
-    with pytest.raises(ValueError, match="trials_together is 0"):
-        protocol.parse(values(place, benchmark__trials_together=0))
-    config = load("vtab", "published").to_dict()
-    config["benchmark"]["trials_together"] = 2
-    with pytest.raises(ValueError, match="'published', which has no trials"):
-        protocol.parse(config)
 
 
 def test_a_job_that_another_process_finished_is_not_done_again(undisturbed, place):

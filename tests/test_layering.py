@@ -72,7 +72,6 @@ ORDER = (
     "cli",
     "preemption",
     "config",
-    "together",
     "train",
     "data.__main__",
     "data.listing",

@@ -12,17 +12,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from test_vtab import DEEP_GROUP_MEANS, DEEP_MEAN_OVER_GROUPS, MEANS_OVER_TASKS
 
 from vpt_jax import leaderboard as lb
 from vpt_jax import report as rp
 from vpt_jax.board import figures as board_figures
 from vpt_jax.board import published, standings, tables
-from vpt_jax.data.vtab import (
-    BENCHMARKS,
-    DEEP_GROUP_MEANS,
-    DEEP_MEAN_OVER_GROUPS,
-    MEANS_OVER_TASKS,
-)
+from vpt_jax.data.vtab import BENCHMARKS
 
 NATURAL = tuple(n for n in published.VTAB if BENCHMARKS[n].group == "natural")
 CHOSEN = ("base_lr", "weight_decay", "num_prompts", "val_accuracy")

@@ -132,7 +132,6 @@ def test_the_optimiser_holds_no_state_for_what_is_frozen(problem):
     prompts = sum(NUM) * 16
     assert numbers(train.Recipe()) == prompts + 16 * 3 + 3
     assert numbers(train.Recipe(train_head=False)) == prompts
-    assert numbers(train.Recipe(train_prompts=False)) == 16 * 3 + 3
 
 
 def test_a_sweep_and_a_second_epoch_compile_nothing(problem):
@@ -425,43 +424,6 @@ def test_resize_keeps_constants_and_same_size():
 def test_wrong_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_padded_prompts_are_the_prompts_alone():
-    """By counts here; as a network, below."""
-    prompts = tuple(jnp.ones((n, 4)) for n in (3, 8, 0, 9))
-    padded, mask = vpt_jax.pad_prompts(prompts, 8)
-    assert vpt_jax.counts(padded) == (8, 8, 0, 16)
-    assert [int(m.sum()) for m in mask] == [3, 8, 0, 9]
-    beside, _ = vpt_jax.pad_prompts(prompts, 8, beside=197)
-    assert vpt_jax.counts(beside) == (3, 11, 0, 11)
-    with pytest.raises(ValueError, match="multiple=0"):
-        vpt_jax.pad_prompts(prompts, 0)
-
-
-def test_what_pads_is_not_seen_and_gets_no_gradient(problem):
-    model, backbone, trainable, images, labels = problem
-    padded, mask = vpt_jax.pad_prompts(trainable["prompts"], 4, beside=5)
-    assert vpt_jax.counts(padded) == (3, 0, 3)
-
-    def loss(prompts, mask):
-        logits = train.predict(
-            {**trainable, "prompts": prompts},
-            backbone,
-            images,
-            model=model,
-            recipe=train.Recipe(),
-            prompt_mask=mask,
-        )
-        return vpt_jax.cross_entropy(logits, {"label": labels}).mean()
-
-    value = jax.jit(jax.value_and_grad(loss))
-    expected, grads = value(trainable["prompts"], None)
-    got, wide = value(padded, mask)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
-    for g, w, m in zip(grads, wide, mask, strict=True):
-        np.testing.assert_allclose(w[: len(g)], g, rtol=1e-4, atol=1e-6)
-        assert not np.asarray(w)[~np.asarray(m)].any()
 
 
 def test_bfloat16_trains_as_float32_does(problem):

@@ -145,13 +145,6 @@ def test_average_prompts_of_vpt_deep():
     assert round(means["natural"], 2) == 12.43
     assert means["specialized"] == 52.75
     assert means["structured"] == 107.5
-    differing = {r.name for r in ROWS if r.prompts != r.prompts_adapter_plus}
-    assert differing == {
-        "clevr_count",
-        "kitti_distance",
-        "dsprites_location",
-        "dsprites_orientation",
-    }
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -162,20 +155,27 @@ def test_prompts_agree_with_the_published_share_of_tuned_parameters(row):
     assert round(share, 2) == row.tuned_percent
 
 
+# Means over the tasks as they were published: of natural, specialized and structured,
+# and over all 19. The mean over the three groups is another number; VPT reports both.
+DEEP_GROUP_MEANS = {"natural": 78.48, "specialized": 82.43, "structured": 54.98}
+MEANS_OVER_TASKS = {"full": 65.57, "linear": 52.94, "shallow": 64.85, "deep": 69.43}
+DEEP_MEAN_OVER_GROUPS = 71.96
+
+
 def test_published_means_follow_from_the_tasks():
     scores = {row.name: row.published for row in VTAB}
-    for method, mean in vtab.MEANS_OVER_TASKS.items():
+    for method, mean in MEANS_OVER_TASKS.items():
         found = np.mean([getattr(score, method) for score in scores.values()])
         assert found == pytest.approx(mean, abs=0.01)
     groups = []
-    for group, mean in vtab.DEEP_GROUP_MEANS.items():
+    for group, mean in DEEP_GROUP_MEANS.items():
         found = np.mean([r.published.deep for r in VTAB if r.group == group])
         # Tasks were printed to one decimal: 55.00 of them for 54.98.
         assert found == pytest.approx(mean, abs=0.03)
         groups.append(found)
-    assert np.mean(groups) == pytest.approx(vtab.DEEP_MEAN_OVER_GROUPS, abs=0.03)
-    published = tuple(vtab.DEEP_GROUP_MEANS.values())
-    assert np.mean(published) == pytest.approx(vtab.DEEP_MEAN_OVER_GROUPS, abs=0.005)
+    assert np.mean(groups) == pytest.approx(DEEP_MEAN_OVER_GROUPS, abs=0.03)
+    published = tuple(DEEP_GROUP_MEANS.values())
+    assert np.mean(published) == pytest.approx(DEEP_MEAN_OVER_GROUPS, abs=0.005)
     # Of FGVC; 84.66 was printed as 84.6.
     means = vtab.Accuracies(88.54, 79.32, 84.6, 89.1)
     rows = np.array([row.published for row in FGVC])

@@ -22,10 +22,10 @@ from vpt_jax.prompts import (
     counts,
     init_head,
     init_prompts,
-    pad_prompts,
     prompt_dropout,
 )
 from vpt_jax.readers import CheckpointError
+from vpt_jax.tokens import block_tokens
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "ViT",
     "apply_head",
     "backbone_hash",
+    "block_tokens",
     "condense",
     "counts",
     "cross_entropy",
@@ -48,7 +49,6 @@ __all__ = [
     "load_backbone",
     "load_prompts",
     "macs",
-    "pad_prompts",
     "prefill",
     "prompt_dropout",
     "prompted",

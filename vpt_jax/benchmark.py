@@ -6,7 +6,6 @@ whenever a task is complete. A job is done when its folder is there, so the same
 goes on with what is missing. `status` is what `--list` shows.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from vpt_jax import experiment, jobs, leaderboard, protocol
 from vpt_jax import workdir as files
 from vpt_jax.data import vtab
-from vpt_jax.launch import Here, Launcher
+from vpt_jax.launch import Launcher
 from vpt_jax.protocol import Benchmark, Job
 
 _PENDING = "submitted.json"
@@ -41,12 +40,6 @@ def run(
         or if jobs failed on a cluster, after the others are done.
     """
     bench = protocol.parse(values)
-    most = bench.settings.trials_together
-    if most > 1 and not isinstance(launcher, Here):
-        raise ValueError(
-            f"benchmark.trials_together is {most} with a launcher that spreads single"
-            " runs; leave one of the two out."
-        )
     if launcher.sees_files:
         check_data(bench)
     results = finished(bench, workdir)
@@ -57,8 +50,6 @@ def run(
         while True:
             taken = {*results, *failed, *pending}
             ready = [j for j in protocol.jobs(bench, results) if j.name not in taken]
-            if isinstance(launcher, Here) and most > 1 and ready:
-                _train_together(bench, launcher, ready)
             if ready := ready[: launcher.slots - len(pending)]:
                 launcher.submit(ready)
                 pending |= {job.name: job for job in ready}
@@ -85,19 +76,6 @@ def run(
             f" is {name}: {error}. The same command tries them again."
         )
     return content
-
-
-def _train_together(bench: Benchmark, launcher: Here, ready: Sequence[Job]) -> None:
-    """Trains the first ready trial, if it is one, with others of its shape."""
-    if ready[0].kind == "final":
-        return
-    trials = protocol.alike(bench, ready[0])
-    # Programs of one size, with as few runs to fill up as that allows.
-    parts = math.ceil(len(trials) / bench.settings.trials_together)
-    at_once = math.ceil(len(trials) / parts)
-    names = {job.name for job in ready}
-    left = [job for job in trials if job.name in names]
-    launcher.train_together(left[:at_once], at_once)
 
 
 def check_data(bench: Benchmark) -> None:

@@ -36,8 +36,6 @@ class BenchmarkConfig:
     `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
-    `trials_together` trials of one shape are trained in one program: memory as for so
-    many times the batch; the results are the same up to rounding.
     """
 
     name: str
@@ -47,19 +45,11 @@ class BenchmarkConfig:
     num_prompts: tuple[int, ...] = ()
     finetune_rate: float = 0.1
     final_splits: str = "final"
-    trials_together: int = 1
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
         check_choice("final_splits", self.final_splits, ("final", "all"))
-        configs.positive(
-            finetune_rate=self.finetune_rate, trials_together=self.trials_together
-        )
-        if self.mode == "published" and self.trials_together > 1:
-            raise ValueError(
-                f"trials_together is {self.trials_together} in mode 'published', which"
-                " has no trials; leave it out."
-            )
+        configs.positive(finetune_rate=self.finetune_rate)
         for rate in self.rates:
             configs.positive(rates=rate)
         if self.mode == "published" and self.num_prompts:

@@ -23,7 +23,7 @@ from vpt_jax.data.tasks import SPLITS
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
-from vpt_jax.prompts import check_choice
+from vpt_jax.prompts import INITS, check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 
 MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
@@ -32,6 +32,7 @@ MAX_SEED = 2**32 - 1  # NumPy's and JAX's generators take these
 _LONGEST = 200  # characters of a wrong value that a message shows
 BASELINES = ("linear", "random", "scratch")
 DIVERGED = ("error", "last_finite")
+HEAD_INITS = ("reference", "zeros", "probe")
 
 
 def positive(**values: int | float) -> None:
@@ -132,6 +133,9 @@ class BackboneConfig:
 class PromptConfig:
     """`num_prompts` per layer (one number, or one per layer).
 
+    `init` is one of `init_prompts`'; `head_init` is where the head starts: as the
+    `reference` draws it, from `zeros`, or from the linear `probe`.
+
     `dropout_shared` drops the same elements for all examples of a step, see
     `prompt_dropout`: less work, another recipe than the reference's.
     """
@@ -140,8 +144,12 @@ class PromptConfig:
     deep: bool = True
     dropout: float = 0.1
     dropout_shared: bool = False
+    init: str = "reference"
+    head_init: str = "reference"
 
     def __post_init__(self) -> None:
+        check_choice("prompts.init", self.init, INITS)
+        check_choice("prompts.head_init", self.head_init, HEAD_INITS)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"prompts.dropout is {self.dropout}; it must be in [0, 1)."
@@ -155,7 +163,13 @@ class PromptConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One stage's recipe; the rate used is `base_lr / 256 * batch_size`."""
+    """One stage's recipe.
+
+    The rate is `base_lr / 256 * batch_size` for SGD and `base_lr` for AdamW. The head's
+    is `head_lr` for features at unit scale (AdamW only), or the same if that is 0. With
+    `optimizer="lbfgs"` the linear probe is the optimum of `probe.py`, which has no
+    rates and epochs; its decay is chosen on val, or `weight_decay` where there is none.
+    """
 
     epochs: int
     warmup_epochs: int
@@ -165,10 +179,18 @@ class TrainConfig:
     optimizer: str = "sgd"
     schedule: str = "epoch"
     head: bool = True  # finetune only: train the head too
+    head_lr: float = 0.0
 
     def __post_init__(self) -> None:
         positive(epochs=self.epochs, base_lr=self.base_lr, batch_size=self.batch_size)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, (*OPTIMIZERS, "lbfgs"))
+        if not 0 <= self.head_lr < math.inf:
+            raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
+        if self.head_lr and self.optimizer != "adamw":
+            raise ValueError(
+                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it is for"
+                " 'adamw' alone. Leave it out."
+            )
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
@@ -241,6 +263,15 @@ class Config:
             eval_batch_size=self.eval_batch_size, checkpoint_every=self.checkpoint_every
         )
         check_choice("diverged", self.diverged, DIVERGED)
+        for name in ("tune", "finetune"):
+            check_choice(
+                f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS
+            )
+        if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
+            raise ValueError(
+                "linear.weight_decay is 0 with optimizer 'lbfgs', whose optimum may then"
+                " be at infinity; pass a decay above 0, such as 0.01."
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(
                 f"seeds is {shown(self.seeds)}; pass at least one, no repeats."

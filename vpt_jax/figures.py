@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax.rows import Row, default_score, kind, label, per_picture, summarise
+from vpt_jax.rows import Row, default_score, kind, label, summarise
 
 # Okabe and Ito's colours, distinct to colour-blind eyes.
 COLOURS = {
@@ -70,7 +70,7 @@ def captions(report: Row) -> dict[str, tuple[str, str]]:
             "Multiply-accumulates (MACs) against the prompts of all layers, as spent"
             " here (prompts are only keys and values) and as papers count them (prompts"
             " are tokens of every layer); beside it, if measured, the latency"
-            f" {per_picture(report)}.",
+            f" per picture, in batches of {report['latency_batch']}.",
         ),
     }
 
@@ -259,8 +259,8 @@ def _draw_layers(figure: Any, groups: list[Row], report: Row) -> bool:
 
 def _draw_importance(figure: Any, groups: list[Row], report: Row) -> bool:
     """Every prompt's importance by layer, and where the global cuts fell."""
-    importance = report.get("importance") or {}
-    layers = importance.get("layers", [])
+    importance = report["importance"]
+    layers = importance["layers"]
     values = np.array(sorted((v for layer in layers for v in layer), reverse=True))
     if not len(values):
         return False
@@ -279,7 +279,7 @@ def _draw_importance(figure: Any, groups: list[Row], report: Row) -> bool:
             axes.axhline(height, color=colour, linestyle="--", lw=1.5, label=name)
     _scale_importance(axes, values)
     axes.set_xticks(range(1, len(layers) + 1))
-    score = f"{importance.get('score')}, {importance.get('reduction')}"
+    score = f"{importance['score']}, {importance['reduction']}"
     axes.set(xlabel=LAYER_AXIS, ylabel=f"Importance ({score})")
     return True
 

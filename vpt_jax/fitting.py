@@ -43,6 +43,7 @@ class Fit(NamedTuple):
     directory: Path
     checkpoint_every: int  # epochs
     diverged: str
+    head_rates: tuple[float, float] | None = None  # see `train.make_optimizer`
 
 
 def fit(
@@ -90,6 +91,7 @@ def fit(
     kept, sums = on_host(saved["kept"]), np.array(saved["sums"])
     seconds, key = float(saved["seconds"]), jax.random.key(job.seed)
     weight_decay, step = jnp.float32(settings.weight_decay), int(state.step)
+    head_rates = job.head_rates and tuple(map(jnp.float32, job.head_rates))
     last_saved, saved_at = step, time.perf_counter()
 
     def save() -> None:
@@ -117,6 +119,7 @@ def fit(
                 rates[epoch, at:stop],
                 weight_decay,
                 key,
+                head_rates=head_rates,
                 model=model,
                 recipe=job.recipe,
             )
@@ -167,7 +170,7 @@ def fit(
 def rates_of(settings: configs.TrainConfig, num: int) -> np.ndarray:
     """Learning rates `[epochs, steps]` of a stage on `num` pictures."""
     return train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size),
+        train.scaled_lr(settings.base_lr, settings.batch_size, settings.optimizer),
         settings.epochs,
         settings.warmup_epochs,
         math.ceil(num / settings.batch_size),

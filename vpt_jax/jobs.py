@@ -11,14 +11,13 @@ import functools
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vpt_jax import durable, experiment, fitting, stages, together
+from vpt_jax import durable, experiment
 from vpt_jax import workdir as files
 from vpt_jax.protocol import Job
 from vpt_jax.stages import Run, Unit, features_of
@@ -57,16 +56,13 @@ def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
         return None  # done again; publish moves it aside
 
 
-def perform(
-    job: Job, workdir: Path, prefix: str = "", spent: float | None = None
-) -> dict[str, Any]:
+def perform(job: Job, workdir: Path, prefix: str = "") -> dict[str, Any]:
     """Runs a job in this process, from where it stopped; its folder is whole after.
 
     Args:
       job: What to run.
       workdir: Of the benchmark.
       prefix: Of lines that tell how far it is.
-      spent: Seconds that `train_together` took for it, if it trained it.
 
     Returns:
       The result: `rows`, and `seconds` if all of it is timed, else None.
@@ -80,102 +76,10 @@ def perform(
             done = result_of(workdir, job)
         if done is not None:
             return done
-        result = _run(job, partial, prefix, spent)
+        result = _run(job, partial, prefix)
         if files.writes():
             publish(partial, path)
     return result
-
-
-def train_together(
-    trials: Sequence[Job], workdir: Path, at_once: int
-) -> dict[str, float]:
-    """Trains trials that differ in rates and decays only, many in one program.
-
-    Their prompts then lie in their partial folders as if each had been trained alone,
-    and `perform` goes on from there. An interruption before loses these trainings. A
-    program always holds `at_once` runs, so that what a trial learns does not depend on
-    which others are left. If the first trial is trained already, nothing is done.
-
-    Args:
-      trials: Jobs of one task, kind and shape; finished trainings are left alone.
-      workdir: Of the benchmark.
-      at_once: Runs in one program; so many trials at most are trained here.
-
-    Returns:
-      By name of each trial that was trained here: its share of the seconds.
-    """
-    (unit,) = _units(trials[0])
-    start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        left: dict[str, Path] = {}
-        for job in sorted(trials, key=lambda job: job.name):  # no two wait in a ring
-            partial = partial_folder(workdir, job.name)
-            lock = partial.with_name(f"{partial.name}.lock")
-            stack.enter_context(files.locked(lock, wait=True))
-            released = partial / "prompts" / f"{unit.name}.safetensors"
-            ends = folder(workdir, job.name), partial / RESULT, released
-            if not any(path.exists() for path in ends):
-                left[job.name] = partial
-        if trials[0].name not in left:
-            return {}
-        runs = {
-            job.name: stack.enter_context(_started(job, left[job.name]))
-            for job in trials
-            if job.name in left
-        }
-        ended = _fit(list(runs.values()), unit, at_once)
-        seconds = (time.perf_counter() - start) / len(runs)
-        for run, (trainable, epochs) in zip(runs.values(), ended, strict=True):
-            planned = getattr(run.config, unit.stage).epochs
-            training = {
-                "seconds": round(seconds, 3),
-                "epochs": epochs,
-                "planned_epochs": planned,
-            }
-            if epochs < planned:
-                run.log.line(f"{unit.name}: not finite, ended with epoch {epochs}")
-            prompts = jax.tree.map(jnp.asarray, trainable)
-            stages.release(run, unit, prompts, training)
-    return dict.fromkeys(runs, seconds)
-
-
-def _fit(runs: Sequence[Run], unit: Unit, at_once: int) -> list[together.Trained]:
-    """Trains the same unit of runs that differ in rates and decays."""
-    first = runs[0]
-    settings = [getattr(run.config, unit.stage) for run in runs]
-    num, epochs = len(first.labels), settings[0].epochs
-    trainable = stages.starting_point(first, unit)
-    last = time.perf_counter()
-
-    def tell(epoch: int, metrics: dict[int, dict[str, float]]) -> None:
-        nonlocal last
-        seconds, last = time.perf_counter() - last, time.perf_counter()
-        for i, run in enumerate(runs):
-            if i not in metrics:  # no longer finite
-                continue
-            own = {**metrics[i], "seconds": seconds / len(runs)}
-            run.log.epoch(unit.name, epoch, epochs, num, own)
-
-    trainings = [
-        together.Training(
-            trainable, fitting.rates_of(own, num), own.weight_decay, unit.seed
-        )
-        for own in settings
-    ]
-    # Filled up, so that the program is the same one however many trials are left.
-    trainings += trainings[-1:] * (at_once - len(trainings))
-    ended = together.fit(
-        trainings,
-        first.backbone,
-        first.images if first.features is None else first.features,
-        first.labels,
-        model=None if unit.stage == "linear" else first.model,
-        recipe=stages.make_recipe(first, settings[0], unit.stage),
-        batch_size=settings[0].batch_size,
-        at_once=at_once,
-        progress=tell,
-    )
-    return ended[: len(runs)]
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -244,10 +148,8 @@ def _units(job: Job) -> list[Unit]:
     return experiment.plan(job.config)
 
 
-def _run(
-    job: Job, workdir: Path, prefix: str, spent: float | None = None
-) -> dict[str, Any]:
-    timed, start = spent is not None or not workdir.exists(), time.perf_counter()
+def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
+    timed, start = not workdir.exists(), time.perf_counter()
     units = _units(job)
     with _started(job, workdir) as shared:
         rows, seconds = experiment.run_units(shared, units, prefix)
@@ -257,7 +159,7 @@ def _run(
                 files.write_json(workdir / "report.json", content)
     if files.writes() and job.kind != "final":
         shutil.rmtree(workdir / "prompts", ignore_errors=True)  # of a trial: 4 MB each
-    elapsed = time.perf_counter() - start + (spent or 0.0)
+    elapsed = time.perf_counter() - start
     result = {
         "rows": rows,
         "seconds": round(elapsed, 3) if timed else None,

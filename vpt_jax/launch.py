@@ -97,7 +97,7 @@ def parse_resources(text: str) -> dict[str, Any]:
 
 
 class Here:
-    """One after another in this process, or together; an error ends it."""
+    """One after another in this process; an error ends it."""
 
     slots = 1
     sees_files = True
@@ -105,19 +105,13 @@ class Here:
     def __init__(self, workdir: Path) -> None:
         self._workdir = workdir
         self._queue: list[Job] = []
-        self._spent: dict[str, float] = {}
 
     def submit(self, ready: Sequence[Job]) -> None:
         self._queue += ready
 
-    def train_together(self, trials: Sequence[Job], at_once: int) -> None:
-        """Trains trials that are submitted later, see `jobs.train_together`."""
-        self._spent |= jobs.train_together(trials, self._workdir, at_once)
-
     def wait(self) -> Finished:
         job = self._queue.pop(0)
-        spent = self._spent.pop(job.name, None)
-        jobs.perform(job, self._workdir, prefix=job.name, spent=spent)
+        jobs.perform(job, self._workdir, prefix=job.name)
         return [(job, "")]
 
 

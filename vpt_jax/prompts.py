@@ -27,6 +27,9 @@ Importance = PyTree[Float[Array, "_"]]
 Mask = PyTree[Bool[Array, "_"]]
 """One boolean `[n_i]` array per layer (a tuple); True means keep / attend."""
 
+INITS = ("reference", "normal", "tokens", "kmeans")
+"""How `init_prompts` draws prompts."""
+
 Head = dict[str, jax.Array]
 """The linear classifier: `kernel` `[d, k]` and `bias` `[k]`."""
 
@@ -51,13 +54,18 @@ def init_prompts(
     num_prompts: int | Sequence[int] = 50,
     *,
     deep: bool = True,
+    init: str = "reference",
+    tokens: Sequence[Any] | None = None,
     dtype: Any = jnp.float32,
 ) -> Prompts:
-    """Draws prompts as the reference does, uniform in `(-v, v)`.
+    """Draws prompts.
 
-    `v = sqrt(6 / (3 * patch**2 + d))`, the Xavier bound of the patch embedding
-    (VPT's released code; 0.0625 for ViT-B/16). `d` is the width of the first layer for
-    all layers, wider Swin stages included (0.18464 for Swin-B).
+    `init="reference"`: uniform in `(-v, v)`, `v = sqrt(6 / (3 * patch**2 + d))`, the
+    Xavier bound of the patch embedding (VPT's released code; 0.0625 for ViT-B/16). `d`
+    is the width of the first layer for all layers, wider Swin stages included (0.18464
+    for Swin-B). `"normal"`: deviation 0.02. `"tokens"`: tokens that enter the layer's
+    block on training pictures, drawn at random; `"kmeans"`: their k-means centres (SPT,
+    Wang et al., ICML 2024, section 3).
 
     Args:
       key: A JAX random key.
@@ -67,15 +75,26 @@ def init_prompts(
         With `deep=False` a single number is the count of the first layer.
       deep: True gives every layer its own prompts (VPT-Deep), False only the first
         (VPT-Shallow: the other layers get empty `[0, d]` arrays).
+      init: One of `INITS`.
+      tokens: For "tokens" and "kmeans": one `[m_i, d]` array per layer, `m_i >= n_i`,
+        as `block_tokens` returns.
       dtype: Of the prompts. Keep the master copy in float32.
 
     Returns:
       A tuple with one `[n_i, d]` array per layer.
 
     Raises:
-      ValueError: If a count is negative, their number is not the model's depth, or a
-        shallow model is given prompts in a later layer.
+      ValueError: If a count is negative, their number is not the model's depth, a
+        shallow model is given prompts in a later layer, `init` is unknown, or tokens
+        are missing, too few or of another width.
+
+    Example:
+      >>> from vpt_jax import ViT
+      >>> model = ViT("demo/4")
+      >>> counts(init_prompts(jax.random.key(0), model, 2, init="normal"))
+      (2, 2, 2, 2, 2, 2)
     """
+    check_choice("init", init, INITS)
     depth = len(model.widths)
     if isinstance(num_prompts, int):
         per_layer = [num_prompts] * depth if deep else [num_prompts] + [0] * (depth - 1)
@@ -93,12 +112,49 @@ def init_prompts(
             f"num_prompts is {tuple(per_layer)} with deep=False; shallow prompts are"
             " inserted before the first layer only, so later counts must be 0."
         )
-    bound = math.sqrt(6 / (3 * model.patch**2 + model.widths[0]))
+    shapes = list(zip(per_layer, model.widths, strict=True))
     keys = jax.random.split(key, depth)
+    if init == "reference":
+        bound = math.sqrt(6 / (3 * model.patch**2 + model.widths[0]))
+        draw = functools.partial(
+            jax.random.uniform, dtype=dtype, minval=-bound, maxval=bound
+        )
+        return tuple(map(draw, keys, shapes))
+    if init == "normal":
+        return tuple(
+            0.02 * jax.random.normal(k, shape, dtype)
+            for k, shape in zip(keys, shapes, strict=True)
+        )
+    found = tuple(map(np.asarray, tokens or ()))
+    got = [t.shape for t in found]
+    if [s[1:] for s in got] != [(d,) for _, d in shapes] or any(
+        len(t) < n for t, (n, _) in zip(found, shapes, strict=True)
+    ):
+        raise ValueError(
+            f"init {init!r} got tokens of shapes {got}; expected at least {shapes}, a"
+            " [m, d] array per layer. Pass tokens=block_tokens(model, backbone, images)."
+        )
+    choose = _centres if init == "kmeans" else _some
     return tuple(
-        jax.random.uniform(k, (n, width), dtype, -bound, bound)
-        for k, n, width in zip(keys, per_layer, model.widths, strict=True)
+        jnp.asarray(choose(np.random.default_rng(np.asarray(k)), t, n), dtype)
+        for k, t, (n, _) in zip(jax.random.key_data(keys), found, shapes, strict=True)
     )
+
+
+def _some(rng: np.random.Generator, tokens: np.ndarray, num: int) -> np.ndarray:
+    """`num` different rows of `tokens [m, d]`."""
+    return tokens[rng.permutation(len(tokens))[:num]]
+
+
+def _centres(rng: np.random.Generator, tokens: np.ndarray, num: int) -> np.ndarray:
+    """`num` k-means centres of `tokens [m, d]`."""
+    from scipy.cluster.vq import kmeans2  # takes a third of a second
+
+    if not num:
+        return tokens[:0]
+    start = _some(rng, tokens, num)
+    # A centre that lost all its tokens stays where it was.
+    return kmeans2(tokens, start, iter=20, minit="matrix", missing="warn")[0]
 
 
 def per_example(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -193,65 +249,35 @@ def _draw(
     return keep
 
 
-def pad_prompts(
-    prompts: Prompts, multiple: int, *, beside: int = 0
-) -> tuple[Prompts, Mask]:
-    """Fills layers up to round counts, with rows that a mask takes out again.
-
-    With the mask as `prompt_mask=` it is the network of the prompts alone, exactly; the
-    rows that are added get no gradient. Layers without prompts stay without.
-
-    Args:
-      prompts: One `[n_i, d]` array per layer.
-      multiple: What `n_i + beside` becomes a multiple of, `n_i` at least.
-      beside: Keys that lie beside the prompts in attention: 197 in ViT-B/16 at 224 px.
-        What matrix units see is the sum. 0 rounds the counts themselves.
-
-    Returns:
-      One `[m_i, d]` array per layer, `m_i >= n_i`, and one boolean `[m_i]` per layer,
-      False for what was added.
-
-    Raises:
-      ValueError: If `multiple` is below 1 or `beside` below 0.
-
-    Example:
-      >>> padded, mask = pad_prompts((jnp.ones((3, 4)), jnp.ones((0, 4))), 8)
-      >>> counts(padded), int(mask[0].sum())
-      ((8, 0), 3)
-    """
-    if multiple < 1 or beside < 0:
-        raise ValueError(
-            f"got multiple={multiple} and beside={beside}; expected at least 1 and 0."
-        )
-    added = [-(n + beside) % multiple if n else 0 for n in counts(prompts)]
-    padded = tuple(
-        jnp.concatenate([p, jnp.zeros((more, p.shape[1]), p.dtype)])
-        for p, more in zip(prompts, added, strict=True)
-    )
-    mask = tuple(
-        jnp.arange(n) < n - more for n, more in zip(counts(padded), added, strict=True)
-    )
-    return padded, mask
-
-
 def init_head(
-    key: jax.Array, width: int, num_classes: int, dtype: Any = jnp.float32
+    key: jax.Array,
+    width: int,
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    *,
+    init: str = "reference",
 ) -> Head:
-    """Draws the linear head as the reference does.
+    """Makes the linear head.
 
-    Kernel: Kaiming normal with fan_out, i.e. `std = sqrt(2 / num_classes)`; bias:
-    `-log(99)`, a prior probability of 0.01 (VPT's released code, `models/mlp.py`).
+    `init="reference"`: kernel Kaiming normal with fan_out, i.e. `std = sqrt(2 /
+    num_classes)`; bias `-log(99)`, a prior probability of 0.01 (VPT's released code,
+    `models/mlp.py`). Features of norm 40 then start at a loss far above `log
+    num_classes`. `"zeros"` starts at `log num_classes` whatever the features' scale.
 
     Returns:
       `{'kernel': [width, num_classes], 'bias': [num_classes]}`.
 
     Raises:
-      ValueError: If `num_classes` is below 2.
+      ValueError: If `num_classes` is below 2 or `init` unknown.
     """
+    check_choice("init", init, ("reference", "zeros"))
     if num_classes < 2:
         raise ValueError(
             f"num_classes is {num_classes}; a classifier needs at least 2."
         )
+    if init == "zeros":
+        shapes = {"kernel": (width, num_classes), "bias": (num_classes,)}
+        return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
     std = math.sqrt(2 / num_classes)
     return {
         "kernel": std * jax.random.normal(key, (width, num_classes), dtype),

@@ -155,16 +155,6 @@ def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
             )
 
 
-def alike(bench: Benchmark, job: Job) -> tuple[Job, ...]:
-    """The trials that differ from a trial in rate and decay only, itself among them."""
-
-    def shape(job: Job) -> Any:
-        return job.config.prompts.num_prompts, job.config.tune.batch_size
-
-    own = bench.trials[job.task][job.kind]
-    return tuple(other for other in own if shape(other) == shape(job))
-
-
 def planned(bench: Benchmark) -> list[Job]:
     """All runs there will be; the configs of last ones are not final before a grid."""
     found = []

@@ -19,7 +19,7 @@ import numpy as np
 
 from vpt_jax import figures, leaderboard, page
 from vpt_jax.formats import percent, three_digits, with_prefix
-from vpt_jax.rows import Row, default_score, kind, label, per_picture, summarise
+from vpt_jax.rows import Row, default_score, kind, label, summarise
 
 LIMIT = 1.5  # points of test accuracy that condensed prompts may lose
 HEADER = (
@@ -90,8 +90,10 @@ def print_table(report: Row, file: Any = None) -> None:
         previous_ratio = ratio
         table.add_row(*_cells(group, default))
     console.print(table)
-    time = per_picture(report)
-    console.print(f"± standard deviation over seeds. MACs: per picture. Time: {time}.")
+    console.print(
+        "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
+        f" batches of {report['latency_batch']}."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,8 @@ def html(report: Row) -> str:
 <h2>Results</h2>{_html_table(report)}
 <p class="soft">Accuracies are means over seeds, ± one sample standard deviation. PC is
 prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
-tokens of every layer, as papers do. Time is {per_picture(report)}.</p>
+tokens of every layer, as papers do. Time is per picture, in batches of
+{report["latency_batch"]}.</p>
 {page.figures(figures.draw(report), figures.captions(report))}
 {page.details(details, headings)}"""
     return page.page(title, body)

@@ -12,7 +12,6 @@ import numpy as np
 
 Row = dict[str, Any]
 
-DEFAULT_SCORE = "key_gate"  # of reports that do not say
 # What a row is compared as, in the order of the table.
 KINDS = ("linear", "tune", "global", "layer", "condense", "random", "scratch")
 # These kinds have no ratio of kept prompts: the others are measured against them.
@@ -30,17 +29,10 @@ def kind(row: Row) -> str:
 
 def default_score(report: Row) -> str:
     """The score that the report is about; names of rows leave it out."""
-    importance = report.get("importance") or {}
-    return importance.get("score") or DEFAULT_SCORE
+    return report["importance"]["score"]
 
 
-def per_picture(report: Row) -> str:
-    """What a latency is measured per; older reports do not say the batch."""
-    batch = report.get("latency_batch")
-    return f"per picture, in batches of {batch}" if batch else "per picture"
-
-
-def label(row: Row, default: str = DEFAULT_SCORE, *, ratio: bool = True) -> str:
+def label(row: Row, default: str, *, ratio: bool = True) -> str:
     """The name of a row or group.
 
     Args:
@@ -74,7 +66,7 @@ def label(row: Row, default: str = DEFAULT_SCORE, *, ratio: bool = True) -> str:
     return name
 
 
-def place(row: Row, default: str = DEFAULT_SCORE) -> tuple:
+def place(row: Row, default: str) -> tuple:
     """What rows of one group have in common; groups sort by it as in the table."""
     row_kind, score = kind(row), row["score"] or ""
     # The references come first: no ratio is above 1.
@@ -83,7 +75,7 @@ def place(row: Row, default: str = DEFAULT_SCORE) -> tuple:
     return -ratio, KINDS.index(row_kind), row["scope"] or "", other_score, score
 
 
-def summarise(rows: Sequence[Row], default: str = DEFAULT_SCORE) -> list[Row]:
+def summarise(rows: Sequence[Row], default: str) -> list[Row]:
     """Averages the rows of a report over seeds.
 
     Args:
@@ -117,7 +109,7 @@ def _average(rows: list[Row]) -> Row:
         group[f"{split}_accuracy"] = float(np.mean(accuracies)) if known else None
         several = known and len(rows) > 1
         group[f"{split}_sd"] = float(np.std(accuracies, ddof=1)) if several else None
-    # A resumed or older run may lack the latency of some seeds.
+    # A resumed run may lack the latency of some seeds.
     latencies = [row["latency_ms"] for row in rows if row["latency_ms"] is not None]
     group["latency_ms"] = float(np.mean(latencies)) if latencies else None
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import durable, fitting, parallel, train
+from vpt_jax import durable, fitting, parallel, probe, train
 from vpt_jax import workdir as files
 from vpt_jax.data.augment import normalise
 from vpt_jax.data.strips import Strip, view
@@ -56,7 +56,6 @@ class Run(NamedTuple):
     images: jax.Array | Strip
     labels: jax.Array
     log: files.Log
-    features: jax.Array | None = None  # of the training set without prompts, if known
 
 
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
@@ -68,6 +67,8 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         return result
     trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
+    if "decay" in training:
+        row["decay"] = training["decay"]
     if training["epochs"] < training["planned_epochs"]:
         row |= {k: training[k] for k in ("epochs", "planned_epochs")}
     result = {"row": row, "seconds": training["seconds"]}
@@ -169,8 +170,16 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
         mask = vpt_jax.keep_mask(scores, keep_ratio=unit.keep_ratio, scope=unit.scope)
         return {**tuned, "prompts": vpt_jax.condense(tuned["prompts"], mask)}
     prompt_key, head_key = jax.random.split(jax.random.key(unit.seed))
+    tokens = None
+    if unit.stage != "linear" and settings.init in ("tokens", "kmeans"):
+        tokens = tokens_of(run)
     prompts = vpt_jax.init_prompts(
-        prompt_key, run.model, settings.num_prompts, deep=settings.deep
+        prompt_key,
+        run.model,
+        settings.num_prompts,
+        deep=settings.deep,
+        init=settings.init if unit.stage != "linear" else "reference",
+        tokens=tokens,
     )
     if unit.stage == "linear":
         prompts = tuple(p[:0] for p in prompts)
@@ -179,7 +188,12 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
         even = tuple(jnp.zeros(n) for n in vpt_jax.counts(prompts))
         mask = vpt_jax.keep_mask(even, keep_ratio=unit.keep_ratio, scope="layer")
         prompts = vpt_jax.condense(prompts, mask)
-    head = vpt_jax.init_head(head_key, run.model.width, len(run.task.class_names))
+    if unit.stage != "linear" and settings.head_init == "probe":
+        found, _ = trained(run, Unit("linear", unit.seed, keep_ratio=0.0))
+        return {"prompts": prompts, "head": found["head"]}
+    init = "zeros" if settings.head_init == "zeros" else "reference"
+    num = len(run.task.class_names)
+    head = vpt_jax.init_head(head_key, run.model.width, num, init=init)
     return {"prompts": prompts, "head": head}
 
 
@@ -243,9 +257,14 @@ def fit(
     stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
     settings: configs.TrainConfig = getattr(run.config, stage)
     model, images = run.model, run.images
+    if settings.optimizer == "lbfgs":
+        return fit_linear(run, trainable, settings.weight_decay)
     if unit.stage == "linear":  # frozen features never change: computed once
-        known = run.features
-        model, images = None, features_of(run) if known is None else known
+        model, images = None, features_of(run)
+    head_rates = None
+    if settings.head_lr:
+        share = settings.head_lr / settings.base_lr
+        head_rates = share / probe.feature_scale(features_of(run)), share
     job = fitting.Fit(
         name=unit.name,
         prefix=prefix,
@@ -256,6 +275,7 @@ def fit(
         directory=run.workdir / "checkpoints" / unit.name,
         checkpoint_every=run.config.checkpoint_every,
         diverged=run.config.diverged,
+        head_rates=head_rates,
     )
     return fitting.fit(
         job, trainable, run.backbone, images, run.labels, run.log, model=model
@@ -274,21 +294,59 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
     )
 
 
-@parallel.everywhere()
+def fit_linear(
+    run: Run, trainable: dict[str, Any], decay: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The regularised linear probe; its decay is chosen on val if there is a val set."""
+    start, val = time.perf_counter(), run.task.val
+    features, labels = np.asarray(features_of(run)), np.asarray(run.labels)
+    decays = probe.DECAYS if val else (decay,)
+    probes = probe.fit_probes(
+        features, labels[: len(features)], len(run.task.class_names), decays
+    )
+    best = probes[0]
+    if val:
+        best = probe.best_probe(probes, _features(run, val.images), val.labels)
+    head = {k: jnp.asarray(v, jnp.float32) for k, v in best.head.items()}
+    seconds = round(time.perf_counter() - start, 3)
+    training = {"seconds": seconds, "epochs": 0, "planned_epochs": 0}
+    return {**trainable, "head": head}, {**training, "decay": best.decay}
+
+
+_KNOWN: list[Any] = []  # pictures, backbone, and their features: of one training set
+
+
 def features_of(run: Run) -> jax.Array:
-    """Features of the training set without prompts, `[n, d]`.
+    """Features of the training set without prompts, `[n, d]`; kept until another's.
 
     Where training draws random crops, those of the centres alone: a linear probe sees
     one view of each picture, and no flips.
     """
-    found = train.extract_features(
+    if not _KNOWN or _KNOWN[0] is not run.images or _KNOWN[1] is not run.backbone:
+        found = _features(run, run.images)[: len(run.labels)]  # padding lies behind
+        _KNOWN[:] = run.images, run.backbone, jnp.asarray(found)
+    return _KNOWN[2]
+
+
+@parallel.everywhere()
+def _features(run: Run, images: Any) -> np.ndarray:
+    return train.extract_features(
         run.backbone,
-        run.images,
+        images,
         model=run.model,
         normalisation=run.backbone_info["normalisation"],
         batch_size=run.config.eval_batch_size,
     )
-    return jnp.asarray(found[: len(run.labels)])  # many devices hold padding behind
+
+
+@parallel.everywhere()
+def tokens_of(run: Run) -> tuple[np.ndarray, ...]:
+    """Tokens that enter each block on 64 training pictures, the same for all seeds."""
+    num = len(run.labels)
+    index = np.random.default_rng(0).permutation(num)[:64]
+    image = view(run.images, jnp.asarray(index))
+    image = normalise(image, run.backbone_info["normalisation"])
+    return vpt_jax.block_tokens(run.model, run.backbone, image)
 
 
 @parallel.everywhere()

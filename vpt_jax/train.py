@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluation of prompts and head: pure functions over pytrees.
 
-The recipe is the reference's (VPT's released code): SGD with momentum 0.9 and coupled
+Two recipes. The reference's (VPT's released code): SGD with momentum 0.9 and coupled
 L2, cosine with linear warm-up set once per epoch, learning rate = base / 256 * batch.
+And AdamW, with a rate that moves at every step and is the same for every batch size.
 Gradients are taken with respect to `trainable` only; the backbone is an argument.
 
 Whole epochs run on the device over a resident uint8 set inside one jit. Learning rates
@@ -42,7 +43,6 @@ class Recipe(NamedTuple):
     shared_dropout: bool = False  # one mask per step, not one per example
     deep: bool = True
     normalisation: str = "half"
-    train_prompts: bool = True
     train_head: bool = True
 
 
@@ -55,31 +55,36 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(
-    recipe: Recipe, learning_rate: Any, weight_decay: Any
+    recipe: Recipe, learning_rate: Any, weight_decay: Any, head_rates: Any = None
 ) -> optax.GradientTransformation:
-    """The optimiser of a stage; rate and decay may be traced.
+    """The optimiser of a stage; rates and decay may be traced.
 
     SGD: `v = 0.9 v + (g + decay * p)`, `p = p - rate * v` (coupled L2, momentum before
     the rate, as PyTorch). The head's bias does not decay (VPT's `solver/optimizer.py`).
     AdamW: decoupled decay, same exception.
+
+    `head_rates` are what the head's kernel and bias have times the rate, by default 1.
 
     Raises:
       ValueError: If the recipe's optimiser is unknown.
     """
     check_choice("optimizer", recipe.optimizer, OPTIMIZERS)
 
-    def learn(decay: Any) -> optax.GradientTransformation:
+    def learn(decay: Any, factor: Any = None) -> optax.GradientTransformation:
         if recipe.optimizer == "adamw":
             steps = (optax.scale_by_adam(), optax.add_decayed_weights(decay))
         else:
             steps = (optax.add_decayed_weights(decay), optax.trace(0.9))
-        return optax.chain(*steps, optax.scale(-1.0 * learning_rate))
+        rate = learning_rate if factor is None else factor * learning_rate
+        return optax.chain(*steps, optax.scale(-1.0 * rate))
 
-    head = (learn(weight_decay), learn(0.0)) if recipe.train_head else ()
+    of_kernel, of_bias = (None, None) if head_rates is None else head_rates
+    head = ()
+    if recipe.train_head:
+        head = learn(weight_decay, of_kernel), learn(0.0, of_bias)
     kernel, bias = head or (optax.set_to_zero(), optax.set_to_zero())
-    prompts = learn(weight_decay) if recipe.train_prompts else optax.set_to_zero()
     return optax.multi_transform(
-        {"prompts": prompts, "kernel": kernel, "bias": bias},
+        {"prompts": learn(weight_decay), "kernel": kernel, "bias": bias},
         {"prompts": "prompts", "head": {"kernel": "kernel", "bias": "bias"}},
     )
 
@@ -131,6 +136,7 @@ def train_step(
     weight_decay: jax.Array,
     key: jax.Array,
     prompt_mask: Mask | None = None,
+    head_rates: tuple[jax.Array, jax.Array] | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -148,6 +154,7 @@ def train_step(
       prompt_mask: Train the network without the prompts whose mask is False: shapes,
         and so the compiled program, are the same for every selection. Those prompts
         get no gradient; `condense` removes them afterwards.
+      head_rates: Of the head's kernel and bias, times the rate; see `make_optimizer`.
       model: Static.
       recipe: Static.
 
@@ -176,7 +183,7 @@ def train_step(
         return losses.sum() / mask.sum(), sums
 
     grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable)
-    optimizer = make_optimizer(recipe, learning_rate, weight_decay)
+    optimizer = make_optimizer(recipe, learning_rate, weight_decay, head_rates)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(jnp.add, state.trainable, updates)
     return TrainState(state.step + 1, trainable, opt_state), sums
@@ -194,6 +201,7 @@ def train_epoch(
     weight_decay: jax.Array,
     key: jax.Array,
     prompt_mask: Mask | None = None,
+    head_rates: tuple[jax.Array, jax.Array] | None = None,
     *,
     model: Any,
     recipe: Recipe,
@@ -213,6 +221,7 @@ def train_epoch(
       weight_decay: Scalar.
       key: Of the run.
       prompt_mask: See `train_step`.
+      head_rates: See `train_step`.
       model: Static.
       recipe: Static.
 
@@ -234,6 +243,7 @@ def train_epoch(
             weight_decay,
             key,
             prompt_mask,
+            head_rates,
             model=model,
             recipe=recipe,
         )
@@ -268,9 +278,13 @@ def epoch_order(
     return order.reshape(steps, -1), mask.reshape(steps, -1)
 
 
-def scaled_lr(base_lr: float, batch_size: int) -> float:
-    """The reference's linear rule: `base / 256 * batch`."""
-    return base_lr / 256 * batch_size
+def scaled_lr(base_lr: float, batch_size: int, optimizer: str = "sgd") -> float:
+    """The rate of a step.
+
+    SGD: the reference's linear rule, `base / 256 * batch`. AdamW's steps do not depend
+    on the size of the gradient, and so not on the batch: `base` itself.
+    """
+    return base_lr if optimizer == "adamw" else base_lr / 256 * batch_size
 
 
 def learning_rates(

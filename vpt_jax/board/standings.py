@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.board import published
+from vpt_jax.config import ScoreConfig
 from vpt_jax.data.vtab import BENCHMARKS, GROUPS
-from vpt_jax.rows import DEFAULT_SCORE, Row, kind, label, place
+from vpt_jax.rows import Row, kind, label, place
 
 Board = dict[str, Any]
 Line = dict[str, Any]
@@ -121,7 +122,7 @@ def _count(number: int, noun: str) -> str:
 
 def default_score(board: Board) -> str:
     """The score that goes without saying in names of methods."""
-    return (board["config"].get("score") or {}).get("score") or DEFAULT_SCORE
+    return board["config"].get("score", {}).get("score", ScoreConfig.score)
 
 
 def leaderboard(board: Board) -> list[Line]:

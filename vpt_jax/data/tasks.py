@@ -2,20 +2,16 @@
 """Small classification tasks, split as VTAB-1k does: 800 train, 200 val, rest test.
 
 Every task is three pairs of arrays, the same on every machine, so that results can be
-compared. Two sources need no download (digits, shapes); Fashion-MNIST is read from
-files already on the machine; the tasks of VTAB-1k and the fine-grained sets (FGVC, of
-other sizes) from what tensorflow-datasets prepared (`vtab.py`); `folder` is your own
-pictures (`folder.py`). Nothing here downloads anything, and what happens to a picture
-on its way into the model is in `augment.py` and `strips.py`.
+compared. Two sources need no download (digits, shapes); the tasks of VTAB-1k and the
+fine-grained sets (FGVC, of other sizes) are read from what tensorflow-datasets prepared
+(`vtab.py`); `folder` is your own pictures (`folder.py`). Nothing here downloads
+anything, and what happens to a picture on its way into the model is in `augment.py` and
+`strips.py`.
 """
 
-import gzip
 import importlib.resources
 import itertools
-import json
-import math
 import os
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,30 +26,11 @@ SPLITS = ("all", "select", "final")
 """What a run needs: every split; train and val, to choose by; train with val joined to
 it, and test, to report."""
 
-MAX_IDX = 1 << 30  # bytes of an idx file, unpacked; Fashion-MNIST has 47 MB
-
 # One seed per task: changing one changes the splits, and with them every number that
 # was ever reported on that task.
 DIGITS_SEED = 1101
 SHAPES_LOCATION_SEED = 1201
 SHAPES_ORIENTATION_SEED = 1202
-FASHION_TRAIN_SEED = 1301
-FASHION_TEST_SEED = 1302
-
-FASHION_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-_DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
-_TFDS_HOME = "~/tensorflow_datasets"
 
 
 class Split(NamedTuple):
@@ -199,178 +176,10 @@ def _shapes_orientation(image_size: int, data_dir: str) -> Task:
     return _shapes("orientation", SHAPES_ORIENTATION_SEED, image_size)
 
 
-def read_idx(path: str, ndim: int) -> np.ndarray:
-    """Reads a gzipped idx file of unsigned bytes.
-
-    The format: two zero bytes, one byte for the type (8: unsigned byte), one for the
-    number of axes; the axes as big-endian 32-bit integers; the data in C order.
-
-    Args:
-      path: The `.gz` file.
-      ndim: How many axes it should have.
-
-    Returns:
-      uint8, with `ndim` axes.
-
-    Raises:
-      ValueError: If the file is not gzip, or its magic number, type, number of axes
-        or length is not as expected.
-    """
-    remedy = "fetch the file again; it may be cut short or be another file."
-    try:
-        with gzip.open(path, "rb") as f:
-            shape = _idx_shape(path, f.read(4 + 4 * ndim), ndim, remedy)
-            # A small file can unpack to any size: no more than its header says.
-            data = f.read(math.prod(shape) + 1)
-    except (EOFError, OSError, zlib.error) as e:
-        raise ValueError(
-            f"{path}: got data that does not unpack ({e}); expected a gzip file; "
-            f"{remedy}"
-        ) from e
-    expected = math.prod(shape)
-    if len(data) != expected:
-        got = len(data) if len(data) < expected else f"more than {expected}"
-        raise ValueError(
-            f"{path}: got {got} bytes of data; expected {expected} for shape "
-            f"{list(shape)}; {remedy}"
-        )
-    return np.frombuffer(data, np.uint8).reshape(shape)
-
-
-def _idx_shape(path: str, head: bytes, ndim: int, remedy: str) -> tuple[int, ...]:
-    """The sizes in an idx header; ValueError as `read_idx`."""
-    if len(head) < 4 + 4 * ndim or head[:2] != b"\0\0":
-        raise ValueError(
-            f"{path}: got {len(head)} bytes that start with {head[:4].hex()!r}; "
-            f"expected an idx magic number '000008{ndim:02x}' and {ndim} sizes; "
-            f"{remedy}"
-        )
-    if head[2] != 8:
-        raise ValueError(
-            f"{path}: got idx type 0x{head[2]:02x}; expected 0x08 (unsigned byte); "
-            "save the array as uint8."
-        )
-    if head[3] != ndim:
-        raise ValueError(
-            f"{path}: got {head[3]} axes; expected {ndim}; images have 3 and labels "
-            "1: check that the two files are not exchanged."
-        )
-    shape = tuple(np.frombuffer(head, ">u4", ndim, offset=4).tolist())
-    if math.prod(shape) > MAX_IDX:
-        raise ValueError(
-            f"{path}: got a header of shape {list(shape)}; expected at most "
-            f"{MAX_IDX:,} bytes; {remedy}"
-        )
-    return shape
-
-
-def _idx_paths(folder: str, prefix: str) -> tuple[str, str]:
-    return (
-        os.path.join(folder, f"{prefix}-images-idx3-ubyte.gz"),
-        os.path.join(folder, f"{prefix}-labels-idx1-ubyte.gz"),
-    )
-
-
-def _tfds_version(folder: str) -> str:
-    """The newest prepared version under a tfds folder, `''` where there is none."""
-    found = []
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        info = os.path.join(folder, name, "dataset_info.json")
-        parts = name.split(".")
-        if all(part.isdigit() for part in parts) and os.path.isfile(info):
-            found.append((tuple(int(part) for part in parts), name))
-    return os.path.join(folder, max(found)[1]) if found else ""
-
-
-def _read_tfds(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads both official splits of a prepared tfds copy, without TensorFlow."""
-    with open(os.path.join(folder, "dataset_info.json"), encoding="utf-8") as f:
-        form = json.load(f).get("fileFormat", "tfrecord")
-    if form != "array_record":
-        raise ValueError(
-            f"{folder}: got file format {form!r}; expected 'array_record', which can "
-            "be read without TensorFlow; prepare it again with "
-            "`tfds.builder('fashion_mnist', file_format='array_record')`."
-        )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as e:
-        raise ValueError(
-            f"{folder}: got a tfds copy but cannot import tensorflow_datasets ({e}); "
-            "expected it to be installed; `pip install tensorflow-datasets "
-            "array_record`, or use the idx files."
-        ) from e
-    builder = tfds.builder_from_directory(folder)
-    out = {}
-    for split in ("train", "test"):
-        examples = list(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
-        images = np.stack([np.asarray(e["image"])[..., 0] for e in examples])
-        out[split] = images, np.array([e["label"] for e in examples], np.uint8)
-    return out
-
-
-def _read_fashion(data_dir: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 `[n, 28, 28]` and labels uint8 `[n]` of 'train' and 'test'."""
-    folder = os.path.expanduser(data_dir or _DEBIAN_FASHION)
-    paths = {"train": _idx_paths(folder, "train"), "test": _idx_paths(folder, "t10k")}
-    missing = [p for pair in paths.values() for p in pair if not os.path.isfile(p)]
-    if not missing:
-        return {k: (read_idx(i, 3), read_idx(j, 1)) for k, (i, j) in paths.items()}
-    home = os.path.join(os.path.expanduser(data_dir or _TFDS_HOME), "fashion_mnist")
-    version = _tfds_version(home)
-    if version:
-        return _read_tfds(version)
-    names = ", ".join(os.path.basename(p) for p in missing)
-    raise ValueError(
-        f"Fashion-MNIST: {names} not found in {folder}, and no prepared tfds copy in "
-        f"{home}; expected one of the two; `apt-get install dataset-fashion-mnist`, "
-        "or pass `data_dir`, or prepare it with tfds "
-        "(`file_format='array_record'`)."
-    )
-
-
-def _choose(images: np.ndarray, labels: np.ndarray, num: int, seed: int) -> np.ndarray:
-    """Indices of `num` pictures, chosen alike in whatever order they are given.
-
-    tfds shuffles a data set when it prepares it, so that a choice by position would
-    depend on the source. Sorting by content first makes it depend on the seed alone.
-    """
-    keys = [x.tobytes() + bytes([y]) for x, y in zip(images, labels, strict=True)]
-    ranked = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.intp)
-    return ranked[np.random.default_rng(seed).permutation(len(keys))[:num]]
-
-
-def _fashion_mnist(image_size: int, data_dir: str) -> Task:
-    parts = []
-    wanted = {
-        "train": (NUM_TRAIN + NUM_VAL, FASHION_TRAIN_SEED),
-        "test": (MAX_TEST, FASHION_TEST_SEED),
-    }
-    source = _read_fashion(data_dir)
-    for split, (num, seed) in wanted.items():
-        images, labels = source[split]
-        if images.shape[1:] != (28, 28) or len(images) != len(labels):
-            raise ValueError(
-                f"Fashion-MNIST {split}: got images {list(images.shape)} and "
-                f"{len(labels)} labels; expected [n, 28, 28] and n; use the original "
-                "files."
-            )
-        if len(images) < num:
-            raise ValueError(
-                f"Fashion-MNIST {split}: got {len(images)} pictures; expected at least "
-                f"{num}; use the original files."
-            )
-        chosen = _choose(images, labels, num, seed)
-        parts.append((_to_rgb(images[chosen], image_size), labels[chosen]))
-    splits = _cut(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    return Task("fashion_mnist", FASHION_NAMES, *splits)
-
-
 TASKS: dict[str, Callable[[int, str], Task]] = {
     "digits": _digits,
     "shapes_location": _shapes_location,
     "shapes_orientation": _shapes_orientation,
-    "fashion_mnist": _fashion_mnist,
 }
 """Name of a task to its loader, called with `(image_size, data_dir)`."""
 
@@ -437,9 +246,7 @@ def load_task(
     Args:
       name: A key of `TASKS`, one of `vtab.BENCHMARKS`, or `folder`.
       image_size: Height and width of the pictures in px.
-      data_dir: For `fashion_mnist`: a folder of the four idx `.gz` files, or a tfds
-        folder that contains `fashion_mnist`. When empty, the Debian package's folder
-        and `~/tensorflow_datasets` are looked at. For VTAB and FGVC: see
+      data_dir: For VTAB and FGVC: see
         `vtab.data_dirs`. For `folder`: a folder of pictures, or an npz file, see
         `folder.py`.
       resize: For VTAB and `folder`: one of `pictures.RULES`. Empty: `corner` for VTAB,
