@@ -66,6 +66,16 @@ def run(config: configs.Config, workdir: Path, command: str = "") -> dict[str, A
     return content
 
 
+def print_status(config: configs.Config, workdir: Path) -> None:
+    """Prints the units of a run, and which of them are done; touches nothing."""
+    check_same_config(config, workdir)
+    units = plan(config)
+    done = [(workdir / "results" / f"{u.name}.json").exists() for u in units]
+    for unit, there in zip(units, done, strict=True):
+        print(f"{'done' if there else 'left'}  {unit.name}")
+    print(f"{sum(done)} of {len(units)} done in {workdir}")
+
+
 def run_units(
     shared: Run, units: Sequence[Unit], prefix: str = ""
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
