@@ -15,6 +15,8 @@ After the file's name, separated by commas:
     task=svhn     one task (may be repeated)
     published     no grid: the rate and decay that VPT's authors published for four of
                   the tasks, and one sensible default for the others
+    search        not VPT's recipe but that of configs/folder.py: AdamW, its rate found in
+                  five short trainings and not forty
     smoke         a trial of the whole way on the small backbone of the package
 
 The data sets must have been prepared by tensorflow-datasets in ~/tensorflow_datasets,
@@ -23,7 +25,7 @@ $TFDS_DATA_DIR or --config.task.data_dir: `python -m vpt_jax.data list`.
 
 from ml_collections import ConfigDict
 
-from vpt_jax.benchmark_config import shorten, vpt, words
+from vpt_jax.benchmark_config import recipe, shorten, vpt, words
 from vpt_jax.data.vtab import BENCHMARKS
 
 TASKS = tuple(name for name, row in BENCHMARKS.items() if row.group != "fgvc")
@@ -40,7 +42,7 @@ DEFAULT = (2.5, 1e-4)  # the middle of their grid
 
 def get_config(arg: str = "") -> ConfigDict:
     """See the module's docstring for `arg`."""
-    names, given = words(arg, TASKS, ("published", "smoke"))
+    names, given = words(arg, TASKS, ("published", "search", "smoke"))
     own = {
         name: {
             "num_prompts": BENCHMARKS[name].prompts,
@@ -53,6 +55,8 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     c = vpt("vtab", "published" if "published" in given else "sweep", own)
     c.task.resize = "corner"  # TensorFlow 1's rule, with which VPT ran VTAB
+    if "search" in given:
+        recipe(c)
     if "smoke" in given:
         shorten(c, image_size=8)
     return c

@@ -17,7 +17,8 @@ from vpt_jax import config as configs
 from vpt_jax.messages import did_you_mean
 from vpt_jax.prompts import check_choice
 
-MODES = ("sweep", "published")
+PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
+MODES = ("sweep", "published", "search")
 # A task's name is a folder's too.
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 # Keys of `tune` that may be None, and what they are otherwise.
@@ -37,6 +38,8 @@ class BenchmarkConfig:
     `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
+    In mode `search`, `shares` are the lengths of the trials as shares of a whole
+    training: all rates at the first, the better half at the next.
     """
 
     name: str
@@ -46,6 +49,7 @@ class BenchmarkConfig:
     num_prompts: tuple[int, ...] = ()
     finetune_rate: float = 0.1
     final_splits: str = "final"
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -58,8 +62,17 @@ class BenchmarkConfig:
                 f"num_prompts is {self.num_prompts} in mode 'published', which tries"
                 " none; set prompts.num_prompts, or mode 'sweep'."
             )
-        if self.mode == "sweep" and not (self.rates and self.decays):
-            raise ValueError("rates or decays are empty; mode 'sweep' needs both.")
+        if self.mode != "published" and not (self.rates and self.decays):
+            raise ValueError(
+                f"rates or decays are empty; mode {self.mode!r} needs both."
+            )
+        if (self.mode == "search") != bool(self.shares):
+            raise ValueError(
+                f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
+                " them, the others have none."
+            )
+        if not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
         for decay in self.decays:
             if not 0 <= decay < math.inf:
                 raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
@@ -76,6 +89,34 @@ class BenchmarkConfig:
                     f"{name} is {configs.shown(values)}; a value is there twice (to six"
                     " digits); expected each once."
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
+
+    `rates` are tried for the first of `shares` of a whole training, the better half of
+    them for the next. The rate of fine-tuning is `finetune_rate` times the chosen one.
+    """
+
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    shares: tuple[float, ...] = (0.2, 0.3)
+    finetune_rate: float = 1.0
+
+    def settings(self, decay: float) -> BenchmarkConfig:
+        """The benchmark of one task that the search is."""
+        return BenchmarkConfig(
+            name="search",
+            mode="search",
+            rates=self.rates,
+            decays=(decay,),
+            finetune_rate=self.finetune_rate,
+            final_splits="all",
+            shares=self.shares,
+        )
+
+    def __post_init__(self) -> None:
+        self.settings(0.0)  # checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +140,10 @@ def complete(values: ConfigDict) -> None:
     """As `configs.complete`, for the config of a run or of a benchmark."""
     if "benchmark" not in values:
         configs.complete(values)
+        if "search" not in values and values.tune.base_lr is None:
+            values.search = ConfigDict()
+        if "search" in values:
+            configs.complete(values.search, SearchConfig)
         return
     kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **configs.GROUPS}
     groups: dict[str, ConfigDict] = {}
@@ -196,15 +241,41 @@ def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigD
     return c
 
 
+def recipe(c: ConfigDict) -> None:
+    """Sets the recipe that finds its rate by itself; docs/real.md has what it is worth.
+
+    AdamW with a rate per step, the same for every batch size; the head from zeros, with
+    a rate of its own for features at unit scale; a regularised linear probe. Lengths
+    and rate of a run are left open, see `search.py`; a benchmark's stay its own.
+    """
+    adam = {"optimizer": "adamw", "schedule": "step", "head_lr": 0.003}
+    c.prompts.update(head_init="zeros", dropout=0.0)
+    c.tune.update(adam, batch_size=32)
+    c.finetune.update(adam, head=True, warmup_epochs=0)
+    c.linear.update(optimizer="lbfgs", epochs=1, warmup_epochs=0)
+    if "benchmark" in c:
+        found = SearchConfig()
+        c.benchmark.update(mode="search", rates=found.rates, decays=(0.0,))
+        c.benchmark.update(shares=found.shares, finetune_rate=found.finetune_rate)
+        return
+    c.tune.weight_decay = 0.0
+    c.finetune.update(batch_size=32, weight_decay=0.0)
+    c.finetune.warmup_epochs = 0
+    # Of the probe only the decay is used, and that where there is no val to choose it.
+    c.linear.update(batch_size=32, base_lr=1.0, weight_decay=PROBE_DECAY)
+    complete(c)
+
+
 def shorten(c: ConfigDict, *, image_size: int) -> None:
     """A trial of the whole way: the package's small backbone, two of everything."""
-    c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))
+    if c.benchmark.mode == "sweep":
+        c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))
     c.seeds = (42, 44)
     c.backbone.update(variant="demo/4", image_size=image_size)
     c.prompts.num_prompts = 2
     c.tune.update(epochs=2, warmup_epochs=1)
     c.linear.update(epochs=2, warmup_epochs=1)
-    c.finetune.update(epochs=1)
+    c.finetune.update(epochs=1, warmup_epochs=0)
     c.condense.keep_ratios = (0.3,)
     c.checkpoint_every = 1
 

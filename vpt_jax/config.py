@@ -180,7 +180,7 @@ class TrainConfig:
     """
 
     epochs: int
-    warmup_epochs: int
+    warmup_epochs: float
     base_lr: float
     weight_decay: float
     batch_size: int

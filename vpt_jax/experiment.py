@@ -20,7 +20,7 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import config as configs
-from vpt_jax import parallel, report
+from vpt_jax import cautions, parallel, report
 from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data import doubts, strips
@@ -48,8 +48,20 @@ def plan(config: configs.Config) -> list[Unit]:
     return units
 
 
-def run(config: configs.Config, workdir: Path, command: str = "") -> dict[str, Any]:
-    """Runs all units that are not finished and writes the report."""
+def run(
+    config: configs.Config,
+    workdir: Path,
+    command: str = "",
+    search: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Runs all units that are not finished and writes the report.
+
+    Args:
+      config: Of the run.
+      workdir: Where it lies.
+      command: That started it, for the report.
+      search: What found its rate, see `search.summary`.
+    """
     if config.task.splits == "select":
         raise ValueError(
             "config.task.splits is 'select', which leaves the test set out: for trials"
@@ -61,19 +73,13 @@ def run(config: configs.Config, workdir: Path, command: str = "") -> dict[str, A
     with started(config, workdir, model, pictures) as shared:
         rows, seconds = run_units(shared, plan(config))
         content = make_report(shared, rows, seconds, command)
+        if search:
+            content["search"] = search
+        for caution in cautions.of(content):
+            shared.log.line(f"warning: {caution}")
     if files.writes():
         report.write(content, workdir)
     return content
-
-
-def print_status(config: configs.Config, workdir: Path) -> None:
-    """Prints the units of a run, and which of them are done; touches nothing."""
-    check_same_config(config, workdir)
-    units = plan(config)
-    done = [(workdir / "results" / f"{u.name}.json").exists() for u in units]
-    for unit, there in zip(units, done, strict=True):
-        print(f"{'done' if there else 'left'}  {unit.name}")
-    print(f"{sum(done)} of {len(units)} done in {workdir}")
 
 
 def run_units(
@@ -217,6 +223,7 @@ def started(
             pictures.images,
             pictures.labels,
             log,
+            pictures.doubts,
         )
 
 
@@ -270,6 +277,7 @@ def make_report(
             "seed": seed,
             "layers": [np.asarray(s).tolist() for s in scores],
         },
+        "doubts": list(run.doubts),
         "rows": rows,
     }
 

@@ -60,7 +60,8 @@ def fit(
 
     Returns:
       Prompts and head of the last epoch, or of the last one in which all was finite
-      (`diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`.
+      (`diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`, and the
+      `losses` of the first epoch and the last.
 
     Raises:
       FloatingPointError: If training diverges and `diverged` is "error".
@@ -77,6 +78,8 @@ def fit(
         "kept": trainable,
         # Of the epoch so far: seconds, loss, right answers.
         "sums": np.zeros(3),
+        # Mean losses of the first whole epoch and of the last.
+        "losses": np.full(2, np.nan),
         "seconds": np.zeros(()),
     }
     if newest := states.restore_newest(job.directory, saved, log.line):
@@ -89,6 +92,7 @@ def fit(
     log.note(f"{job.name} trains\n{overview}")
     state = parallel.held(saved["state"])
     kept, sums = on_host(saved["kept"]), np.array(saved["sums"])
+    losses = np.array(saved["losses"])
     seconds, key = float(saved["seconds"]), jax.random.key(job.seed)
     weight_decay, step = jnp.float32(settings.weight_decay), int(state.step)
     head_rates = job.head_rates and tuple(map(jnp.float32, job.head_rates))
@@ -97,7 +101,7 @@ def fit(
     def save() -> None:
         nonlocal last_saved, saved_at
         if step != last_saved:
-            content = {"state": state, "kept": kept, "sums": sums}
+            content = {"state": state, "kept": kept, "sums": sums, "losses": losses}
             content["seconds"] = np.asarray(seconds)
             states.save_checkpoint(job.directory / str(step), content)
             states.remove_checkpoints(job.directory)
@@ -149,6 +153,7 @@ def fit(
                 shown = {"loss": sums[1] / num, "accuracy": sums[2] / num}
                 shown["seconds"] = sums[0]
                 sums = np.zeros(3)
+                losses[int(epoch > 0) :] = shown["loss"]
                 log.epoch(job.name, epoch + 1, settings.epochs, num, shown, job.prefix)
             due = stop == steps and (epoch + 1) % job.checkpoint_every == 0
             # All processes save, or none: process 0 looks at the clock and for SIGTERM.
@@ -163,6 +168,7 @@ def fit(
         "seconds": round(seconds, 3),
         "epochs": step // steps,
         "planned_epochs": settings.epochs,
+        "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
     }
     return jax.tree.map(jnp.asarray, kept), training
 

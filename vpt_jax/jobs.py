@@ -7,6 +7,7 @@ functions) stays in the process from one job to the next.
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -17,10 +18,11 @@ from typing import Any
 
 import jax
 
+from vpt_jax import config as configs
 from vpt_jax import durable, experiment
 from vpt_jax import workdir as files
 from vpt_jax.protocol import Job
-from vpt_jax.stages import Run, Unit, features_of
+from vpt_jax.stages import Run, Unit
 
 FOLDER = "runs"  # of the workdir
 RESULT = "result.json"
@@ -38,6 +40,13 @@ def partial_folder(workdir: Path, name: str) -> Path:
     """Where an unfinished job lies."""
     path = folder(workdir, name)
     return path.with_name(f".{path.name}")
+
+
+def num_train(backbone: configs.BackboneConfig, task: configs.TaskConfig) -> int:
+    """How many pictures a run's training set has; what was loaded stays loaded."""
+    model = _load_model(backbone)
+    task = dataclasses.replace(task, splits="select")
+    return len(_load_pictures(task, model.model.image_size).labels)
 
 
 def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
@@ -118,18 +127,6 @@ def _forget_compiled(task: str) -> None:
     jax.clear_caches()
 
 
-_FEATURES: dict[Any, jax.Array] = {}
-
-
-def _features(shared: Run) -> jax.Array:
-    """`features_of`, once for all of a task's linear probes."""
-    key = shared.config.backbone, shared.config.task
-    if key not in _FEATURES:
-        _FEATURES.clear()
-        _FEATURES[key] = features_of(shared)
-    return _FEATURES[key]
-
-
 @contextlib.contextmanager
 def _started(job: Job, workdir: Path) -> Iterator[Run]:
     """What the job's units share, with what it shares with other jobs."""
@@ -137,8 +134,6 @@ def _started(job: Job, workdir: Path) -> Iterator[Run]:
     model = _load_model(job.config.backbone)
     pictures = _load_pictures(job.config.task, model.model.image_size)
     with experiment.started(job.config, workdir, model, pictures, echo=False) as shared:
-        if job.kind == "linear":
-            shared = shared._replace(features=_features(shared))
         yield shared
 
 

@@ -52,13 +52,13 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
             "--launcher, --address and --resources are for benchmarks; this config is"
             " one run. Leave them out."
         )
-    from vpt_jax import config, experiment, report  # after the flags: they are heavy
+    from vpt_jax import report, search  # after the flags: they are heavy
     from vpt_jax import workdir as files
 
     if LIST.value:
-        experiment.print_status(config.parse(values), workdir)
+        search.print_status(values, workdir)
         return
-    content = experiment.run(config.parse(values), workdir, command)
+    content = search.run(values, workdir, command)
     if files.writes():
         report.print_table(content)
         print(f"report: {workdir / 'report.html'}")

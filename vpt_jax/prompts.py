@@ -9,6 +9,7 @@ backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,8 +155,9 @@ def _centres(rng: np.random.Generator, tokens: np.ndarray, num: int) -> np.ndarr
     if not num:
         return tokens[:0]
     start = _some(rng, tokens, num)
-    # A centre that lost all its tokens stays where it was.
-    return kmeans2(tokens, start, iter=20, minit="matrix", missing="warn")[0]
+    with warnings.catch_warnings():  # a centre that lost all its tokens stays
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        return kmeans2(tokens, start, iter=20, minit="matrix", missing="warn")[0]
 
 
 def per_example(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -4,7 +4,9 @@
 A benchmark is a list of tasks. In mode `sweep`, every task's rate and decay are chosen
 as VPT's are: one training per pair of a grid, each on the smaller training set, judged
 on the validation set after its last epoch. Then every seed trains with the chosen pair
-and is tested once. In mode `published`, the pairs come from the config.
+and is tested once. In mode `published`, the pairs come from the config. In mode
+`search`, many short trainings and few longer ones find the rate (successive halving,
+Jamieson and Talwalkar, AISTATS 2016): own pictures are a benchmark of one task.
 
 All is pure. A `Job` is one run, a function of its config alone; `jobs` names those that
 can be named from the results there are; `board` is what a leaderboard shows. Nothing
@@ -13,13 +15,19 @@ here reads a clock or a file, so results in any order, from any machine, give on
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from vpt_jax import config as configs
-from vpt_jax.benchmark_config import BenchmarkConfig, OwnConfig, check_groups
+from vpt_jax.benchmark_config import (
+    PROBE_DECAY,
+    BenchmarkConfig,
+    OwnConfig,
+    check_groups,
+)
 from vpt_jax.data.vtab import BENCHMARKS
 
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
@@ -75,12 +83,12 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     order += [name for name in tasks if name not in BENCHMARKS]
     own = {n: configs.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
     tune = plain.get("tune", {})
-    if settings.mode == "sweep":
+    if settings.mode != "published":
         for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
             if tune.get(key) is not None:
                 raise ValueError(
-                    f"config.tune.{key} is {tune[key]} in mode 'sweep', which chooses"
-                    f" it; set benchmark.{instead}, or mode 'published'."
+                    f"config.tune.{key} is {tune[key]} in mode {settings.mode!r}, which"
+                    f" chooses it; set benchmark.{instead}, or mode 'published'."
                 )
     seeds = tuple(plain.get("seeds", ()))
     if not seeds or len(set(seeds)) != len(seeds):
@@ -88,10 +96,20 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
             f"config.seeds is {configs.shown(seeds)}; pass at least one seed, no"
             " repeats."
         )
-    bench = Benchmark(settings, own, seeds, plain, {})
+    return make(settings, own, seeds, plain)
+
+
+def make(
+    settings: BenchmarkConfig,
+    own: dict[str, OwnConfig],
+    seeds: tuple[int, ...],
+    base: dict[str, Any],
+) -> Benchmark:
+    """The benchmark of checked parts; what cannot work fails now, not after a task."""
+    bench = Benchmark(settings, own, seeds, base, {})
     for task in own:
         bench.trials[task] = {kind: _trials(bench, task, kind) for kind in TRIALS}
-    planned(bench)  # what cannot work fails now, not after the first task
+    planned(bench)
     return bench
 
 
@@ -144,15 +162,30 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
 def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
     """All runs that can be named now, task by task; the last ones need a grid's end."""
     for task in bench.tasks:
-        trials = [job for found in bench.trials[task].values() for job in found]
+        trials = [job for kind in TRIALS for job in _named(bench, task, kind, results)]
         yield from trials
-        if all(job.name in results for job in trials):
+        ended = bench.settings.mode != "search" or _ended(bench, task, results)
+        if ended and all(job.name in results for job in trials):
             yield from _final(
                 bench,
                 task,
                 chosen(bench, task, "grid", results),
                 chosen(bench, task, "linear", results),
             )
+
+
+def single(
+    bench: Benchmark, task: str, results: Results, rate: float | None = None
+) -> configs.Config:
+    """The config of one run of all seeds with the chosen values, or with a given rate.
+
+    It stops where training diverges, if its config says so.
+    """
+    best = choices(bench, task)[0]
+    best = {**best, "base_lr": rate} if rate else chosen(bench, task, "grid", results)
+    splits = bench.base.get("task", {}).get("splits") or bench.settings.final_splits
+    config = _config(bench, task, best, best, splits, bench.seeds)
+    return dataclasses.replace(config, diverged=bench.base.get("diverged", "error"))
 
 
 def planned(bench: Benchmark) -> list[Job]:
@@ -162,6 +195,8 @@ def planned(bench: Benchmark) -> list[Job]:
         first = choices(bench, task)[0]
         for kind in TRIALS:
             found += bench.trials[task][kind]
+        if bench.settings.mode == "search":
+            found += [job for rung in rungs(bench, task, {}, all_of=True) for job in rung]
         found += _final(bench, task, first, first)
     return found
 
@@ -175,19 +210,23 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
       As `choices`, with `how` they were found and their `val_accuracy`.
     """
     tried = choices(bench, task)
-    if not bench.trials[task][kind]:
+    if kind == "linear" and bench.settings.mode == "search":
+        return _chosen_probe(bench, task, results)
+    if not _named(bench, task, kind, results):
         how = bench.tasks[task].how if kind == "grid" else "default"
         tune = bench.base.get("tune", {})
         if tune.get("base_lr") is not None or tune.get("weight_decay") is not None:
             how = "given"
         return {**tried[0], "how": how, "val_accuracy": None}
     rows = grid(bench, task, kind, results)
+    if bench.settings.mode == "search":  # of the longest trials
+        rows = [row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]]
     # max keeps the first of equals, and choices are in the order of preference. A run
     # that was never finite has learnt nothing: the reference skips it.
     best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
     keys = ("num_prompts", "base_lr", "weight_decay", "batch_size")
     return {key: best[key] for key in keys} | {
-        "how": "sweep",
+        "how": bench.settings.mode,
         "val_accuracy": best["val_accuracy"],
     }
 
@@ -197,7 +236,7 @@ def grid(
 ) -> list[dict[str, Any]]:
     """What was tried for a task, each with its validation accuracy and epochs."""
     found = []
-    for job in bench.trials[task][kind]:
+    for job in _named(bench, task, kind, results):
         if job.name not in results:
             continue
         row = results[job.name]["rows"][0]
@@ -237,6 +276,66 @@ def board(bench: Benchmark, results: Results) -> dict[str, dict[str, Any]]:
     return shown
 
 
+def rungs(
+    bench: Benchmark, task: str, results: Results, *, all_of: bool = False
+) -> Iterator[list[Job]]:
+    """The trials of mode `search`, shortest first; a rung when the one before ended.
+
+    Each next rung has the better half, by validation accuracy; of equals, the smaller
+    rate. With `all_of`, rungs that are not known yet too, as if the smallest were best.
+    """
+    left = choices(bench, task)
+    for share in bench.settings.shares:
+        rung = [_short(bench, task, choice, share) for choice in left]
+        yield rung
+        known = all(job.name in results for job in rung)
+        if not known and not all_of:
+            return
+        order = list(range(len(left)))
+        if known:
+            order.sort(key=lambda i: -results[rung[i].name]["rows"][0]["val_accuracy"])
+        left = [left[i] for i in sorted(order[: math.ceil(len(left) / 2)])]
+
+
+def _ended(bench: Benchmark, task: str, results: Results) -> bool:
+    """Whether the last rung is known; it may have results or not."""
+    found = list(rungs(bench, task, results))
+    return len(found) == len(bench.settings.shares)
+
+
+def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float) -> Job:
+    """A trial of a share of the epochs, warm-up and fall of the rate included."""
+    config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+    tune = config.tune
+    epochs = max(1, round(share * tune.epochs))
+    warmup = tune.warmup_epochs * epochs / tune.epochs
+    tune = dataclasses.replace(tune, epochs=epochs, warmup_epochs=warmup)
+    name = f"{task}/search-{epochs}epochs-lr{choice['base_lr']:g}"
+    if len(bench.settings.decays) > 1:
+        name += f"-wd{choice['weight_decay']:g}"
+    return Job(name, "grid", dataclasses.replace(config, tune=tune))
+
+
+def _chosen_probe(bench: Benchmark, task: str, results: Results) -> dict[str, Any]:
+    """The regularised probe's decay, which it chose itself; the rate is unused."""
+    first = choices(bench, task)[0]
+    jobs_of_probe = bench.trials[task]["linear"]
+    if not jobs_of_probe or jobs_of_probe[0].name not in results:
+        return {**first, "how": "default", "val_accuracy": None}
+    row = results[jobs_of_probe[0].name]["rows"][0]
+    how = {"how": "search", "val_accuracy": row["val_accuracy"]}
+    return {**first, "weight_decay": row["decay"], **how}
+
+
+def _named(
+    bench: Benchmark, task: str, kind: str, results: Results
+) -> tuple[Job, ...]:
+    """The trials of a kind that can be named now."""
+    if kind == "grid" and bench.settings.mode == "search":
+        return tuple(job for rung in rungs(bench, task, results) for job in rung)
+    return bench.trials[task][kind]
+
+
 def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
     """The runs among which rate and decay of the prompts, or of the probe, are chosen.
 
@@ -246,6 +345,8 @@ def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
         return ()
     if kind == "linear" and "linear" not in bench.base.get("baselines", ()):
         return ()
+    if bench.settings.mode == "search":
+        return _probe_trial(bench, task) if kind == "linear" else ()
     found = {}
     for choice in choices(bench, task):
         config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
@@ -256,6 +357,15 @@ def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
         # The probe has no prompts: other counts would be the same run again.
         found.setdefault(name, Job(name, kind, config))
     return tuple(found.values())
+
+
+def _probe_trial(bench: Benchmark, task: str) -> tuple[Job, ...]:
+    """The probe that chooses its decay, where the last runs have no val to do so."""
+    if bench.settings.final_splits == "all":
+        return ()
+    choice = choices(bench, task)[0]
+    config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+    return (Job(f"{task}/linear", "linear", config),)
 
 
 def _final(
@@ -293,6 +403,13 @@ def _config(
     values["tune"] = _stage(base, "tune", best)
     values["linear"] = _stage(base, "linear", linear)
     values["finetune"] = _stage(base, "finetune", best, less)
+    if bench.settings.mode == "search":
+        for name in ("linear", "finetune"):  # what a config gives stands
+            values[name] |= {k: v for k, v in base[name].items() if v is not None}
+        found = linear.get("how") == "search" and splits == "final"
+        if found or not values["linear"]["weight_decay"]:
+            decay = linear["weight_decay"] if found else PROBE_DECAY
+            values["linear"]["weight_decay"] = decay
     values |= {"seeds": seeds, "diverged": base.get("diverged", "last_finite")}
     if splits == "select":
         values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}

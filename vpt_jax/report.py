@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax import figures, leaderboard, page
+from vpt_jax import cautions, figures, leaderboard, page
 from vpt_jax.formats import percent, three_digits, with_prefix
 from vpt_jax.rows import Row, default_score, kind, label, summarise
 
@@ -37,14 +37,18 @@ HEADER = (
 CONTROLS = {"scratch": "from scratch", "random": "random", "layer": "PC layer"}
 
 
-def _cells(group: Row, default: str) -> list[str]:
+def _cells(group: Row, default: str, num_test: int) -> list[str]:
     """The texts of a group's line in the table, in the order of `HEADER`."""
+    test = _percent(group["test_accuracy"], group["test_sd"])
+    if test and group["n"] == 1 and num_test:
+        ends = cautions.interval(group["test_accuracy"], num_test)
+        test += " [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
     low, high = group["prompts_min"], group["prompts_max"]
     latency = group["latency_ms"]
     return [
         label(group, default),
         f"{low:,}" if low == high else f"{low:,} to {high:,}",
-        _percent(group["test_accuracy"], group["test_sd"]),
+        test,
         _percent(group["val_accuracy"], group["val_sd"]),
         with_prefix(group["macs"]),
         with_prefix(group["macs_reference"]),
@@ -52,6 +56,11 @@ def _cells(group: Row, default: str) -> list[str]:
         f"{group['tuned_params']:,}",
         str(group["n"]),
     ]
+
+
+def _num_test(report: Row) -> int:
+    """Test pictures; 0 in reports that do not say."""
+    return report.get("data", {}).get("test", 0)
 
 
 def _percent(mean: float | None, deviation: float | None) -> str:
@@ -88,7 +97,7 @@ def print_table(report: Row, file: Any = None) -> None:
         if ratio not in (previous_ratio, 0.0, 1.0):
             table.add_section()
         previous_ratio = ratio
-        table.add_row(*_cells(group, default))
+        table.add_row(*_cells(group, default, _num_test(report)))
     console.print(table)
     console.print(
         "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
@@ -226,18 +235,38 @@ def html(report: Row) -> str:
     """
     backbone = report["backbone"]
     title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
-    shown_above = ("task", "importance", "rows", "latency_batch")
+    shown_above = ("task", "importance", "rows", "latency_batch", "search", "doubts")
     details = {k: v for k, v in report.items() if k not in shown_above}
     headings = {"seconds": "Seconds per stage, all seeds together"}
+    notes = cautions.of(report)
+    warned = f"<h2>Before you believe it</h2>{page.bullets(notes)}" if notes else ""
     body = f"""{page.bullets(verdict(report))}
+{warned}
 <h2>Results</h2>{_html_table(report)}
-<p class="soft">Accuracies are means over seeds, ± one sample standard deviation. PC is
+<p class="soft">Accuracies are means over seeds, ± one sample standard deviation, or of
+one seed with the 95 % interval that so many test pictures leave. PC is
 prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
 tokens of every layer, as papers do. Time is per picture, in batches of
 {report["latency_batch"]}.</p>
+{_search(report)}
 {page.figures(figures.draw(report), figures.captions(report))}
 {page.details(details, headings)}"""
     return page.page(title, body)
+
+
+def _search(report: Row) -> str:
+    """The trials of the rate's search, if there was one."""
+    search = report.get("search")
+    if not search:
+        return ""
+    lines = "".join(
+        f"<tr><td>{row['base_lr']:g}</td><td>{row['planned_epochs']}</td>"
+        f"<td>{100 * row['val_accuracy']:.1f}</td></tr>"
+        for row in search["trials"]
+    )
+    return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
+<div class="wide"><table><thead><tr><th>Rate</th><th>Epochs</th><th>Val %</th></tr>
+</thead><tbody>{lines}</tbody></table></div>"""
 
 
 def _html_table(report: Row) -> str:
@@ -245,7 +274,7 @@ def _html_table(report: Row) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
     lines = []
     for group in summarise(report["rows"], default):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(group, default))
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(group, default, _num_test(report)))
         lines.append(f"<tr>{cells}</tr>")
     return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>
 <tbody>{"".join(lines)}</tbody></table></div>"""

@@ -56,6 +56,7 @@ class Run(NamedTuple):
     images: jax.Array | Strip
     labels: jax.Array
     log: files.Log
+    doubts: tuple[str, ...] = ()  # about the data
 
 
 def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
@@ -67,8 +68,7 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         return result
     trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
-    if "decay" in training:
-        row["decay"] = training["decay"]
+    row |= {k: training[k] for k in ("decay", "losses") if training.get(k)}
     if training["epochs"] < training["planned_epochs"]:
         row |= {k: training[k] for k in ("epochs", "planned_epochs")}
     result = {"row": row, "seconds": training["seconds"]}
@@ -261,10 +261,6 @@ def fit(
         return fit_linear(run, trainable, settings.weight_decay)
     if unit.stage == "linear":  # frozen features never change: computed once
         model, images = None, features_of(run)
-    head_rates = None
-    if settings.head_lr:
-        share = settings.head_lr / settings.base_lr
-        head_rates = share / probe.feature_scale(features_of(run)), share
     job = fitting.Fit(
         name=unit.name,
         prefix=prefix,
@@ -275,11 +271,25 @@ def fit(
         directory=run.workdir / "checkpoints" / unit.name,
         checkpoint_every=run.config.checkpoint_every,
         diverged=run.config.diverged,
-        head_rates=head_rates,
+        head_rates=head_rates_of(run, settings),
     )
     return fitting.fit(
         job, trainable, run.backbone, images, run.labels, run.log, model=model
     )
+
+
+def head_rates_of(
+    run: Run, settings: configs.TrainConfig
+) -> tuple[float, float] | None:
+    """Rates of the head's kernel and bias over the prompts', see `TrainConfig`.
+
+    AdamW's steps have one size. To move logits as features at unit scale would, the
+    kernel's is divided by the features' deviation.
+    """
+    if not settings.head_lr:
+        return None
+    share = settings.head_lr / settings.base_lr
+    return share / probe.feature_scale(features_of(run)), share
 
 
 def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:

@@ -288,7 +288,7 @@ def scaled_lr(base_lr: float, batch_size: int, optimizer: str = "sgd") -> float:
 
 
 def learning_rates(
-    lr: float, epochs: int, warmup_epochs: int, steps: int, *, per: str = "epoch"
+    lr: float, epochs: int, warmup_epochs: float, steps: int, *, per: str = "epoch"
 ) -> np.ndarray:
     """Linear warm-up from 0, then cosine to 0.
 
@@ -313,7 +313,7 @@ def learning_rates(
         t = t + (np.arange(steps) + 0.5) / steps
     progress = (t - warmup_epochs) / (epochs - warmup_epochs)
     cosine = 0.5 * (1 + np.cos(np.pi * np.clip(progress, 0, 1)))
-    factor = np.where(t < warmup_epochs, t / max(warmup_epochs, 1), cosine)
+    factor = np.where(t < warmup_epochs, t / (warmup_epochs or 1), cosine)
     return (lr * factor).astype(np.float32)
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vpt_jax import cli, page
-from vpt_jax import config as configs
+from vpt_jax import benchmark_config, cli, page, search
 from vpt_jax import workdir as files
 from vpt_jax.studies import study
 from vpt_jax.studies.study import Result, Section
@@ -33,7 +32,7 @@ NAMES = (
 
 def main(values: ConfigDict, workdir: Path, command: str) -> None:
     """Measures what is missing and writes the page."""
-    lab = study.make_lab(configs.parse(values), workdir)
+    lab = study.make_lab(search.fixed(values), workdir)
     sections, result = [], {}
     for number, name in enumerate(NAMES, start=1):
         print(f"[{number}/{len(NAMES)}] {name}", flush=True)
@@ -70,4 +69,4 @@ code; they hold for this backbone and this task.</p>
 
 
 if __name__ == "__main__":
-    cli.start(main, configs.complete)
+    cli.start(main, benchmark_config.complete)

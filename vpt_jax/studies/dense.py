@@ -189,7 +189,7 @@ def fit(
     num = len(data[1])
     data = jax.tree.map(jnp.asarray, data)
     rates = train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size),
+        train.scaled_lr(settings.base_lr, settings.batch_size, settings.optimizer),
         settings.epochs,
         settings.warmup_epochs,
         math.ceil(num / settings.batch_size),

@@ -84,6 +84,7 @@ def finetuned(
     settings, num = run.config.finetune, len(run.labels)
     recipe = stages.make_recipe(run, settings, "finetune")
     rates = fitting.rates_of(settings, num)
+    head_rates = stages.head_rates_of(run, settings)
     # A copy: the state is donated.
     state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
     mask: Mask = ()
@@ -101,6 +102,7 @@ def finetuned(
             jnp.float32(settings.weight_decay),
             jax.random.key(seed),
             mask,
+            head_rates=head_rates and tuple(map(jnp.float32, head_rates)),
             model=run.model,
             recipe=recipe,
         )

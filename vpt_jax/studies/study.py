@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vpt_jax import cli, experiment, page, stages
+from vpt_jax import benchmark_config, cli, experiment, page, search, stages
 from vpt_jax import config as configs
 from vpt_jax import workdir as files
 from vpt_jax.prompts import check_choice
@@ -237,11 +237,11 @@ def start(name: str, study: ModuleType) -> None:
     """The command line of a study; does not return."""
 
     def main(values: ConfigDict, workdir: Path, command: str) -> None:
-        lab = make_lab(configs.parse(values), workdir)
+        lab = make_lab(search.fixed(values), workdir)
         section = study.show(measured(name, study, lab, command))
         text = page.page(section.title, html(section._replace(title="Result")))
         files.write_text(workdir / f"{name}.html", text)
         print_section(section)
         print(f"study: {workdir / f'{name}.html'}")
 
-    cli.start(main, configs.complete)
+    cli.start(main, benchmark_config.complete)
