@@ -377,7 +377,7 @@ def test_missing_data_is_one_error_before_anything_is_written(place, tmp_path):
     config = values(place, "svhn", "dtd", "eurosat", "dmlab")
     with pytest.raises(ValueError) as error:
         benchmark.run(config, tmp_path / "out", launch.Here(tmp_path / "out"))
-    text = str(error.value)
+    text = "\n".join([str(error.value), *error.value.__notes__])
     assert "2 of 4 data sets are not prepared: eurosat, dmlab" in text
     assert f"vpt_jax.data prepare eurosat dmlab --data_dir={place}" in text
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 from fuzzing import ROOT, edited, load_config, try_config, try_protocol
 from hypothesis import given, settings
 
-from vpt_jax import cli, protocol
+from vpt_jax import cli, messages, protocol
 from vpt_jax import config as configs
 
 
@@ -70,6 +70,8 @@ def test_values_out_of_range_are_refused(changes, message):
         ({"tune": {0: False}}, r"unknown config key config\.tune\.0; known keys there"),
         ({"seeds": 5}, "config.seeds is 5; expected tuple"),
         ({"baselines": True}, "config.baselines is True; expected tuple"),
+        ({"linear__base_lr": 1.0}, "linear.base_lr is 1.0; a benchmark fills it in"),
+        ({"task__splits": "all"}, "task.splits is 'all'; a benchmark fills it in"),
     ],
 )
 def test_a_benchmark_that_cannot_work_is_refused(changes, message):
@@ -95,6 +97,17 @@ def test_what_is_printed_is_one_line(capsys):
     assert end.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         r"error: a\nb \x1b[31m \ud800 (--traceback shows where)"
+    ]
+
+
+def test_lines_of_advice_are_lines(capsys):
+    """Commands that can be pasted; names in them are still one line."""
+    with pytest.raises(SystemExit):
+        cli.fail(messages.advised("got a\nb; do:", "  make 'a\nb'", "  then c"))
+    assert capsys.readouterr().err.splitlines() == [
+        r"error: got a\nb; do: (--traceback shows where)",
+        r"  make 'a\nb'",
+        "  then c",
     ]
 
 

@@ -239,12 +239,12 @@ def test_divergence_is_an_error_that_names_the_rate(checkpoint, tmp_path):
 # --- the command line -----------------------------------------------------------------
 
 
-def command(*args):
+def command(*args, folder=ROOT):
     """The real command in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.run(
         [sys.executable, "-m", "vpt_jax.main", *args],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -275,6 +275,68 @@ def test_bad_input_is_one_clear_error_before_anything_is_written(
     assert message in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert not workdir.exists()
+
+
+DEMO, VTAB = "--config=configs/demo.py:smoke", "--config=configs/vtab.py"
+
+
+@pytest.mark.parametrize(
+    ("args", "lines"),
+    [
+        (
+            [DEMO, "--workdir=gs://bucket/run"],
+            ["--workdir is 'gs://bucket/run'"],
+        ),
+        (
+            [DEMO, "--config.tune.epoch=3"],
+            ["tune.epoch; did you mean 'epochs'?"],
+        ),
+        ([DEMO, "--config.tun.epochs=3"], ["config.tun; did you mean 'tune'? known"]),
+        ([VTAB + ":task=shvn"], ["argument 'task=shvn'; did you mean 'task=svhn'?"]),
+        ([VTAB + ":svhn"], ["argument 'svhn'; did you mean 'task=svhn'?"]),
+        (
+            ["--config=configs/dmo.py"],
+            ["did you mean 'configs/demo.py'? there are"],
+        ),
+        ([], ["no --config; pass --config=FILE: configs/demo.py, configs/fgvc.py"]),
+        ([DEMO, "--config.seeds=3"], ["write (3,) for the one value, or all of them"]),
+        (
+            [VTAB + ":task=svhn", "--config.task.data_dir=no where"],
+            [
+                "svhn: got no prepared copy of 'svhn_cropped' in no where",
+                "Prepare it once, in any environment; only this needs TensorFlow:",
+                "  pip install 'vpt_jax[prepare]'",
+                "  python -m vpt_jax.data prepare svhn --data_dir='no where'",
+            ],
+        ),
+    ],
+    ids=lambda value: value[-1] if value and "--" in value[-1] else "",
+)
+def test_a_mistake_on_the_command_line_says_what_was_meant(tmp_path, args, lines):
+    done = command(*args, folder=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    found = done.stderr.splitlines()
+    assert len(found) == len(lines), done.stderr
+    assert found[0].startswith("error: ") and lines[0] in found[0]
+    assert found[1:] == lines[1:]
+    assert not list(tmp_path.iterdir())  # no folder `gs:`, no out
+
+
+def test_what_is_set_counts_and_list_shows_it(tmp_path):
+    """A key that the file leaves out; the last of two tuples; a shipped config."""
+    done = command(
+        DEMO,
+        "--config.diverged=last_finite",
+        "--config.condense.keep_ratios=(0.5,)",
+        "--config.condense.keep_ratios=(0.25,)",
+        "--list",
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left  seed0-condense-removal-global-25percent" in done.stdout.splitlines()
+    assert "50percent" not in done.stdout
+    assert done.stdout.endswith("0 of 7 done in out/demo-smoke\n")
+    assert not list(tmp_path.iterdir())
 
 
 # --- configs --------------------------------------------------------------------------
@@ -354,6 +416,10 @@ def test_every_config_builds_its_model_and_step(path, arg):
         ({"baselines": ("none",)}, "unknown baselines 'none'"),
         ({"condense": {"keep_ratios": (0.3, 1.0)}}, "keep_ratios has 1.0"),
         ({"condense": {"scopes": ("local",)}}, "unknown condense.scopes 'local'"),
+        ({"condense": {"keep_ratios": (0.3, 0.3)}}, "keep_ratios has 0.3 twice"),
+        ({"condense": {"keep_ratios": (0.3, 0.3000000001)}}, "keep_ratios has 0.3 twi"),
+        ({"condense": {"scopes": ("layer", "layer")}}, "scopes has layer twice"),
+        ({"baselines": ("linear", "linear")}, "baselines has linear twice"),
         ({"prompts": {"dropout": 1.0}}, "dropout is 1.0"),
         ({"score": {"reduction": "sum"}}, "unknown score.reduction 'sum'"),
         ({"backbone": {"dtype": "float16"}}, "unknown backbone.dtype 'float16'"),
@@ -389,9 +455,9 @@ STAGES = {
 }
 STAGES["swin"] = STAGES["vtab"]
 STAGES["fgvc"] = {
-    "tune": ("sgd", "epoch", 100, 10, 0.1, 0.0, 128, True),
-    "linear": ("sgd", "epoch", 100, 10, 0.1, 0.0, 128, True),
-    "finetune": ("sgd", "epoch", 20, 0, 0.01, 0.0, 128, False),
+    "tune": ("sgd", "epoch", 100, 10, 0.1, 0.0, 64, True),
+    "linear": ("sgd", "epoch", 100, 10, 0.1, 0.0, 64, True),
+    "finetune": ("sgd", "epoch", 20, 0, 0.01, 0.0, 64, False),
 }
 REST = {  # prompts, variant, side, resize, keep ratios, scopes, eval batch, diverged
     "demo": (20, "demo/4", 0, "", (0.3, 0.1), ("global", "layer"), 100, "error"),
@@ -401,7 +467,7 @@ VPT = (224, "corner", (0.5, 0.3, 0.2, 0.1), ("global",), 64, "last_finite")
 REST |= {
     "vtab": (50, "B/16", *VPT),
     "swin": (1, "Swin-B", *VPT),
-    "fgvc": (50, "B/16", VPT[0], "", *VPT[2:]),
+    "fgvc": (200, "B/16", VPT[0], "", *VPT[2:]),
 }
 
 

@@ -390,7 +390,7 @@ def test_find_looks_at_tfds_own_folders(tmp_path, monkeypatch):
 def test_a_missing_set_says_what_to_do(row, tmp_path):
     with pytest.raises(ValueError) as e:
         vtab.find(row, str(tmp_path))
-    text = str(e.value)
+    text = "\n".join([str(e.value), *e.value.__notes__])
     assert text.startswith(f"{row.name}: got no prepared copy of {row.source.name!r}")
     assert str(tmp_path / row.source.name) in text
     assert f"Download: {row.source.download}." in text

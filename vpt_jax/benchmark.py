@@ -6,6 +6,7 @@ whenever a task is complete. A job is done when its folder is there, so the same
 goes on with what is missing. `status` is what `--list` shows.
 """
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from vpt_jax import experiment, jobs, leaderboard, protocol
 from vpt_jax import workdir as files
 from vpt_jax.data import vtab
 from vpt_jax.launch import Launcher
+from vpt_jax.messages import advised
 from vpt_jax.protocol import Benchmark, Job
 
 _PENDING = "submitted.json"
@@ -81,24 +83,25 @@ def run(
 def check_data(bench: Benchmark) -> None:
     """Raises one ValueError if data sets of a benchmark are not prepared."""
     data_dir = bench.base.get("task", {}).get("data_dir", "")
-    missing, error = [], ""
+    missing, error = [], None
     for task in bench.tasks:
         if task in vtab.BENCHMARKS:
             try:
                 vtab.find(vtab.BENCHMARKS[task], data_dir)
             except ValueError as found:
-                missing, error = [*missing, task], str(found)
-    if len(missing) == 1:
-        raise ValueError(error)
+                missing, error = [*missing, task], found
+    if error is not None and len(missing) == 1:
+        raise error
     if missing:
-        where = f" --data_dir={data_dir}" if data_dir else ""
-        raise ValueError(
+        where = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
+        raise advised(
             f"{len(missing)} of {len(bench.tasks)} data sets are not prepared:"
-            f" {', '.join(missing)}.\nPrepare them once, in any environment; only this"
-            " needs TensorFlow:\n  pip install 'vpt_jax[prepare]'\n"
-            f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}\n"
+            f" {', '.join(missing)}.",
+            "Prepare them once, in any environment; only this needs TensorFlow:",
+            "  pip install 'vpt_jax[prepare]'",
+            f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}",
             "`python -m vpt_jax.data list` shows sizes, and what is fetched by hand. Or"
-            " run those that are there: task=NAME after the config's file name."
+            " run those that are there: task=NAME after the config's file name.",
         )
 
 

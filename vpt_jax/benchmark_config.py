@@ -14,7 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vpt_jax import config as configs
-from vpt_jax.prompts import check_choice, did_you_mean
+from vpt_jax.messages import did_you_mean
+from vpt_jax.prompts import check_choice
 
 PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
 MODES = ("sweep", "published", "search")

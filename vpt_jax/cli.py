@@ -9,10 +9,11 @@ with a traceback; `--traceback` shows one for every error.
 
 import ast
 import os
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from vpt_jax import durable, preemption
+from vpt_jax.messages import did_you_mean
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file.", lock_config=True
@@ -52,14 +54,41 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     def __init__(self, complete: Callable[[ConfigDict], None]):
         super().__init__("config", lock_config=True)
         self.complete = complete
+        self.values: Any = None
 
     def parse(self, path: str) -> Any:
-        values = super().parse(path)
+        name, colon, arg = path.partition(":")
+        values = super().parse(f"{find_config(name)}{colon}{arg}")
         if isinstance(values, ConfigDict):
             with values.unlocked():
                 self.complete(values)
             values.lock()
+        self.values = values
         return values
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name to path of the configs in the wheel, or in the clone that is in use."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "demo.py").is_file():
+            return {f"configs/{p.name}": p for p in sorted(folder.glob("*.py"))}
+    return {}
+
+
+def find_config(name: str) -> str:
+    """A config file: the one of that name, else a shipped one.
+
+    Raises:
+      flags.Error: If there is neither; names what there is.
+    """
+    shipped = shipped_configs()
+    if Path(name).is_file():
+        return name
+    if name in shipped:
+        return str(shipped[name])
+    near = did_you_mean(name, shipped) or did_you_mean(f"configs/{name}", shipped)
+    raise flags.Error(f"no config file {name!r}; {near}there are {', '.join(shipped)}.")
 
 
 class _Tuple(flags.ArgumentParser):
@@ -108,7 +137,7 @@ def start(
             fail(f"unexpected arguments: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = Path(WORKDIR.value or default_workdir(filename))
+        workdir = local_folder(WORKDIR.value or default_workdir(filename))
         command = shlex.join(["python", "-m", name, *sys.argv[1:]])
         spare_memory(CONFIG.value)
         keep_compiled()
@@ -138,7 +167,6 @@ def start(
                 )
             fail(durable.explain(error) if isinstance(error, OSError) else error)
 
-    flags.mark_flag_as_required("config")
     app.run(run, flags_parser=parse_flags)
 
 
@@ -245,10 +273,41 @@ def without_place(command: str) -> str:
     return shlex.join(kept)
 
 
+def local_folder(workdir: str) -> Path:
+    """The workdir as a path; exits if it is an address, which a path would mangle."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
+        fail(
+            f"--workdir is {workdir!r}, an address; expected a folder of this machine,"
+            " as checkpoints need its renames and locks. Copy the folder there when"
+            " the run has ended, or mount the bucket."
+        )
+    return Path(workdir)
+
+
+def unknown_key(argv: Sequence[str], values: Any) -> str:
+    """What to say of the first `--config.KEY` that the config does not have, or ''."""
+    for word in argv:
+        found = re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", word)
+        group, prefix = values, "config."
+        for name in found[1].split(".") if found else ():
+            if not isinstance(group, ConfigDict):
+                break
+            if name not in group:
+                near, known = did_you_mean(name, group), ", ".join(map(str, group))
+                key = f"unknown config key {prefix}{name}"
+                return f"{key}; {near}known keys there: {known}."
+            group, prefix = group[name], f"{prefix}{name}."
+    return ""
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses as absl does, but a config key or value that is wrong is one line."""
+    parser = flags.FLAGS["config"].parser
     try:
         rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            shipped = ", ".join(shipped_configs())
+            raise flags.Error(f"no --config; pass --config=FILE: {shipped}.")
         if not isinstance(CONFIG.value, ConfigDict):
             # A file that could not be loaded says so when it is looked at.
             getattr(CONFIG.value, "seeds", None)
@@ -260,20 +319,33 @@ def parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # a config file is a program: it raises what it likes
         if "--traceback" in argv:
             raise
+        values = parser.values if isinstance(parser, _ConfigFile) else None
+        if message := unknown_key(argv, values):
+            fail(message)
         text = str(error.args[0] if error.args else error) or type(error).__name__
         if "Traceback" in text:  # of the config file, within the message: its last line
             text = text.strip().splitlines()[-1]
+            if text.startswith("ValueError: "):  # says itself what is wrong
+                fail(text.removeprefix("ValueError: "))
         elif isinstance(error, flags.Error):
             fail(text)
         fail(f"cannot read --config: {' '.join(text.split())}")
 
 
 def fail(error: Any, code: int = 2) -> NoReturn:
-    """Prints one line and exits with 2, as command lines do for bad input."""
-    # One line, whatever names of files or values are in it.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f"error: {line} (--traceback shows where)", file=sys.stderr)
+    """Prints one line and exits with 2, as command lines do for bad input.
+
+    Notes of the error follow, each on a line of its own: see `messages.advised`.
+    """
+    print(f"error: {_line(error)} (--traceback shows where)", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(_line(note), file=sys.stderr)
     leave(code)
+
+
+def _line(text: Any) -> str:
+    """One line, whatever names of files or values are in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def default_workdir(filename: str) -> str:

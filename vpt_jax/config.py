@@ -11,7 +11,7 @@ door nothing sees a `ConfigDict`.
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -20,6 +20,7 @@ from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
+from vpt_jax.messages import did_you_mean
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
@@ -52,6 +53,13 @@ def shown(value: Any) -> str:
     except ValueError:  # integers of thousands of digits have no text
         return "a number of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def no_repeats(name: str, values: Sequence[Any]) -> None:
+    """Raises ValueError if a value is there twice."""
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{name} has {twice[0]} twice; expected each value once.")
 
 
 def check_prompts(num: int | tuple[int, ...]) -> None:
@@ -226,6 +234,9 @@ class CondenseConfig:
     scopes: tuple[str, ...] = ("global", "layer")
 
     def __post_init__(self) -> None:
+        # As the models' files are called: two that print alike would be one.
+        no_repeats("condense.keep_ratios", [f"{x:g}" for x in self.keep_ratios])
+        no_repeats("condense.scopes", self.scopes)
         for ratio in self.keep_ratios:
             if not 0 < ratio < 1:
                 raise ValueError(
@@ -278,6 +289,7 @@ class Config:
             raise ValueError(
                 f"seeds is {shown(self.seeds)}; each must be from 0 to {MAX_SEED}."
             )
+        no_repeats("baselines", self.baselines)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)
 
@@ -402,10 +414,16 @@ def check_keys(kind: Any, values: Any, prefix: str) -> None:
     fields = [f.name for f in dataclasses.fields(kind)]
     unknown = sorted(_key(name) for name in values if name not in fields)
     if unknown:
-        raise ValueError(
-            f"unknown config key {prefix}{unknown[0]}; known keys there:"
-            f" {', '.join(fields)}."
-        )
+        raise ValueError(unknown_key(prefix, unknown[0], fields))
+
+
+def unknown_key(prefix: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a key that is not there; names the near ones, and all."""
+    known = list(known)
+    return (
+        f"unknown config key {prefix}{name}; {did_you_mean(name, known)}known keys"
+        f" there: {', '.join(known)}."
+    )
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:

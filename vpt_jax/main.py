@@ -5,7 +5,8 @@ python -m vpt_jax.main --config=configs/demo.py --workdir=out/demo
 
 Tunes, scores, condenses, fine-tunes and evaluates (`experiment.py`). In the workdir:
 `report.html`, `report.json`, `prompts/` (released prompts with their head), `results/`,
-`scores/`, `checkpoints/`, `events/` (TensorBoard), `log.txt`.
+`scores/`, `checkpoints/`, `events/` (TensorBoard), `log.txt`. `--list` shows what is
+done.
 
 python -m vpt_jax.main --config=configs/vtab.py --workdir=out/vtab
 
@@ -33,7 +34,7 @@ ADDRESS = flags.DEFINE_string(
 RESOURCES = flags.DEFINE_string(
     "resources", "", "Of each run: GPU=1 (Ray), timeout_min=240,... (submitit)."
 )
-LIST = flags.DEFINE_bool("list", False, "Of a benchmark: show what is done, and stop.")
+LIST = flags.DEFINE_bool("list", False, "Show what is done and what is left, and stop.")
 
 
 def main(values: ConfigDict, workdir: Path, command: str) -> None:
@@ -46,14 +47,17 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
 
 def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
     """One task."""
-    if LIST.value or LAUNCHER.value != "here" or ADDRESS.value or RESOURCES.value:
+    if LAUNCHER.value != "here" or ADDRESS.value or RESOURCES.value:
         raise ValueError(
-            "--list, --launcher, --address and --resources are for benchmarks; this"
-            " config is one run. Leave them out."
+            "--launcher, --address and --resources are for benchmarks; this config is"
+            " one run. Leave them out."
         )
     from vpt_jax import report, search  # after the flags: they are heavy
     from vpt_jax import workdir as files
 
+    if LIST.value:
+        search.print_status(values, workdir)
+        return
     content = search.run(values, workdir, command)
     if files.writes():
         report.print_table(content)

@@ -7,7 +7,6 @@ the model, so `jax.grad` with respect to `{'prompts', 'head'}` never sees the fr
 backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
 """
 
-import difflib
 import functools
 import math
 import warnings
@@ -18,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
+
+from vpt_jax.messages import did_you_mean
 
 Prompts = PyTree[Float[Array, "_ _"]]
 """One `[n_i, d]` array per layer (a tuple), `n_i >= 0`; in Swin `d` grows."""
@@ -302,10 +303,3 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
             f"unknown {name} {got}; {did_you_mean(value, known)}choose one of"
             f" {', '.join(map(repr, known))}."
         )
-
-
-def did_you_mean(value: Any, known: Sequence[Any]) -> str:
-    """`did you mean 'svhn'? ` for `shvn`; nothing where no known word is near."""
-    words = [word for word in known if isinstance(word, str)]
-    near = difflib.get_close_matches(str(value)[:200], words, 1) if words else []
-    return f"did you mean {near[0]!r}? " if near else ""

@@ -60,6 +60,26 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     )
 
 
+def print_status(values: Mapping[str, Any], workdir: Path) -> None:
+    """Prints the units of a run, and which of them are done; touches nothing."""
+    plain = configs.plain_dict(values)
+    plain.pop("search", None)
+    searched = wanted(plain)
+    if searched:
+        print("first, trials that choose the rate on val")
+        for name in ("tune", "finetune"):  # which units there are does not depend on it
+            some = {"base_lr": 1.0, "epochs": 1, "warmup_epochs": 0}
+            plain[name] |= {k: v for k, v in some.items() if plain[name].get(k) is None}
+    config = configs.parse(plain)
+    if not searched:
+        experiment.check_same_config(config, workdir)
+    units = experiment.plan(config)
+    done = [(workdir / "results" / f"{u.name}.json").exists() for u in units]
+    for unit, there in zip(units, done, strict=True):
+        print(f"{'done' if there else 'left'}  {unit.name}")
+    print(f"{sum(done)} of {len(units)} done in {workdir}")
+
+
 def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
     """A checked config without a search: what is open gets a rate that mostly does.
 

@@ -142,6 +142,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _complain(error: object) -> None:
     print(f"error: {error} (--traceback shows where)", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

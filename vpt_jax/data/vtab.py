@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vpt_jax.data import labels, records
+from vpt_jax.messages import advised
 
 NUM_TRAIN, NUM_VAL = 800, 200
 GROUPS = ("natural", "specialized", "structured", "fgvc")
@@ -416,7 +417,7 @@ def find(benchmark: Benchmark, data_dir: str = "") -> Path:
                 if _accepted(version, pattern):
                     return folder / version
         other += [str(folder / version) for version in found]
-    raise ValueError(_missing(benchmark, data_dir, other))
+    raise advised(*_missing(benchmark, data_dir, other))
 
 
 def prepare_command(benchmark: Benchmark, data_dir: str = "") -> str:
@@ -426,7 +427,7 @@ def prepare_command(benchmark: Benchmark, data_dir: str = "") -> str:
     return f"{command} --data_dir={shlex.quote(where)}" if data_dir else command
 
 
-def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> str:
+def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> list[str]:
     source, roots = benchmark.source, data_dirs(data_dir)
     got = f"only {', '.join(other)}" if other else "no prepared copy"
     where = " or ".join(str(root / source.name) for root in roots)
@@ -444,7 +445,7 @@ def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> str:
         lines.append("Prepare it once, in any environment; only this needs TensorFlow:")
         lines.append("  pip install 'vpt_jax[prepare]'")
     lines.append(f"  {prepare_command(benchmark, data_dir)}")
-    return "\n".join(lines)
+    return lines
 
 
 class Pictures:
