@@ -174,15 +174,21 @@ def seconds(row: Row, tflops: float, budget: float) -> float:
     return guess + max(2 * budget, 6 * call)
 
 
-def absent() -> dict[str, str]:
-    """Why a peer does not take part."""
+def absent(whose: set[str]) -> dict[str, str]:
+    """Which peers and parts are left out, and why."""
+    found = {}
+    if jax.default_backend() == "tpu":
+        why = "a TPU belongs to one process, here this one"
+        found = {"command": why, "start": why}
+    if not whose & set(PEERS):  # not imported without need
+        return found
     try:
         rows.torch_device()
     except (ImportError, ValueError) as error:
-        return {who: str(error) for who in PEERS}
+        return found | {who: str(error) for who in PEERS}
     if importlib.util.find_spec("timm") is None:
-        return {"timm": "timm is not installed"}
-    return {}
+        found["timm"] = "timm is not installed"
+    return found
 
 
 def where() -> dict[str, str]:
@@ -230,23 +236,22 @@ def run(args: argparse.Namespace, sizes: Sizes) -> int:
     end = time.monotonic() + 60 * args.minutes
     folder = args.out
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     results = restore(folder, where())
-    known, results["left_out"] = results["rows"], absent()
-    todo = [
-        row
-        for row in plan(sizes, jax.default_backend() == "gpu")
-        if row.part in args.parts and row.who not in results["left_out"]
-    ]
+    todo = plan(sizes, jax.default_backend() == "gpu")
+    todo = [row for row in todo if row.part in args.parts]
+    away = absent({row.who for row in todo})
+    todo = [row for row in todo if not {row.who, row.part} & set(away)]
+    known, results["left_out"] = results["rows"], away
     # What failed, or took this process with it, is tried again after all others.
     todo.sort(key=lambda row: row.name in known)
     todo = [row for row in todo if known.get(row.name, {}).get("state") != "done"]
     late, pace = [], {}
     for row in todo:
         rates = known.get(plan(sizes)[0].name, {})
-        expected = seconds(row, rates.get("bfloat16", 1e14) / 1e12, sizes.budget)
-        expected *= statistics.median(pace.get(row.part, [1.0]))
+        guess = seconds(row, rates.get("bfloat16", 1e14) / 1e12, sizes.budget)
+        expected = guess * statistics.median(pace.get(row.part, [1.0]))
         if expected > end - time.monotonic():
             late.append(row)
             continue
@@ -257,7 +262,7 @@ def run(args: argparse.Namespace, sizes: Sizes) -> int:
         with ended_at(end):
             found = attempt(row, context)
         took = time.monotonic() - start
-        pace.setdefault(row.part, []).append(took / expected)
+        pace.setdefault(row.part, []).append(took / guess)
         known[row.name] |= found | {"expected_s": expected, "took_s": took}
         save(folder, results)
         print(f"{took:6.1f} s  {row.name}: {short(found)}", flush=True)

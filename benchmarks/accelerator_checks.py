@@ -39,7 +39,7 @@ from accelerator_rows import (
 
 import vpt_jax
 from vpt_jax import experiment, protocol, together, train
-from vpt_jax.data.vtab import BENCHMARKS, NUM_TRAIN, NUM_VAL
+from vpt_jax.data.vtab import BENCHMARKS, NUM_TRAIN, NUM_VAL, part_runs
 
 ROOT = Path(__file__).parent.parent
 # dtype, precision of products, formulation, option; how far logits and gradients may be
@@ -292,9 +292,9 @@ def sweep_flop(model: vpt_jax.ViT) -> float:
         return vpt_jax.macs(model, (n,) * model.depth)
 
     for job in protocol.planned(protocol.parse(config.get_config())):
-        source, own = BENCHMARKS[job.task].source, job.config
-        last = job.kind == "final"
-        tested = source.sizes[source.cuts[2].split] if last else NUM_VAL
+        own, last = job.config, job.kind == "final"
+        (test,) = part_runs(BENCHMARKS[job.task])["test"]
+        tested = test.stop - test.start if last else NUM_VAL
         learned = NUM_TRAIN + NUM_VAL if last else NUM_TRAIN
         for unit in experiment.plan(own):
             all_of_them = own.prompts.num_prompts

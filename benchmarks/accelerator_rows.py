@@ -279,7 +279,7 @@ def torch_device() -> tuple[Any, str]:
     if not kind or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
             f"PyTorch {torch.__version__} cannot use JAX's {jax.devices()[0]}; expected"
-            " a build for it. Install one, or leave --peers out."
+            " a build for it. Install one to compare the two."
         )
     return torch, kind
 
@@ -301,6 +301,8 @@ def theirs(row: Row, context: Context) -> dict[str, Any]:
         wait, peak = lambda _: torch.cuda.synchronize(), torch.cuda.max_memory_allocated
     if row.who == "timm":
         run = peers.timm_program(row.variant, images, device, dtype)
+        if run is None:
+            raise ValueError(f"timm has no ViT-{row.variant} for 224 px; leave it out.")
     else:
         net = peers.TokenViT(given.model, jax.tree.map(np.asarray, given.backbone))
         net = torch.compile(net.eval()) if row.who == "torch.compile" else net.eval()
