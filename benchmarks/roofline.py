@@ -268,6 +268,7 @@ def epoch_program(
     what: str,
     trainable: dict[str, Any],
     dropout: float,
+    mask: Any = None,
     *,
     shared: bool = False,
     steps: int = 2,
@@ -282,7 +283,7 @@ def epoch_program(
     rest = (
         *(backbone, batch["image"], batch["label"]),
         *(jnp.tile(jnp.arange(size), (steps, 1)), jnp.ones((steps, size), bool)),
-        *(jnp.zeros(steps), jnp.float32(1e-3), key),
+        *(jnp.zeros(steps), jnp.float32(1e-3), key, mask),
     )
     epoch = train.train_epoch
     if not donate:

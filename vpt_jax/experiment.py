@@ -229,11 +229,11 @@ def started(
         )
 
 
-def check_same_config(config: configs.Config, workdir: Path) -> None:
-    """A workdir belongs to one config; a second one must not mix with it."""
+def changed_keys(config: configs.Config, workdir: Path) -> list[str]:
+    """In which keys a workdir's run has another config; none where there is no run."""
     path = workdir / "config.json"
     if not path.exists():
-        return
+        return []
     try:
         found = dict(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
@@ -242,8 +242,12 @@ def check_same_config(config: configs.Config, workdir: Path) -> None:
             " known; expected the JSON of a run. Pass another --workdir, or delete the"
             " file if this is that run's config. Nothing was touched."
         ) from error
-    changed = configs.differences(found, configs.to_dict(config))
-    if changed:
+    return configs.differences(found, configs.to_dict(config))
+
+
+def check_same_config(config: configs.Config, workdir: Path) -> None:
+    """A workdir belongs to one config; a second one must not mix with it."""
+    if changed := changed_keys(config, workdir):
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); pass"
             " another --workdir, or the same config to continue it. Nothing was"

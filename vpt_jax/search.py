@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vpt_jax import config as configs
 from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
@@ -23,7 +25,10 @@ EPOCHS = (12, 100)  # at least and at most
 _FORWARD = 1 / 3  # of the work of a training step
 
 
-def wanted(values: Mapping[str, Any]) -> bool:
+Values = ConfigDict | Mapping[str, Any]
+
+
+def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
     stages = [values.get(name) for name in ("tune", "finetune")]
     return any(
@@ -33,7 +38,7 @@ def wanted(values: Mapping[str, Any]) -> bool:
     )
 
 
-def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str, Any]:
+def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     """Searches what is open, then runs; the content of report.json.
 
     Raises:
@@ -80,7 +85,7 @@ def print_status(values: Mapping[str, Any], workdir: Path) -> None:
     print(f"{sum(done)} of {len(units)} done in {workdir}")
 
 
-def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
+def fixed(values: Values, rate: float = 0.03) -> configs.Config:
     """A checked config without a search: what is open gets a rate that mostly does.
 
     For studies, which compare selections at one rate.
@@ -180,13 +185,8 @@ def summary(
 
 def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
     """Raises ValueError if the workdir is another's, whatever a search may choose."""
-    for choice in protocol.choices(bench, task):
-        try:
-            config = protocol.run_with(bench, task, choice)
-            experiment.check_same_config(config, workdir)
-            return
-        except files.Damaged:
-            raise
-        except ValueError as error:
-            other = error
-    raise other
+    choices = protocol.choices(bench, task)
+    found = [protocol.run_with(bench, task, choice) for choice in choices]
+    # Of what a search may choose, the nearest.
+    near = min(found, key=lambda config: len(experiment.changed_keys(config, workdir)))
+    experiment.check_same_config(near, workdir)
