@@ -586,6 +586,8 @@ _PARTS = st.sampled_from(
         "val",
         "test",
         "valid",
+        "Train",
+        "@eaDir",
         "cat",
         "dog",
         "a.png",
@@ -724,12 +726,20 @@ _LINES = st.lists(
     max_size=9,
 )
 _TEXT = _LINES.map(lambda lines: "\n".join(lines).encode(errors="surrogatepass"))
+_JSON = st.one_of(
+    st.dictionaries(
+        st.sampled_from(["a.png", "a/c.png", "../x.png", "\ud800", "\0", ""]),
+        st.sampled_from([0, 1, -1, 2**70, 0.5, True, None, "cat", "1", [], "\ud800"]),
+    ).map(lambda rows: json.dumps(rows).encode()),
+    st.sampled_from([b"[" * 9999, b"NaN", b"[[]]", b'"', b"[1,2]", b'[["a.png", 1]]']),
+)
 LISTS = st.fixed_dictionaries(
     {"train.txt": st.just(b"a.png 0\nb.png 1\nb.png 1\nb.png 1\n") | damage(_TEXT)},
     optional={
         "val.txt": damage(_TEXT),
         "test.txt": st.just(b"a.png 0\n") | damage(_TEXT),
         "train800.txt": damage(_TEXT),
+        "val.json": st.just(b'{"a.png": 0, "b.png": 1}') | damage(_JSON),
         "classes.txt": st.just(b"cat\ndog\nemu\n") | damage(_TEXT),
     },
 )
@@ -743,7 +753,7 @@ def try_lists(files: dict[str, bytes], folder: Path) -> str:
             put(root, name.split("/"), "picture")
         put(root, ["pipe"], "pipe")
         put(root, ["loop"], "loop")
-    for old in root.glob("*.txt"):
+    for old in [*root.glob("*.txt"), *root.glob("*.json")]:
         old.unlink()
     for name, data in files.items():
         (root / name).write_bytes(data)

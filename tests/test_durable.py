@@ -538,6 +538,12 @@ def test_pictures_in_two_splits_and_constant_ones_are_told():
     ]
 
 
+def test_pictures_that_could_not_be_read_equal_nothing():
+    assert doubts.shared([1, None, 2, 1], [None, 2, 2]) == [(2, 1)]
+    x = np.zeros((2, 3, 3), np.uint8)
+    assert doubts.fingerprint(x) != doubts.fingerprint(x.transpose(1, 0, 2))
+
+
 def test_of_strips_the_centres_are_compared():
     pixels = noise(1, 0)[0].repeat(100, 0)[:256, :1].repeat(256, 1)
     strip = strips.make(pixels, [256], [True])

@@ -565,7 +565,13 @@ def test_a_file_that_is_no_npz(tmp_path):
 
 def test_load_task(tmp_path, capsys):
     full(tmp_path / "pets")
+    put(tmp_path / "pets", "test/emu/1.png")
     task = tasks.load_task("folder", image_size=SIDE, data_dir=str(tmp_path / "pets"))
+    assert task.doubts and "cannot be learned: emu (test)" in task.doubts[0]
+    (tmp_path / "pets" / "test" / "emu" / "1.png").unlink()
+    capsys.readouterr()
+    task = tasks.load_task("folder", image_size=SIDE, data_dir=str(tmp_path / "pets"))
+    assert task.doubts and "left out: 1 (emu)" in task.doubts[0]
     assert task.name == "pets" and task.class_names == ("cat", "dog")
     assert isinstance(task.train, tasks.Split) and len(task.test.labels) == 6
     assert "reading 18 pictures, once" in capsys.readouterr().out

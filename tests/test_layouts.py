@@ -385,6 +385,8 @@ def test_only_pictures_that_cannot_be_read(tmp_path):
             (root / split / name).mkdir(parents=True)
             (root / split / name / "1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
         refused(root, "seen: 2 .heic", "/1.HEIC)", "convert them to JPEG or PNG")
+    classes(root / "test", "x", "y")
+    refused(root, "no pictures in class folders of train; seen: 10 .png (test/x/0.png)")
 
 
 def test_what_was_noticed_before_an_error_is_shown_with_it(tmp_path):

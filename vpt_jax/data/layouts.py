@@ -124,7 +124,7 @@ def find(root: Path, notes: list[str]) -> Found:
         for why, found in sorted(ignored.items())
     ]
     if not any(groups["train"].values()):
-        raise ValueError(nothing(root))
+        raise ValueError(nothing(root, " of train" if where else ""))
     _check_spelling(root, groups)
     names = tuple(sorted({name for split in have for name in groups[split]}))
     missing = [split for split in ("val", "test") if split not in have]
@@ -241,7 +241,7 @@ def _check_spelling(root: Path, groups: Mapping[str, Mapping[str, dict]]) -> Non
             )
 
 
-def nothing(root: Path) -> str:
+def nothing(root: Path, which: str = "") -> str:
     """Says that there are no pictures in class folders, and what is there."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for number, (folder, _, files) in enumerate(os.walk(root)):
@@ -262,5 +262,6 @@ def nothing(root: Path) -> str:
     elif kinds:
         remedy = "move pictures into a folder for each class, or give another path"
     return (
-        f"{root}: got no pictures in class folders; seen: {seen}; {LAYOUTS}; {remedy}."
+        f"{root}: got no pictures in class folders{which}; seen: {seen}; {LAYOUTS}; "
+        f"{remedy}."
     )
