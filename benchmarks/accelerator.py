@@ -251,7 +251,8 @@ def run(args: argparse.Namespace, sizes: Sizes) -> int:
     for row in todo:
         rates = known.get(plan(sizes)[0].name, {})
         guess = seconds(row, rates.get("bfloat16", 1e14) / 1e12, sizes.budget)
-        expected = guess * statistics.median(pace.get(row.part, [1.0]))
+        seen = pace.get(row.part) or list(itertools.chain(*pace.values()))
+        expected = guess * statistics.median(seen or [1.0])
         if expected > end - time.monotonic():
             late.append(row)
             continue
