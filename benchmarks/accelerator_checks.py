@@ -298,7 +298,8 @@ def sweep_flop(model: vpt_jax.ViT) -> float:
         learned = NUM_TRAIN + NUM_VAL if last else NUM_TRAIN
         for unit in experiment.plan(own):
             all_of_them = own.prompts.num_prompts
-            n = round(all_of_them * unit.keep_ratio)  # where counts differ, the mean
+            # Of each layer the mean; not none, or nothing would be differentiated.
+            n = max(1, round(all_of_them * unit.keep_ratio))
             stage = {"tune": own.tune, "scratch": own.tune, "finetune": own.finetune}
             if job.kind == "linear" or unit.stage == "linear":
                 total += (learned + tested) * forward(0)
