@@ -118,8 +118,8 @@ def plan(sizes: Sizes, gpu: bool = True) -> list[Row]:
     found += [base._replace(part="command", what="tests")]
     found += [more._replace(what="inference", who=PEERS[1])]
     every = ("tuning", "inference", "scoring", "fine-tuning")
-    grid = itertools.product(s.variants, s.dtypes, s.batches, (*s.prompts, 0))
-    for variant, dtype, batch, num in grid:
+    grid = itertools.product(s.dtypes, s.batches, s.variants, (*s.prompts, 0))
+    for dtype, batch, variant, num in grid:
         at = Row("speed", "", "vpt_jax", variant, batch, num, dtype)
         found += of_one_size(at, every if num else ("inference",))
     found.append(tuning._replace(part="first"))
@@ -251,7 +251,8 @@ def run(args: argparse.Namespace, sizes: Sizes) -> int:
     for row in todo:
         rates = known.get(plan(sizes)[0].name, {})
         guess = seconds(row, rates.get("bfloat16", 1e14) / 1e12, sizes.budget)
-        expected = guess * statistics.median(pace.get(row.part, [1.0]))
+        seen = pace.get(row.part) or list(itertools.chain(*pace.values()))
+        expected = guess * statistics.median(seen or [1.0])
         if expected > end - time.monotonic():
             late.append(row)
             continue

@@ -284,11 +284,11 @@ def sweep_flop(model: vpt_jax.ViT) -> float:
     spec.loader.exec_module(config)
 
     @functools.cache
-    def train_macs(n: float, batch: int) -> float:
+    def train_macs(n: int, batch: int) -> float:
         return roofline.least_training_macs(model, (n,) * model.depth, batch)
 
     @functools.cache
-    def forward(n: float) -> float:
+    def forward(n: int) -> float:
         return vpt_jax.macs(model, (n,) * model.depth)
 
     for job in protocol.planned(protocol.parse(config.get_config())):
@@ -298,7 +298,8 @@ def sweep_flop(model: vpt_jax.ViT) -> float:
         learned = NUM_TRAIN + NUM_VAL if last else NUM_TRAIN
         for unit in experiment.plan(own):
             all_of_them = own.prompts.num_prompts
-            n = all_of_them * unit.keep_ratio  # on average, where counts differ
+            # Of each layer the mean; not none, or nothing would be differentiated.
+            n = max(1, round(all_of_them * unit.keep_ratio))
             stage = {"tune": own.tune, "scratch": own.tune, "finetune": own.finetune}
             if job.kind == "linear" or unit.stage == "linear":
                 total += (learned + tested) * forward(0)
