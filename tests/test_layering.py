@@ -116,6 +116,7 @@ ORDER = (
     "models.attention",
     "models.posemb",
     "prompts",
+    "checks",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
 LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}
