@@ -125,6 +125,7 @@ ORDER = (
     "models.posemb",
     "prompts",
     "messages",
+    "checks",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
 LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}

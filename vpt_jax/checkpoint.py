@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.backbones import known_backbone
+from vpt_jax.checks import check_head, check_layers, check_model, said
 from vpt_jax.durable import atomic_path
 from vpt_jax.matching import match_swin, match_vit, parameters
 from vpt_jax.models.attention import wide
+from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
 from vpt_jax.naming import named_leaves, read_names
-from vpt_jax.prompts import Head, Prompts, counts
+from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.readers import CheckpointError, open_arrays, read_arrays
 from vpt_jax.remote import local_path
 
@@ -201,13 +203,11 @@ def save_prompts(
       deep: False for VPT-Shallow.
 
     Raises:
-      ValueError: If the number of class names is not the head's.
+      ValueError: If prompts, head, model and class names do not fit together, a value
+        is not finite, or the normalisation is unknown.
     """
-    if len(class_names) != head["bias"].shape[0]:
-        raise ValueError(
-            f"class_names has {len(class_names)} entries but the head has"
-            f" {head['bias'].shape[0]} classes."
-        )
+    check_choice("normalisation", normalisation, tuple(NORMALISATIONS))
+    _check_released(prompts, head, model, class_names, deep)
     known = isinstance(backbone, str)
     header = {
         "version": FORMAT_VERSION,
@@ -225,6 +225,40 @@ def save_prompts(
     arrays |= {f"head/{name}": value for name, value in head.items()}
     arrays = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
     _write_safetensors(path, arrays, {"vpt_jax": json.dumps(header)})
+
+
+def _check_released(
+    prompts: Any, head: Any, model: Any, class_names: Any, deep: bool
+) -> None:
+    """Raises ValueError unless what is to be released is of one model, and finite."""
+    check_model(model, "widths", "variant", "readout")
+    check_layers("prompts", prompts, 2, shape="[n_i, d]")
+    num = check_prompts(prompts, model.widths)
+    check_head(head)
+    if not deep and any(num[1:]):
+        raise ValueError(
+            f"prompts have counts {num} with deep=False; shallow prompts belong to the"
+            " first layer only, later counts must be 0."
+        )
+    width, classes = head["kernel"].shape
+    if width != model.width:
+        raise ValueError(
+            f"head has width {width} but the model's features have {model.width}."
+        )
+    if isinstance(class_names, str) or not all(isinstance(c, str) for c in class_names):
+        raise ValueError(
+            f"class_names is {said(class_names)}; expected one text per class."
+        )
+    if len(class_names) != classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} entries but the head has {classes}"
+            " classes."
+        )
+    if not all(np.isfinite(x).all() for x in (*prompts, *head.values())):
+        raise ValueError(
+            "prompts or head have values that are infinite or NaN; expected numbers:"
+            " the training diverged, save an earlier state."
+        )
 
 
 def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile:

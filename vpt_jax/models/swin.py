@@ -36,7 +36,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.models.inputs import check_prompts, prepare
+from vpt_jax.models.inputs import check_images, check_prompts, prepare
 from vpt_jax.models.layers import (
     KeyValue,
     LayerNorm,
@@ -297,13 +297,7 @@ class Swin(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)} but the model expects"
-                f" [b, {side}, {side}, 3]; resize them, or build the model with"
-                " image_size=."
-            )
+        check_images(images, self.image_size)
         given = prepare(
             prompts,
             prompt_mask,
@@ -312,6 +306,7 @@ class Swin(nn.Module):
             deep=deep,
             formulation=formulation,
             dtype=self.dtype,
+            batch=images.shape[0],
         )
         last, reads_prompts = self.depth - 1, self.readout == "mean_with_prompts"
         if reads_prompts and isinstance(given.prompts[last], KeyValue):

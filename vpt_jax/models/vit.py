@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.models.attention import ATTENTIONS, wide
-from vpt_jax.models.inputs import Inputs, check_prompts, prepare
+from vpt_jax.models.inputs import Inputs, check_images, check_prompts, prepare
 from vpt_jax.models.layers import (
     AddPositionEmbs,
     Block,
@@ -449,13 +449,7 @@ class ViT(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)} but the model expects"
-                f" [b, {side}, {side}, 3]; resize them, or build the model with"
-                " image_size= (load_backbone resizes the position table)."
-            )
+        check_images(images, self.image_size)
         given = prepare(
             prompts,
             prompt_mask,
@@ -464,6 +458,7 @@ class ViT(nn.Module):
             deep=deep,
             formulation=formulation,
             dtype=self.dtype,
+            batch=images.shape[0],
         )
         x = self.embedding(images)
         if self.class_token:
