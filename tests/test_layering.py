@@ -97,8 +97,12 @@ ORDER = (
     "states",
     "workdir",
     "checkpoint",
+    "facts",
     "matching",
+    "families",
     "naming",
+    "sidecar",
+    "shards",
     "remote",
     "durable",
     "readers",
@@ -115,6 +119,7 @@ ORDER = (
     "models.layers",
     "models.attention",
     "models.posemb",
+    "models.variants",
     "prompts",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
