@@ -22,6 +22,7 @@ from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.messages import did_you_mean
 from vpt_jax.models.attention import ATTENTIONS
+from vpt_jax.models.layers import ACTIVATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import INITS, check_choice
@@ -115,6 +116,9 @@ class BackboneConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "products"
+    num_heads: int = 0
+    activation: str = ""
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("backbone.attention", self.attention, ATTENTIONS)
@@ -126,6 +130,13 @@ class BackboneConfig:
         check_choice("backbone.remat", self.remat, tuple(REMATS))
         check_choice("backbone.readout", self.readout, ("", *READOUTS))
         check_choice("backbone.norm", self.norm, ("", *NORMS))
+        check_choice("backbone.activation", self.activation, ("", *ACTIVATIONS))
+        if not 0 <= self.num_heads <= MAX_SIDE or not 0 <= self.epsilon < 1:
+            raise ValueError(
+                f"backbone.num_heads is {shown(self.num_heads)} and backbone.epsilon"
+                f" {shown(self.epsilon)}; expected 0 (the file's own), or a number of"
+                " heads and a small number."
+            )
         check_choice("backbone.resize", self.resize, ("", *RESIZES))
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)

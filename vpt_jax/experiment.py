@@ -120,6 +120,9 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         readout=settings.readout,
         norm=settings.norm,
         resize=settings.resize,
+        num_heads=settings.num_heads,
+        activation=settings.activation,
+        epsilon=settings.epsilon,
         skip=settings.skip,
         dtype=jnp.dtype(settings.dtype),
     )

@@ -95,9 +95,9 @@ def init_prompts(
       A tuple with one `[n_i, d]` array per layer.
 
     Raises:
-      ValueError: If a count is negative or no integer, their number is not the model's depth, a
-        shallow model is given prompts in a later layer, `init` is unknown, or tokens
-        are missing, too few or of another width.
+      ValueError: If a count is negative or no integer, their number is not the model's
+        depth, a shallow model is given prompts in a later layer, `init` is unknown, or
+        tokens are missing, too few or of another width.
 
     Example:
       >>> from vpt_jax import ViT

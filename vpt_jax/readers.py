@@ -82,7 +82,11 @@ class Lazy(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What a file holds; `metadata` is a safetensors header's, else empty."""
+    """What a file holds.
+
+    `metadata` is a safetensors header's. Of a PyTorch file it has `networks` where
+    there are several: which was taken.
+    """
 
     arrays: dict[str, Lazy]
     metadata: dict[str, str]
@@ -495,7 +499,9 @@ def _torch_arrays(
 
         return Lazy(tensor.shape, dtype, load)
 
-    return Arrays({name: lazy(tensor) for name, tensor in tensors.items()}, {})
+    several = torch_files.networks(value)
+    metadata = {"networks": several} if several else {}
+    return Arrays({name: lazy(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 # --- safetensors ----------------------------------------------------------------------

@@ -232,6 +232,26 @@ def state_dict(value: Any) -> dict[str, Tensor]:
     )
 
 
+def networks(value: Any) -> str:
+    """Which of several networks `state_dict` takes; empty where there is one.
+
+    A checkpoint may hold the network and an average of it over the steps (`model_ema`).
+    """
+    if not isinstance(value, dict):
+        return ""
+    held = {
+        str(key): {n for n, leaf in tree.items() if isinstance(leaf, Tensor)}
+        for key, tree in value.items()
+        if isinstance(tree, dict)
+    }
+    taken = next((key for key in WRAPPERS if held.get(key)), "")
+    if not taken:
+        return ""
+    others = [k for k, names in held.items() if k != taken and names & held[taken]]
+    shown = ", ".join(map(ascii, sorted(others)))
+    return f"{taken!a}, not {shown}" if others else ""
+
+
 def as_array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
     """The tensor as a contiguous array; `values` are the `span` elements it covers."""
     if 0 in tensor.shape or _is_contiguous(tensor):

@@ -44,6 +44,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     mean_tokens,
 )
+from vpt_jax.models.variants import canonical, similar
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
 from vpt_jax.prompts import check_choice, per_example
 
@@ -191,11 +192,12 @@ class Swin(nn.Module):
                 object.__setattr__(self, name, size)
 
         if self.variant:
-            letter = self.variant.removeprefix("Swin-")
+            letter = canonical(self.variant).removeprefix("Swin-")
             if letter not in VARIANTS:
-                known = ", ".join(f"Swin-{v}" for v in VARIANTS)
+                known = [f"Swin-{v}" for v in VARIANTS]
                 raise ValueError(
-                    f"unknown variant {self.variant!r}; known: {known}. For free sizes"
+                    f"unknown variant {self.variant!r}{similar(self.variant, known)};"
+                    f" known: {', '.join(known)}. For free sizes"
                     " pass embed_dim=, depths= and num_heads= instead."
                 )
             put(variant=f"Swin-{letter}")
