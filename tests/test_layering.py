@@ -115,6 +115,7 @@ ORDER = (
     "models.attention",
     "models.posemb",
     "prompts",
+    "messages",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
 LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}

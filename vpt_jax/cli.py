@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vpt_jax import durable, preemption
+from vpt_jax.messages import printable, reason
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file.", lock_config=True
@@ -79,7 +80,7 @@ def start(main: Callable[[ConfigDict, Path, str], None]) -> None:
             if lost:
                 fail(
                     "another process of this job was lost; start all of them again,"
-                    f" and they continue here ({' '.join(str(error).split())[:200]})",
+                    f" and they continue here ({reason(error)})",
                     code=1,
                 )
             fail(durable.explain(error) if isinstance(error, OSError) else error)
@@ -217,8 +218,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def fail(error: Any, code: int = 2) -> NoReturn:
     """Prints one line and exits with 2, as command lines do for bad input."""
     # One line, whatever names of files or values are in it.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f"error: {line} (--traceback shows where)", file=sys.stderr)
+    print(f"error: {printable(str(error))} (--traceback shows where)", file=sys.stderr)
     leave(code)
 
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from vpt_jax.messages import shown
+
 Prompts = PyTree[Float[Array, "_ _"]]
 """One `[n_i, d]` array per layer (a tuple), `n_i >= 0`; in Swin `d` grows."""
 
@@ -226,8 +228,7 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raises ValueError unless `value` is one of `known`."""
     if value not in known:
-        got = ascii(value)  # one line, whatever it is
-        got = got if len(got) <= 200 else f"{got[:200]}..."
         raise ValueError(
-            f"unknown {name} {got}; choose one of {', '.join(map(repr, known))}."
+            f"unknown {name} {shown(value)}; choose one of"
+            f" {', '.join(map(repr, known))}."
         )

@@ -34,7 +34,8 @@ import numpy as np
 import PIL
 
 from vpt_jax.data import cache, npz, pictures
-from vpt_jax.data.bounds import MAX_TEXT, opened, printable
+from vpt_jax.data.bounds import MAX_TEXT, opened
+from vpt_jax.messages import printable
 from vpt_jax.prompts import check_choice
 
 SPLITS = ("train", "val", "test")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vpt_jax.messages import shown
 from vpt_jax.readers import MAX_GROWTH, MAX_SMALL, CheckpointError, Lazy, open_arrays
 
 _SAVE = "save it again with `np.savez`"
@@ -42,7 +43,7 @@ def describe(path: Path, splits: Sequence[str]) -> Described:
             for part in ("images", "labels")
         ):
             raise ValueError(
-                f"{path}: got arrays {str(sorted(arrays))[:500]}; expected "
+                f"{path}: got arrays {shown(sorted(arrays), 500)}; expected "
                 "train_images, train_labels, and the same for val and test if there "
                 "are any, or images and labels; rename them."
             )
