@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from PIL import Image
 
 from vpt_jax.data import bounds, colours, folder, pictures, records
-from vpt_jax.data.bounds import printable
+from vpt_jax.messages import printable
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,19 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(PICTURES)
 def test_a_picture_is_accepted_or_refused_by_one_error(scratch, data):
     try_picture(data, scratch)
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(TREES)
 def test_a_folder_is_accepted_or_refused_by_one_error(scratch, entries):
     try_folder(entries, scratch)
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(LISTS)
 def test_lists_are_accepted_or_refused_by_one_error(scratch, files):
     try_lists(files, scratch)

@@ -129,8 +129,8 @@ ORDER = (
     "models.posemb",
     "models.variants",
     "prompts",
-    "messages",
     "checks",
+    "messages",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
 LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}

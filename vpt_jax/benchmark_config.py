@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vpt_jax import config as configs
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, shown
 from vpt_jax.prompts import check_choice
 
 PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
@@ -87,7 +87,7 @@ class BenchmarkConfig:
                 raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
         if self.num_prompts and not min(self.num_prompts) > 0:
             raise ValueError(
-                f"num_prompts is {configs.shown(self.num_prompts)}; each must be"
+                f"num_prompts is {shown(self.num_prompts)}; each must be"
                 " greater than 0."
             )
         if len(set(self.head_inits)) != len(self.head_inits):
@@ -97,7 +97,7 @@ class BenchmarkConfig:
             # As the runs' folders are called: two that print alike would be one run.
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(
-                    f"{name} is {configs.shown(values)}; a value is there twice (to six"
+                    f"{name} is {shown(values)}; a value is there twice (to six"
                     " digits); expected each once."
                 )
 
@@ -303,27 +303,26 @@ def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
         for key in keys:
             if plain.get(name, {}).get(key) is not None:
                 raise ValueError(
-                    f"config.{name}.{key} is {configs.shown(plain[name][key])}; a"
+                    f"config.{name}.{key} is {shown(plain[name][key])}; a"
                     " benchmark fills it in from config.tasks and its grid. Leave it"
                     " out."
                 )
     if not isinstance(tasks, Mapping):
-        got = configs.shown(tasks)
+        got = shown(tasks)
         raise ValueError(f"config.tasks is {got}; expected a group of keys.")
     if not tasks:
         raise ValueError("config.tasks is empty; expected at least one task.")
     for name in tasks:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                f"config.tasks has {configs.shown(name)}; expected names of letters,"
+                f"config.tasks has {shown(name)}; expected names of letters,"
                 " digits, '_', '.' and '-'."
             )
     for name, kind in (("seeds", int), ("baselines", str)):
         got = plain.get(name, ())
         if not isinstance(got, tuple | list) or not all(type(x) is kind for x in got):
             raise ValueError(
-                f"config.{name} is {configs.shown(got)}; expected"
-                f" tuple[{kind.__name__}, ...]."
+                f"config.{name} is {shown(got)}; expected tuple[{kind.__name__}, ...]."
             )
     tune = plain.get("tune", {})
     for key, kinds in _OWN.items():
@@ -332,7 +331,7 @@ def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
             continue
         if type(value) not in kinds or not 0 <= value <= sys.float_info.max:
             raise ValueError(
-                f"config.tune.{key} is {configs.shown(value)}; expected"
+                f"config.tune.{key} is {shown(value)}; expected"
                 f" {kinds[-1].__name__} from 0, or None for each task's own."
             )
     if plain.get("prompts", {}).get("num_prompts") is not None:

@@ -24,6 +24,7 @@ from vpt_jax.durable import atomic_path
 from vpt_jax.facts import ask, assumed, card_of, check_sizes
 from vpt_jax.families import refuse_families
 from vpt_jax.matching import infer, match_swin, match_vit, parameters
+from vpt_jax.messages import shown
 from vpt_jax.models.attention import wide
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
 from vpt_jax.models.posemb import resize_pos_embedding
@@ -242,7 +243,7 @@ def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, An
     for name in ("normalisation", "readout", "norm", "resize"):
         if not isinstance(card.get(name, ""), str):
             raise CheckpointError(
-                f"{path} has {name} {ascii(card[name])[:200]} in its model card;"
+                f"{path} has {name} {shown(card[name])} in its model card;"
                 f" expected a word; {_AGAIN}."
             )
     return card
@@ -361,7 +362,7 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     header = _described(path, "vpt_jax", metadata["vpt_jax"])
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {ascii(header.get('version'))[:40]} but this"
+            f"{path} has format version {shown(header.get('version'))} but this"
             f" vpt_jax reads version {FORMAT_VERSION}, as is expected; install the"
             " version that wrote it."
         )
@@ -373,8 +374,8 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
         if got != header["backbone_hash"]:
             raise CheckpointError(
                 f"{path} belongs to another backbone: its prompts were trained on"
-                f" {header['backbone'][:200]!a} with hash"
-                f" {header['backbone_hash'][:64]!a}, but the"
+                f" {shown(header['backbone'])} with hash"
+                f" {shown(header['backbone_hash'])}, but the"
                 f" backbone given has hash {got}. Load the weights they were trained"
                 " on."
             )
@@ -392,7 +393,7 @@ def _described(path: str | os.PathLike, name: str, text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} has {ascii(found)[:200]} as its header {name!r}; expected an"
+            f"{path} has {shown(found)} as its header {name!r}; expected an"
             f" object of JSON; {_AGAIN}."
         )
     return found
@@ -409,7 +410,7 @@ def _check_prompt_arrays(
             wrong.append(name)
     if wrong:
         raise CheckpointError(
-            f"{path} has {wrong[0]} {ascii(header.get(wrong[0]))[:200]} in its header;"
+            f"{path} has {wrong[0]} {shown(header.get(wrong[0]))} in its header;"
             " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
             f" class names); {_AGAIN}."
         )
@@ -417,8 +418,8 @@ def _check_prompt_arrays(
     names += ["head/bias", "head/kernel"]
     if sorted(arrays) != sorted(names):
         raise CheckpointError(
-            f"{path} holds {ascii(sorted(arrays))[:500]}; expected"
-            f" {ascii(names)[:500]}, as its header says; {_AGAIN}."
+            f"{path} holds {shown(sorted(arrays), 500)}; expected"
+            f" {shown(names, 500)}, as its header says; {_AGAIN}."
         )
     classes = len(header["class_names"])
     for name, n in zip(names, [*header["counts"], None, None], strict=True):

@@ -20,7 +20,7 @@ from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, shown
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.layers import ACTIVATIONS
 from vpt_jax.models.posemb import RESIZES
@@ -31,7 +31,6 @@ from vpt_jax.train import OPTIMIZERS, SCHEDULES
 MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
 MAX_SIDE = 4096  # px; larger pictures only fill memory
 MAX_SEED = 2**32 - 1  # NumPy's and JAX's generators take these
-_LONGEST = 200  # characters of a wrong value that a message shows
 BASELINES = ("linear", "random", "scratch")
 DIVERGED = ("error", "last_finite")
 HEAD_INITS = ("reference", "zeros", "probe")
@@ -45,15 +44,6 @@ def positive(**values: int | float) -> None:
             raise ValueError(
                 f"{name} is {shown(value)}; it must be greater than 0{finite}."
             )
-
-
-def shown(value: Any) -> str:
-    """A value for a message: one line, and not all of a long one."""
-    try:
-        text = ascii(value)
-    except ValueError:  # integers of thousands of digits have no text
-        return "a number of thousands of digits"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def no_repeats(name: str, values: Sequence[Any]) -> None:

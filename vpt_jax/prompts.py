@@ -26,7 +26,7 @@ from vpt_jax.checks import (
     is_array,
     said,
 )
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, shown
 
 Prompts = PyTree[Float[Array, "_ _"]]
 """One `[n_i, d]` array per layer (a tuple), `n_i >= 0`; in Swin `d` grows."""
@@ -317,9 +317,7 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raises ValueError unless `value` is one of `known`."""
     if value not in known:
-        got = ascii(value)  # one line, whatever it is
-        got = got if len(got) <= 200 else f"{got[:200]}..."
         raise ValueError(
-            f"unknown {name} {got}; {did_you_mean(value, known)}choose one of"
+            f"unknown {name} {shown(value)}; {did_you_mean(value, known)}choose one of"
             f" {', '.join(map(repr, known))}."
         )

@@ -29,6 +29,7 @@ from vpt_jax.benchmark_config import (
     check_groups,
 )
 from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.messages import shown
 
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
 GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
@@ -93,8 +94,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     seeds = tuple(plain.get("seeds", ()))
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(
-            f"config.seeds is {configs.shown(seeds)}; pass at least one seed, no"
-            " repeats."
+            f"config.seeds is {shown(seeds)}; pass at least one seed, no repeats."
         )
     return make(settings, own, seeds, plain)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vpt_jax.durable import atomic_path
+from vpt_jax.messages import reason
 from vpt_jax.readers import CheckpointError
 
 TIMEOUT_S = 10  # for an answer, not for the whole download
@@ -165,9 +166,7 @@ def _explained(address: str, browser: str) -> Iterator[None]:
             f" 'vpt_jax[remote]'. Or {_ELSEWHERE}; it is at {browser} ."
         ) from error
     except Exception as error:  # the hub's, the network's and the disk's have no root
-        lines = f"{type(error).__name__}: {error}".strip().splitlines()
-        reason = " ".join(lines)[:300].rstrip(". ")
         raise CheckpointError(
-            f"{address} cannot be fetched ({reason}). Check the name and the network,"
-            f" or {_ELSEWHERE}; it is at {browser} ."
+            f"{address} cannot be fetched ({type(error).__name__}: {reason(error)})."
+            f" Check the name and the network, or {_ELSEWHERE}; it is at {browser} ."
         ) from error

@@ -19,6 +19,7 @@ from vpt_jax import config as configs
 from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
 from vpt_jax.benchmark_config import OwnConfig, SearchConfig
+from vpt_jax.messages import shown
 
 STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
@@ -115,7 +116,7 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         size = tune.get("batch_size")
         if not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"config.tune.batch_size is {configs.shown(size)}; expected int from 1."
+                f"config.tune.batch_size is {shown(size)}; expected int from 1."
             )
         steps = math.ceil(num / size)
         tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vpt_jax import messages
 from vpt_jax.data import doubts, records, vtab
 
 _INTERVAL_S = 10.0  # between lines of progress
@@ -67,7 +68,7 @@ def check(
         parts = vtab.part_runs(row, sizes)
     # tfds and protobuf raise errors of many kinds for damaged descriptions.
     except Exception as e:
-        found.errors.append(" ".join(str(e).split()) or repr(e))
+        found.errors.append(messages.reason(e))
         return found
     found.errors.extend(_overlaps(parts))
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.data import pictures
-from vpt_jax.data.bounds import MAX_TEXT, opened, printable
+from vpt_jax.data.bounds import MAX_TEXT, opened
+from vpt_jax.messages import printable
 
 SPLITS = ("train", "val", "test")
 SEED = 1401  # of the cut: another one gives other splits

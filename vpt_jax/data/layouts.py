@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vpt_jax.data import pictures
-from vpt_jax.data.bounds import printable
 from vpt_jax.data.found import (
     SPLITS,
     Example,
@@ -22,6 +21,7 @@ from vpt_jax.data.found import (
     shown,
     split_of,
 )
+from vpt_jax.messages import printable
 
 LAYOUTS = (
     "expected DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, "

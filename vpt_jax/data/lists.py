@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from vpt_jax.data import cub, layouts
-from vpt_jax.data.bounds import printable
 from vpt_jax.data.found import (
     SPLITS,
     Example,
@@ -28,6 +27,7 @@ from vpt_jax.data.found import (
     relative,
     text,
 )
+from vpt_jax.messages import printable
 
 _FIRST = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",)}
 _DIGITS = 20  # of a label; a longer one is a mistake

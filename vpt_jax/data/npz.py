@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.data import found, pictures
-from vpt_jax.data.bounds import printable
+from vpt_jax.messages import printable, shown
 from vpt_jax.readers import MAX_GROWTH, MAX_SMALL, CheckpointError, Lazy, open_arrays
 
 _SAVE = "save it again with `np.savez`"
@@ -86,7 +86,7 @@ def describe(path: Path) -> Described:
             for part in ("images", "labels")
         ):
             raise ValueError(
-                f"{path}: got arrays {str(sorted(arrays))[:500]}; expected "
+                f"{path}: got arrays {shown(sorted(arrays), 500)}; expected "
                 "train_images, train_labels, and the same for val and test if there "
                 "are any, or images and labels; rename them."
             )

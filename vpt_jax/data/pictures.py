@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vpt_jax import messages
 from vpt_jax.data import bounds, colours
 from vpt_jax.prompts import check_choice
 
@@ -127,7 +128,7 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     except MemoryError:
         raise  # says nothing about the file
     except Exception as e:  # readers of damaged files raise whatever comes up
-        reason = bounds.printable(" ".join(str(e).split())[:300]) or type(e).__name__
+        reason = messages.reason(e)
         raise ValueError(
             f"got a damaged picture ({reason}); expected a whole one; fetch it again."
         ) from e

@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-_AGAIN = "prepare the data set again; the file may be damaged or cut short."
+from vpt_jax.messages import mismatch
+
+_AGAIN = "prepare the data set again; the file may be damaged or cut short"
+_INTACT = "an intact TFRecord or ArrayRecord file"
+_NOT_SUMMED = "that does not match its checksum"
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
@@ -55,10 +59,8 @@ def index_tfrecord(path: str) -> np.ndarray:
         while at + 12 <= size:
             (length,) = _LENGTH.unpack_from(data, at)
             if _checksum(data[at : at + 8]) != _CRC.unpack_from(data, at + 8)[0]:
-                raise ValueError(
-                    f"{path}, record {len(found)}: got a length that does not match "
-                    f"its checksum; expected an intact TFRecord file; {_AGAIN}"
-                )
+                where = f"{path}, record {len(found)}"
+                raise mismatch(where, f"a length {_NOT_SUMMED}", _INTACT, _AGAIN)
             found.append((at + 12, length))
             at += 16 + length
         if isinstance(data, mmap.mmap):
@@ -66,10 +68,8 @@ def index_tfrecord(path: str) -> np.ndarray:
     if at != size:
         # A header of less than 12 bytes is a record too, and not in `found`.
         last = len(found) if at < size else len(found) - 1
-        raise ValueError(
-            f"{path}, record {last}: got a file of {size} bytes that ends inside it; "
-            f"expected the whole record; {_AGAIN}"
-        )
+        got = f"a file of {size} bytes that ends inside it"
+        raise mismatch(f"{path}, record {last}", got, "the whole record", _AGAIN)
     return np.array(found, np.int64).reshape(-1, 2)
 
 
@@ -80,10 +80,8 @@ def _read_tfrecord(path: str, number: int, start: int, length: int) -> bytes:
         data = f.read(length + 4)
     payload = data[:length]
     if len(data) < length + 4 or _checksum(payload) != _CRC.unpack(data[-4:])[0]:
-        raise ValueError(
-            f"{path}, record {number}: got data that does not match its checksum; "
-            f"expected an intact TFRecord file; {_AGAIN}"
-        )
+        where = f"{path}, record {number}"
+        raise mismatch(where, f"data {_NOT_SUMMED}", _INTACT, _AGAIN)
     return payload
 
 
@@ -123,10 +121,7 @@ class _ArrayRecord:
             if not self._records:
                 self._reader.read([0])  # says what is wrong with the file
         except (RuntimeError, IndexError, ValueError) as e:
-            raise ValueError(
-                f"{path}: got no records ({e}); expected an intact ArrayRecord file; "
-                f"{_AGAIN}"
-            ) from e
+            raise mismatch(path, f"no records ({e})", _INTACT, _AGAIN) from e
 
     def __len__(self) -> int:
         return self._records
@@ -135,10 +130,9 @@ class _ArrayRecord:
         try:
             return self._reader.read([i])[0]
         except (RuntimeError, IndexError, ValueError) as e:
-            raise ValueError(
-                f"{self._path}, record {i}: got data that cannot be read ({e}); "
-                f"expected an intact ArrayRecord file; {_AGAIN}"
-            ) from e
+            where = f"{self._path}, record {i}"
+            got = f"data that cannot be read ({e})"
+            raise mismatch(where, got, _INTACT, _AGAIN) from e
 
 
 _READERS = {"array_record": _ArrayRecord, "tfrecord": _TFRecord}
@@ -243,10 +237,8 @@ class Examples:
 
 def _checked(reader: Any, path: str, total: int) -> Any:
     if len(reader) != total:
-        raise ValueError(
-            f"{path}: got {len(reader)} records; expected {total}, as "
-            f"dataset_info.json says; {_AGAIN}"
-        )
+        expected = f"{total}, as dataset_info.json says"
+        raise mismatch(path, f"{len(reader)} records", expected, _AGAIN)
     return reader
 
 
@@ -257,10 +249,11 @@ def _builder(directory: str | os.PathLike[str]) -> Any:
     for name in ("dataset_info.json", "features.json"):
         path = os.path.join(directory, name)
         if not os.path.isfile(path):
-            raise ValueError(
-                f"{path}: got no such file; expected a version directory that tfds "
-                "prepared, such as ~/tensorflow_datasets/cifar100/3.0.2; give that."
+            expected = (
+                "a version directory that tfds prepared, such as"
+                " ~/tensorflow_datasets/cifar100/3.0.2"
             )
+            raise mismatch(path, "no such file", expected, "give that")
     return tfds.builder_from_directory(os.fspath(directory))
 
 
@@ -311,8 +304,6 @@ def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
     runs = [_Run(p.filename, p.skip, p.take, p.examples_in_shard) for p in parts]
     for run in runs:
         if not os.path.isfile(run.path):
-            raise ValueError(
-                f"{run.path}: got no such file; expected the {run.total} examples that "
-                "dataset_info.json says it has; prepare the data set again."
-            )
+            expected = f"the {run.total} examples that dataset_info.json says it has"
+            raise mismatch(run.path, "no such file", expected, _AGAIN)
     return Examples(info.features, file_format, runs)

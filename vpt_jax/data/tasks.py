@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import bounds, folder, prepared, shapes, strips, vtab
+from vpt_jax.data import folder, prepared, shapes, strips, vtab
 from vpt_jax.data.pictures import resize_bilinear
+from vpt_jax.messages import printable
 from vpt_jax.prompts import check_choice
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
@@ -195,7 +196,7 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
     )
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
     train, val, test = (Split(*splits[k]) for k in folder.SPLITS)
-    return Task(bounds.printable(name), names, train, val, test, doubts)
+    return Task(printable(name), names, train, val, test, doubts)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
