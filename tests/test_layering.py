@@ -22,6 +22,7 @@ HEAVY = (
 )
 # Arrows of import point down this list only. The library comes last.
 ORDER = (
+    "predict",
     "pretrain",
     "studies.all",
     "studies.unlabelled",
@@ -72,6 +73,7 @@ ORDER = (
     "cli",
     "preemption",
     "config",
+    "classifier",
     "train",
     "data.__main__",
     "data.listing",
@@ -100,6 +102,7 @@ ORDER = (
     "naming",
     "remote",
     "durable",
+    "release",
     "readers",
     "torch_files",
     "backbones",

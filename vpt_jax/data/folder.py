@@ -82,10 +82,11 @@ class Found(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Class names; per split, uint8 `[n, side, side, 3]` and int32 `[n]`."""
+    """Class names; per split, uint8 `[n, side, side, 3]` and int32 `[n]`; the rule."""
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
+    rule: str  # by which they were resized, of `pictures.RULES`
 
 
 def load(
@@ -190,7 +191,7 @@ def load(
         at += len(labels)
     for note in _check(data_dir, found, {k: v[1] for k, v in splits.items()}):
         report(note)
-    return Loaded(found.class_names, splits)
+    return Loaded(found.class_names, splits, rule=rule)
 
 
 def _in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
