@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vpt_jax import config as configs
 from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
@@ -58,7 +60,7 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     return experiment.run(protocol.single(bench, task, results), workdir, command, found)
 
 
-def print_status(values: Mapping[str, Any], workdir: Path) -> None:
+def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
     """Prints the units of a run, and which of them are done; touches nothing."""
     plain = configs.plain_dict(values)
     plain.pop("search", None)
