@@ -22,6 +22,7 @@ HEAVY = (
 )
 # Arrows of import point down this list only. The library comes last.
 ORDER = (
+    "predict",
     "pretrain",
     "studies.all",
     "studies.unlabelled",
@@ -75,6 +76,7 @@ ORDER = (
     "cli",
     "preemption",
     "config",
+    "classifier",
     "train",
     "data.__main__",
     "data.listing",
@@ -112,6 +114,7 @@ ORDER = (
     "shards",
     "remote",
     "durable",
+    "release",
     "readers",
     "torch_files",
     "backbones",

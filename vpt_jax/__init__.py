@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual Prompt Tuning and Prompt Condensation for JAX/Flax."""
 
+from typing import TYPE_CHECKING, Any
+
 from vpt_jax.checkpoint import (
     PromptFile,
     backbone_hash,
@@ -27,10 +29,14 @@ from vpt_jax.prompts import (
 from vpt_jax.readers import CheckpointError
 from vpt_jax.tokens import block_tokens
 
+if TYPE_CHECKING:
+    from vpt_jax.classifier import Classifier, load_classifier
+
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Classifier",
     "KeyValue",
     "PromptFile",
     "PromptedModel",
@@ -47,6 +53,7 @@ __all__ = [
     "init_prompts",
     "keep_mask",
     "load_backbone",
+    "load_classifier",
     "load_prompts",
     "macs",
     "normalise",
@@ -57,3 +64,12 @@ __all__ = [
     "resize_pos_embedding",
     "save_prompts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Pillow and optax is imported when it is asked for."""
+    if name not in ("Classifier", "load_classifier"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vpt_jax import classifier
+
+    return getattr(classifier, name)

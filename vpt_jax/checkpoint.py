@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.naming import Named, named_leaves, read_names
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.readers import CheckpointError, read_arrays
+from vpt_jax.release import check_header, fields_of, source_of
 from vpt_jax.remote import local_path
 from vpt_jax.shards import open_weights
 from vpt_jax.sidecar import NAMES
@@ -265,8 +266,14 @@ def save_prompts(
     normalisation: str,
     class_names: Sequence[str],
     deep: bool = True,
+    resize: str = "",
+    source: str | os.PathLike = "",
+    load: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes prompts and their head as one small safetensors file.
+
+    With `resize`, `source` and `load` the file is all that `load_classifier` needs,
+    besides the backbone.
 
     Args:
       path: The file; it appears when it is whole.
@@ -278,6 +285,9 @@ def save_prompts(
       normalisation: Name of the pictures' normalisation.
       class_names: One per row of logits.
       deep: False for VPT-Shallow.
+      resize: How pictures become squares: one of `data.pictures.RULES`.
+      source: Path or address of the backbone's file; of a path, the name is kept.
+      load: Other arguments of `load_backbone` that made it, see `release.ARGUMENTS`.
 
     Raises:
       ValueError: If prompts, head, model and class names do not fit together, a value
@@ -297,6 +307,10 @@ def save_prompts(
         "class_names": list(class_names),
         "counts": list(counts(prompts)),
         "deep": deep,
+        "model": fields_of(model),
+        "load": dict(load or {}),
+        "source": source_of(source),
+        "resize": resize,
     }
     arrays = {f"prompts/{i:02d}": p for i, p in enumerate(prompts)}
     arrays |= {f"head/{name}": value for name, value in head.items()}
@@ -414,6 +428,7 @@ def _check_prompt_arrays(
             " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
             f" class names); {_AGAIN}."
         )
+    check_header(path, header, _AGAIN)
     names = [f"prompts/{i:02d}" for i in range(len(header["counts"]))]
     names += ["head/bias", "head/kernel"]
     if sorted(arrays) != sorted(names):

@@ -25,6 +25,7 @@ from vpt_jax import workdir as files
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Task, load_task
+from vpt_jax.release import is_address
 from vpt_jax.stages import Run, Unit, run_unit, scores_of
 
 
@@ -72,6 +73,7 @@ def run(
     pictures = load_pictures(config.task, model.model.image_size)
     with started(config, workdir, model, pictures) as shared:
         rows, seconds = run_units(shared, plan(config))
+        write_best(shared, rows)
         content = make_report(shared, rows, seconds, command)
         if search:
             content["search"] = search
@@ -94,6 +96,51 @@ def run_units(
     return rows, seconds
 
 
+def best(rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
+    """Which of a run's models to use, and why: chosen on val, never on test.
+
+    Of equal ones, the one with fewest prompts, which is the fastest; then the first.
+    """
+    judged = [row for row in rows if row["val_accuracy"] is not None]
+    if not judged:
+        tuned = [i for i, row in enumerate(rows) if row["stage"] == "tune"]
+        number = (tuned or [0])[0]
+        return number, (
+            "all prompts, first seed: this run has no validation set to choose on"
+        )
+    top = max(row["val_accuracy"] for row in judged)
+    equal = [i for i, row in enumerate(rows) if row["val_accuracy"] == top]
+    number = min(equal, key=lambda i: sum(rows[i]["counts"]))
+    why = f"the highest accuracy on val of {len(judged)} models, {100 * top:.2f} %"
+    if len(equal) > 1:
+        why += f"; of {len(equal)} equal ones that with the fewest prompts"
+    return number, why
+
+
+def write_best(run: Run, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes `best.json`: which released file answers for the run, and why.
+
+    Also where the backbone lies on this machine, which the file itself does not say.
+    """
+    if not files.writes():
+        return
+    number, why = best(rows)
+    row, checkpoint = rows[number], run.config.backbone.checkpoint
+    unit = Unit(*(row[k] for k in ("stage", "seed", "score", "scope", "keep_ratio")))
+    if checkpoint and not is_address(checkpoint):
+        checkpoint = str(Path(checkpoint).expanduser().absolute())
+    content = {
+        "prompts": f"prompts/{unit.name}.safetensors",
+        "why": why,
+        "val_accuracy": row["val_accuracy"],
+        "test_accuracy": row["test_accuracy"],
+        "num_prompts": sum(row["counts"]),
+        "backbone": checkpoint,
+    }
+    files.write_json(run.workdir / "best.json", content)
+    run.log.line(f"best: {unit.name}, {why}")
+
+
 class Model(NamedTuple):
     """A backbone as loaded, and what reports say of it."""
 
@@ -113,18 +160,21 @@ class Pictures(NamedTuple):
 
 def load_model(settings: configs.BackboneConfig) -> Model:
     """Loads the backbone; ValueError if it, or how to feed it, is not known."""
+    load: dict[str, Any] = {
+        "readout": settings.readout,
+        "norm": settings.norm,
+        "resize": settings.resize,
+        "num_heads": settings.num_heads,
+        "activation": settings.activation,
+        "epsilon": settings.epsilon,
+        "skip": list(settings.skip),
+    }
     model, backbone = vpt_jax.load_backbone(
         settings.variant,
         settings.checkpoint,
         image_size=settings.image_size,
-        readout=settings.readout,
-        norm=settings.norm,
-        resize=settings.resize,
-        num_heads=settings.num_heads,
-        activation=settings.activation,
-        epsilon=settings.epsilon,
-        skip=settings.skip,
         dtype=jnp.dtype(settings.dtype),
+        **load,
     )
     choices = {"remat": settings.remat, "attention": settings.attention}
     if isinstance(model, vpt_jax.ViT):
@@ -142,6 +192,10 @@ def load_model(settings: configs.BackboneConfig) -> Model:
             " --config.backbone.normalisation=half (Google's ViT), imagenet (most"
             " PyTorch models) or none. docs/backbones.md lists the files that we know."
         )
+    # As they turned out: what is known of a file by its name, another name hides.
+    if isinstance(model, vpt_jax.ViT):
+        load = {name: getattr(model, name, value) for name, value in load.items()}
+    load["resize"] = load["resize"] or card.get("resize", "corner_aligned")
     info = {
         "name": Path(settings.checkpoint).name or "demo",
         "variant": settings.variant,
@@ -149,6 +203,7 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "parameters": sum(x.size for x in jax.tree.leaves(backbone)),
         "normalisation": normalisation,
         "readout": model.readout,
+        "load": load | {"dtype": settings.dtype},
     }
     backbone = parallel.put_whole(backbone, parallel.all_devices())
     return Model(model, backbone, info)

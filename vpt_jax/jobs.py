@@ -149,6 +149,7 @@ def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
     with _started(job, workdir) as shared:
         rows, seconds = experiment.run_units(shared, units, prefix)
         if job.kind == "final":
+            experiment.write_best(shared, rows)
             content = experiment.make_report(shared, rows, seconds, "")
             if files.writes():
                 files.write_json(workdir / "report.json", content)

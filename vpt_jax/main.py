@@ -5,8 +5,8 @@ python -m vpt_jax.main --config=configs/demo.py --workdir=out/demo
 
 Tunes, scores, condenses, fine-tunes and evaluates (`experiment.py`). In the workdir:
 `report.html`, `report.json`, `prompts/` (released prompts with their head), `results/`,
-`scores/`, `checkpoints/`, `events/` (TensorBoard), `log.txt`. `--list` shows what is
-done.
+`scores/`, `checkpoints/`, `events/` (TensorBoard), `log.txt`; `best.json` names the
+model with which `python -m vpt_jax.predict` answers. `--list` shows what is done.
 
 python -m vpt_jax.main --config=configs/vtab.py --workdir=out/vtab
 
@@ -62,6 +62,7 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
     if files.writes():
         report.print_table(content)
         print(f"report: {workdir / 'report.html'}")
+        print(f"answers: python -m vpt_jax.predict {workdir} PICTURES")
 
 
 def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:

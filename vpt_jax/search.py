@@ -66,7 +66,7 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     )
 
 
-def print_status(values: Mapping[str, Any], workdir: Path) -> None:
+def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
     """Prints the units of a run, and which of them are done; touches nothing."""
     plain = configs.plain_dict(values)
     plain.pop("search", None)

@@ -134,6 +134,9 @@ def release(
             normalisation=run.backbone_info["normalisation"],
             class_names=run.task.class_names,
             deep=run.config.prompts.deep,
+            resize=run.task.resize,
+            source=run.config.backbone.checkpoint,
+            load=run.backbone_info["load"],
         )
         prompts = durable.digest(temporary)
         files.write_record(record_path, {**training, "prompts": prompts})

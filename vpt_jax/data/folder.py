@@ -50,11 +50,12 @@ _MAX_NOTES = 2000  # letters of what is shown with an error
 
 
 class Loaded(NamedTuple):
-    """Class names; per split, uint8 `[n, side, side, 3]` and int32 `[n]`; doubts."""
+    """What was loaded; per split, uint8 `[n, side, side, 3]` and int32 `[n]`."""
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[np.ndarray, np.ndarray]]
     doubts: tuple[str, ...]  # what was left out, and what looks wrong
+    rule: str  # by which they were resized, of `pictures.RULES`
 
 
 def load(
@@ -111,7 +112,7 @@ def load(
         notes += doubts.doubts(splits, names)
     for text in notes[len(found.notes) :]:
         report(text)
-    return Loaded(class_names, splits, tuple(notes))
+    return Loaded(class_names, splits, tuple(notes), rule)
 
 
 @contextlib.contextmanager

@@ -142,6 +142,12 @@ def _finish(picture: Image.Image, data: bytes, side: int, rule: str) -> np.ndarr
         raise colours.OddError(str(e)) from e
 
 
+def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
+    """`read_picture` of a picture that Pillow has opened; it stays as it is."""
+    check_choice("rule", rule, RULES)
+    return fit(colours.to_rgb(picture.copy()), side, rule)
+
+
 def _check_bomb(picture: Image.Image, data: bytes) -> None:
     """Raises for what would take 0.7 GB, or minutes, and be damaged in the end."""
     pixels, size = picture.width * picture.height, f"{picture.width} x {picture.height}"

@@ -50,6 +50,7 @@ class Task(NamedTuple):
     val: Split | None  # None where train has these pictures too
     test: Split | None  # None where it was not asked for
     doubts: tuple[str, ...] | None = None  # None where nobody looked, see `doubts.py`
+    resize: str = "half_pixel"  # how pictures became squares, of `pictures.RULES`
 
 
 def check_task(task: Task) -> Task:
@@ -191,12 +192,11 @@ FGVC = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group == "fgvc")
 
 def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> Task:
     """Own pictures; the task is called as the folder is."""
-    names, splits, doubts = folder.load(
-        data_dir, image_size, rule=resize, skip_broken=skip_broken
-    )
+    found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    train, val, test = (Split(*splits[k]) for k in folder.SPLITS)
-    return Task(printable(name), names, train, val, test, doubts)
+    train, val, test = (Split(*found.splits[k]) for k in folder.SPLITS)
+    parts = train, val, test, found.doubts, found.rule
+    return Task(printable(name), found.class_names, *parts)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
@@ -209,7 +209,7 @@ def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> 
 
     train, val = read("train800"), read("val200")
     test = None if splits == "select" else read("test")
-    return Task(name, _numbers(row.classes), train, val, test)
+    return Task(name, _numbers(row.classes), train, val, test, rule)
 
 
 def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
@@ -227,7 +227,7 @@ def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
     # To be trained on, val needs room for crops as well.
     val = strip("val") if splits == "final" else centres("val")
     test = None if splits == "select" else centres("test")
-    return Task(name, _numbers(row.classes), train, val, test)
+    return Task(name, _numbers(row.classes), train, val, test, "crop")
 
 
 def _numbers(classes: int) -> tuple[str, ...]:
