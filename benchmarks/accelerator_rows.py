@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
     tests: str = "test_attention test_vit test_condense test_train test_swin"
 
 
-SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16", "float32"), 5, 256, 0.02, "test_macs")
+SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16",), 5, 256, 0.02, "test_macs")
 
 # What is tried beside the plain program: changes of the model, of the epoch, the dtype
 # in which the backbone is kept, dropout, a mask.
