@@ -127,37 +127,52 @@ def torch_programs(
     trainable: dict[str, Any],
     images: np.ndarray,
     labels: np.ndarray,
-) -> tuple[Callable, Callable]:
-    """Inference, and one training step that returns its prompt gradients."""
-    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous()
-    y = torch.tensor(labels).long()
-    prompts = [torch.tensor(np.asarray(p)) for p in trainable["prompts"]]
-    kernel, bias = (
-        torch.tensor(np.asarray(trainable["head"][name])) for name in ("kernel", "bias")
-    )
-    learned = [*prompts, kernel, bias]
-    for value in learned:
-        value.requires_grad_(True)
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Callable, Callable, Callable]:
+    """Inference, one training step, and the prompt gradients of the weights now.
+
+    The network and what it sees are of `dtype`; what is learned, and the loss, float32.
+    """
+    peer = peer.to(device, dtype)
+    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous().to(device, dtype)
+    y = torch.tensor(labels).long().to(device)
+    head = trainable["head"]
+    learned = [
+        torch.tensor(np.asarray(value)).to(device).requires_grad_(True)
+        for value in (*trainable["prompts"], head["kernel"], head["bias"])
+    ]
+    *prompts, kernel, bias = learned
     optimizer = torch.optim.SGD(learned, lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
 
     def logits():
-        return peer(x, prompts) @ kernel + bias
+        return peer(x, [p.to(dtype) for p in prompts]).float() @ kernel + bias
 
     def infer():
         with torch.inference_mode():
-            return logits().numpy()
+            return logits()
 
-    def step():
+    def backward():
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits(), y).backward()
-        grads = [p.grad.numpy().copy() for p in prompts]
+
+    def step():
+        backward()
         optimizer.step()
-        return grads
 
-    return infer, step
+    def gradient():
+        backward()
+        return [p.grad.cpu().numpy().copy() for p in prompts]
+
+    return infer, step, gradient
 
 
-def timm_program(variant: str, images: np.ndarray) -> Callable | None:
+def timm_program(
+    variant: str,
+    images: np.ndarray,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable | None:
     """A ViT of timm without prompts, random weights; None if it has no such size."""
     try:
         import timm
@@ -174,12 +189,12 @@ def timm_program(variant: str, images: np.ndarray) -> Callable | None:
     name = f"vit_{names.get(size)}_patch{patch}_224"
     if name not in timm.list_models():
         return None
-    model = timm.create_model(name, num_classes=CLASSES).eval()
-    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous()
+    model = timm.create_model(name, num_classes=CLASSES).eval().to(device, dtype)
+    x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous().to(device, dtype)
 
     def infer():
         with torch.inference_mode():
-            return model(x).numpy()
+            return model(x)
 
     return infer
 
@@ -280,13 +295,15 @@ def build(args: argparse.Namespace) -> dict[tuple[str, str, int], Callable]:
         programs[TRAINING, "vpt_jax", num] = epoch
         programs[TRAINING, "vpt_jax alone", num] = in_a_row(step, args.steps)
         for whose, net in peers.items():
-            their_infer, their_step = torch_programs(net, trainable, images, labels)
+            their_infer, their_step, their_gradient = torch_programs(
+                net, trainable, images, labels
+            )
             programs["inference", whose, num] = their_infer
             programs[TRAINING, whose, num] = in_a_row(their_step, args.steps)
             what = f"{whose}, {num} prompts:"
             check_same(f"{what} logits", infer(), their_infer(), 1e-4)
             # Float32 through twelve layers and back, in two libraries.
-            check_same(f"{what} gradients", gradient(), their_step(), 1e-3)
+            check_same(f"{what} gradients", gradient(), their_gradient(), 1e-3)
     return programs
 
 

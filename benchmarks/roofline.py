@@ -107,10 +107,18 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compiled(what: str, counts: Any, least: tuple, function: Any, *args: Any, **static):
+def compiled(
+    what: str,
+    counts: Any,
+    least: tuple,
+    function: Any,
+    *args: Any,
+    options: dict[str, Any] | None = None,  # of the compiler
+    **static: Any,
+) -> Program:
     lowered = function.lower(*args, **static)
     start = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(options)
     seconds = time.perf_counter() - start
     return Program(what, counts, *least, program, lambda: program(*args), seconds)
 
@@ -124,9 +132,10 @@ class Inputs(NamedTuple):
     key: jax.Array
 
 
-def make_inputs(model: vpt_jax.ViT, size: int) -> Inputs:
+def make_inputs(model: vpt_jax.ViT, size: int, backbone: Any = None) -> Inputs:
     side, key = model.image_size, jax.random.key(0)
-    backbone = jax.jit(model.init)(key, jnp.zeros((1, side, side, 3)))["params"]
+    if backbone is None:
+        backbone = jax.jit(model.init)(key, jnp.zeros((1, side, side, 3)))["params"]
     pictures = np.random.default_rng(0).integers(0, 256, (size, side, side, 3))
     batch = {
         "image": jnp.asarray(pictures, jnp.uint8),
@@ -184,6 +193,26 @@ def inference_program(given: Inputs, what: str, prompts: Any) -> Program:
     )
 
 
+def score_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program:
+    """Every example's value of every prompt, by `removal`."""
+    model, backbone, batch, _ = given
+    counts = vpt_jax.counts(trainable["prompts"])
+    pictures = {**batch, "image": train.normalise(batch["image"], "half")}
+    macs = least_training_macs(model, counts, len(batch["label"]), learn=False)
+    return compiled(
+        what,
+        counts,
+        (2 * macs, least_training(given, counts)[1]),
+        score_step,
+        *(backbone, trainable, pictures, None),
+        model=model,
+        score="removal",
+        reduction="mean_abs",
+        deep=True,
+        loss_fn=vpt_jax.cross_entropy,
+    )
+
+
 def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
     """Prompts kept by random scores over all layers."""
     scores = tuple(
@@ -195,33 +224,15 @@ def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
 
 def programs(given: Inputs, num: int) -> list[Program]:
     """All rows for one number of prompts."""
-    model, backbone, batch, key = given
     trainable = trainable_of(given, num)
-    counts = vpt_jax.counts(trainable["prompts"])
     found = [inference_program(given, "inference", trainable["prompts"])]
     if not num:
         return found
     found.append(step_program(given, "tuning step", trainable))
-    pictures = {**batch, "image": train.normalise(batch["image"], "half")}
-    found.append(
-        compiled(
-            "score step",
-            counts,
-            (
-                2 * least_training_macs(model, counts, len(batch["label"]), False),
-                found[-1].least_bytes,
-            ),
-            score_step,
-            *(backbone, trainable, pictures, None),
-            model=model,
-            score="removal",
-            reduction="mean_abs",
-            deep=True,
-            loss_fn=vpt_jax.cross_entropy,
-        )
-    )
+    found.append(score_program(given, "score step", trainable))
     for ratio in (0.3, 0.1):
-        small = {**trainable, "prompts": condensed(trainable["prompts"], ratio, key)}
+        kept = condensed(trainable["prompts"], ratio, given.key)
+        small = {**trainable, "prompts": kept}
         found.append(step_program(given, f"fine-tuning, {ratio:.0%}", small))
     return found
 
@@ -253,24 +264,42 @@ def remat_programs(given: Inputs, num: int) -> list[Program]:
 
 
 def epoch_program(
-    given: Inputs, what: str, trainable: dict[str, Any], dropout: float
+    given: Inputs,
+    what: str,
+    trainable: dict[str, Any],
+    dropout: float,
+    mask: Any = None,
+    *,
+    shared: bool = False,
+    steps: int = 2,
+    donate: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> Program:
-    """What the command compiles: an epoch, here of two steps. It cannot run twice."""
+    """What the command compiles: an epoch, here of few steps at a rate of 0."""
     model, backbone, batch, key = given
-    recipe = train.Recipe(dropout=dropout)
+    recipe = train.Recipe(dropout=dropout, shared_dropout=shared)
     size = len(batch["label"])
     counts = vpt_jax.counts(trainable["prompts"])
-    inputs = (
-        *(train.init_state(trainable, recipe), backbone),
-        *(batch["image"], batch["label"]),
-        *(jnp.zeros((2, size), jnp.int32), jnp.ones((2, size), bool)),
-        *(jnp.zeros(2), jnp.float32(1e-3), key),
+    rest = (
+        *(backbone, batch["image"], batch["label"]),
+        *(jnp.tile(jnp.arange(size), (steps, 1)), jnp.ones((steps, size), bool)),
+        *(jnp.zeros(steps), jnp.float32(1e-3), key, mask),
     )
+    epoch = train.train_epoch
+    if not donate:
+        epoch = jax.jit(epoch.__wrapped__, static_argnames=("model", "recipe"))
     least = least_training(given, counts)
     what = f"{what}, dropout" if dropout else what
-    return compiled(
-        what, counts, least, train.train_epoch, *inputs, model=model, recipe=recipe
-    )
+    # A copy, which each call gives away for the next one's.
+    held = [train.init_state(jax.tree.map(jnp.copy, trainable), recipe)]
+    static = {"model": model, "recipe": recipe, "options": options}
+    program = compiled(what, counts, least, epoch, held[0], *rest, **static)
+
+    def run() -> Any:
+        held[0], metrics = program.compiled(held[0], *rest)
+        return held[0], metrics
+
+    return program._replace(run=run)
 
 
 def compile_programs(given: Inputs, num: int) -> list[Program]:

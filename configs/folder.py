@@ -16,17 +16,19 @@ DIR is one of:
     └── test (same)                          └── images/a/1.jpg
 
 `val` and `test` may be missing: each is then a fifth of every class, chosen once and
-for all by the pictures' names. `images` and `labels` do in an npz. Class names are kept
-with the released prompts. What cannot be read is named in one error; what was left out
-is said. Pictures are decoded once and kept in `~/.cache/vpt_jax` (`VPT_JAX_CACHE`).
+for all by the pictures' names. `images` and `labels` do in an npz; labels are numbers
+or one-hot. VPT's `train.json` (paths and labels) and CUB_200_2011 as it is unpacked are
+read too. Classes are those with pictures; their names are kept with the released
+prompts. What cannot be read is named in one error; what was left out is said. Pictures
+are decoded once and kept in `~/.cache/vpt_jax` (`VPT_JAX_CACHE`).
 
 Without a backbone of your own, the small one of the package is used (32 x 32 px): it
 shows that all works, not how well. Its normalisation and most others' are known; see
 docs/backbones.md.
 
 The rate, and the epochs for so many pictures, are chosen by training on train and
-looking at val, for 1.2 times the price of one full training. `--config.tune.base_lr=0.03`
-skips that; `--config.search.rates` tries others.
+looking at val, for 1.2 times the price of one full training.
+`--config.tune.base_lr=0.03` skips that; `--config.search.rates` tries others.
 
 What is not set here has its default from vpt_jax/config.py, and any key can be set on
 the command line: `--config.task.resize=squash` (crop for class folders otherwise),

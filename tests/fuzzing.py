@@ -20,7 +20,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -501,6 +501,39 @@ def png(
     return start + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def tiff(
+    height: int,
+    width: int,
+    tags: dict,
+    data: bytes,
+    order: str = "<",
+    strips: Sequence[int] = (),
+) -> bytes:
+    """A TIFF of one page; values of `tags` are numbers, or a type and numbers."""
+    strips = strips or [len(data)]
+    entries = {256: (4, [width]), 257: (4, [height]), 279: (4, list(strips))}
+    for tag, value in tags.items():
+        entries[int(tag)] = (3, [value]) if isinstance(value, int) else value
+
+    def directory(first: int) -> bytes:
+        starts = [first + sum(strips[:k]) for k in range(len(strips))]
+        found = sorted((entries | {273: (4, starts)}).items())
+        at = 8 + 2 + 12 * len(found) + 4
+        head, rest = struct.pack(order + "H", len(found)), b""
+        for tag, (kind, values) in found:
+            form = f"{order}{len(values)}{'HI'[kind - 3]}"
+            value = struct.pack(form, *values)
+            if len(value) > 4:
+                value, rest = struct.pack(order + "I", at + len(rest)), rest + value
+            head += struct.pack(order + "HHI", tag, kind, len(values))
+            head += value.ljust(4, b"\0")
+        return head + bytes(4) + rest
+
+    first = 8 + len(directory(0))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "I", 8) + directory(first) + data
+
+
 def picture(format: str, mode: str, side: int = 9) -> bytes:
     """A small sound file, or as near to it as the format has the mode."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side + 2, 3), np.uint8)
@@ -553,6 +586,8 @@ _PARTS = st.sampled_from(
         "val",
         "test",
         "valid",
+        "Train",
+        "@eaDir",
         "cat",
         "dog",
         "a.png",
@@ -691,12 +726,20 @@ _LINES = st.lists(
     max_size=9,
 )
 _TEXT = _LINES.map(lambda lines: "\n".join(lines).encode(errors="surrogatepass"))
+_JSON = st.one_of(
+    st.dictionaries(
+        st.sampled_from(["a.png", "a/c.png", "../x.png", "\ud800", "\0", ""]),
+        st.sampled_from([0, 1, -1, 2**70, 0.5, True, None, "cat", "1", [], "\ud800"]),
+    ).map(lambda rows: json.dumps(rows).encode()),
+    st.sampled_from([b"[" * 9999, b"NaN", b"[[]]", b'"', b"[1,2]", b'[["a.png", 1]]']),
+)
 LISTS = st.fixed_dictionaries(
     {"train.txt": st.just(b"a.png 0\nb.png 1\nb.png 1\nb.png 1\n") | damage(_TEXT)},
     optional={
         "val.txt": damage(_TEXT),
         "test.txt": st.just(b"a.png 0\n") | damage(_TEXT),
         "train800.txt": damage(_TEXT),
+        "val.json": st.just(b'{"a.png": 0, "b.png": 1}') | damage(_JSON),
         "classes.txt": st.just(b"cat\ndog\nemu\n") | damage(_TEXT),
     },
 )
@@ -710,7 +753,7 @@ def try_lists(files: dict[str, bytes], folder: Path) -> str:
             put(root, name.split("/"), "picture")
         put(root, ["pipe"], "pipe")
         put(root, ["loop"], "loop")
-    for old in root.glob("*.txt"):
+    for old in [*root.glob("*.txt"), *root.glob("*.json")]:
         old.unlink()
     for name, data in files.items():
         (root / name).write_bytes(data)

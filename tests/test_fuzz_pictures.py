@@ -26,8 +26,8 @@ from fuzzing import (
 from hypothesis import given, settings
 from PIL import Image
 
-from vpt_jax.data import bounds, folder, pictures, records
-from vpt_jax.data.bounds import printable
+from vpt_jax.data import bounds, colours, folder, pictures, records
+from vpt_jax.messages import printable
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +35,19 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(PICTURES)
 def test_a_picture_is_accepted_or_refused_by_one_error(scratch, data):
     try_picture(data, scratch)
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(TREES)
 def test_a_folder_is_accepted_or_refused_by_one_error(scratch, entries):
     try_folder(entries, scratch)
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(LISTS)
 def test_lists_are_accepted_or_refused_by_one_error(scratch, files):
     try_lists(files, scratch)
@@ -142,17 +142,17 @@ def test_bands_are_the_whole_picture(monkeypatch):
     for (format, mode), data in SOUND.items():
         if format == "EPS" or mode == "F":  # the latter is out of range
             continue
-        monkeypatch.setattr(pictures, "_BAND", 1 << 20)
+        monkeypatch.setattr(colours, "BAND", 1 << 20)
         with pictures.quiet():
             whole = pictures.decode(data, 4, "corner")
-            monkeypatch.setattr(pictures, "_BAND", 11)
+            monkeypatch.setattr(colours, "BAND", 11)
             np.testing.assert_array_equal(
                 pictures.decode(data, 4, "corner"), whole, f"{format} {mode}"
             )
     floats = np.random.default_rng(0).random((9, 11), np.float32)
-    in_bands = pictures._to_8_bits(floats)
-    monkeypatch.setattr(pictures, "_BAND", 1 << 20)
-    np.testing.assert_array_equal(in_bands, pictures._to_8_bits(floats))
+    in_bands = colours.to_8_bits(floats, 1)
+    monkeypatch.setattr(colours, "BAND", 1 << 20)
+    np.testing.assert_array_equal(in_bands, colours.to_8_bits(floats, 1))
 
 
 # --- what is no picture ---------------------------------------------------------------

@@ -409,14 +409,25 @@ def test_what_does_not_fit_is_named(flat, tmp_path):
             load(tmp_path, arrays, **options)
 
 
-def test_skipped_parameters(flat, tmp_path):
+def test_only_what_is_no_part_of_the_features_can_be_skipped(flat, tmp_path):
     timm = pytorch(flat, NAMES["timm"])
-    timm["blocks.0.extra.weight"] = timm.pop("norm.weight")
-    _, backbone = load(tmp_path, timm, skip=("extra", "encoder_norm"))
-    expected = dict(flat)
-    expected["Transformer/encoder_norm/scale"] = np.ones(128, np.float32)
-    expected["Transformer/encoder_norm/bias"] = np.zeros(128, np.float32)
-    assert_same(backbone, expected)
+    more = timm | {"my_head.weight": np.zeros((3, 128)), "fc_norm.bias": np.zeros(128)}
+    with pytest.raises(vpt_jax.CheckpointError, match="twice, as norm.bias and fc_no"):
+        load(tmp_path, more)
+    with pytest.raises(
+        vpt_jax.CheckpointError, match=r"unused my_head.weight\. .*skip="
+    ):
+        load(tmp_path, more, skip=("fc_norm",))
+    _, backbone = load(tmp_path, more, skip=("fc_norm", "my_head"))
+    assert_same(backbone, flat)
+    more["blocks.0.extra.weight"] = more.pop("my_head.weight")
+    with pytest.raises(vpt_jax.CheckpointError) as error:
+        load(tmp_path, more, skip=("fc_norm",))
+    assert "unused blocks.0.extra.weight" in str(error.value)
+    assert "skip" not in str(error.value)
+    for skip in ("extra", "encoder_norm", "embedding/bias", "patch_embed.proj.bias"):
+        with pytest.raises(vpt_jax.CheckpointError, match="function needs|missing emb"):
+            load(tmp_path, more, skip=("fc_norm", "extra", skip))
 
 
 def test_other_dtypes_in_file_and_out(flat, tmp_path):
@@ -430,6 +441,39 @@ def test_other_dtypes_in_file_and_out(flat, tmp_path):
 @pytest.mark.parametrize(
     ("path", "start", "normalisation", "readout"),
     [
+        ("a/vit-s-300ep.pth.tar", "MoCo", "imagenet", "cls"),
+        (
+            "models--timm--vit_base_patch16_224.mae/snapshots/25ec/model.safetensors",
+            "MAE",
+            "imagenet",
+            "mean_with_prompts",
+        ),
+        (
+            "/c/models--facebook--vit-mae-base/snapshots/25/w/model.safetensors",
+            "MAE",
+            "imagenet",
+            "mean_with_prompts",
+        ),
+        ("vit-mae-large/pytorch_model.bin", "MAE", "imagenet", "mean_with_prompts"),
+        (
+            "https://huggingface.co/facebook/vit-mae-base/resolve/main/w.safetensors",
+            "MAE",
+            "imagenet",
+            "mean_with_prompts",
+        ),
+        ("0123456789abcdef-vit-b-300ep.pth", "MoCo", "imagenet", "cls"),
+        (
+            "google--vit-base-patch16-224-in21k/model.safetensors",
+            "ViT, ImageNet-21k (orig",
+            "half",
+            "cls",
+        ),
+        (
+            "swin-tiny-patch4-window7-224/model.safetensors",
+            "Swin",
+            "imagenet",
+            "mean_with_prompts",
+        ),
         ("gs://vit_models/imagenet21k/ViT-B_16.npz", "ViT, ", "half", "cls"),
         ("imagenet21k_ViT-B_16.npz", "ViT, ImageNet-21k (orig", "half", "cls"),
         ("a/B_16-i21k-300ep-lr_0.001-aug_medium1.npz", "ViT, Im", "half", "cls"),
@@ -457,7 +501,24 @@ def test_known_files(path, start, normalisation, readout):
     known = known_backbone(path)
     assert known is not None and known.name.startswith(start)
     assert (known.normalisation, known.readout) == (normalisation, readout)
-    assert vpt_jax.read_card(path)["normalisation"] == normalisation
+    assert known.card()["normalisation"] == normalisation
+    assert known.card().get("num_heads") == (12 if start == "MoCo" else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("dinov2_vits14_pretrain.pth", "bicubic_offset"),
+        ("hf://facebook/dinov2-small/model.safetensors", "bicubic"),
+        ("models--facebook--dinov2-base/snapshots/1/model.safetensors", "bicubic"),
+        ("vit_small_patch14_dinov2.lvd142m/model.safetensors", "bicubic_antialias"),
+        ("dinov2_vits14_reg4_pretrain.pth", "bicubic_antialias"),
+        ("facebook/dinov2-with-registers-small/x", "bicubic_antialias"),
+    ],
+)
+def test_every_project_resizes_dinov2s_table_in_its_own_way(path, rule):
+    known = known_backbone(path)
+    assert known is not None and known.resize == rule
 
 
 def test_the_table_of_backbones_is_consistent():

@@ -12,9 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-import tfds_files
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tfds_files import (
     WRITERS,
@@ -33,16 +30,6 @@ from vpt_jax.data import records
 
 SIZES = {"train": (5, 4, 3), "test": (2, 2)}  # examples in each shard
 FORMATS = tuple(WRITERS)
-
-
-def slow_crc32c(data):
-    """Bit by bit, as the polynomial is defined."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
 
 
 def example(split, i):
@@ -83,38 +70,6 @@ def prepared(request, tmp_path_factory):
 
 def labels(examples):
     return [int(e["label"]) for e in examples]
-
-
-# The checksum.
-
-
-@pytest.mark.parametrize(
-    "data, expected",
-    [
-        # RFC 3720, appendix B.4.
-        (bytes(32), 0x8A9136AA),
-        (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E),
-        (bytes(range(31, -1, -1)), 0x113FDB5C),
-        (b"123456789", 0xE3069283),
-        (b"", 0),
-    ],
-)
-def test_crc32c_of_known_strings(data, expected):
-    assert records.crc32c(data) == expected
-    assert slow_crc32c(data) == expected
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=700))
-def test_crc32c_is_that_of_the_definition(data):
-    assert records.crc32c(data) == slow_crc32c(data) == tfds_files.crc32c(data)
-
-
-@pytest.mark.parametrize("size", [4095, 4096, 4097, 30001])
-def test_crc32c_of_long_data(size):
-    data = np.random.default_rng(size).bytes(size)
-    assert records.crc32c(data) == slow_crc32c(data)
 
 
 # Reading.

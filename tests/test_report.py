@@ -94,7 +94,8 @@ def two_groups(first, second):
     """All prompts and PC at 30 % with the given test accuracies, one per seed."""
     pc = ("finetune", "key_gate", "global", 0.3, [4, 2])
     rows = [make_row("tune", None, None, 1.0, [10, 10], a, s) for s, a in first.items()]
-    return {"rows": rows + [make_row(*pc, a, s) for s, a in second.items()]}
+    rows += [make_row(*pc, a, s) for s, a in second.items()]
+    return {"rows": rows, "importance": {"score": "key_gate"}}
 
 
 def test_summarise_is_mean_and_sample_deviation():

@@ -101,10 +101,10 @@ def test_the_script_has_its_rows_and_they_run(make, rows):
     assert all(seconds > 0 for seconds in roofline.measure(found, 1))
 
 
-def test_the_script_compiles_epochs_with_equal_different_and_rounded_counts():
+def test_the_script_compiles_epochs_with_equal_and_different_counts():
     given = roofline.make_inputs(vpt_jax.ViT(SMALL), 2)
     found = roofline.compile_programs(given, 8)
-    assert len({program.what for program in found}) == len(found) == 6
+    assert len({program.what for program in found}) == len(found) == 4
     assert all(flop(p.compiled) >= 2 * p.least_flop for p in found)
 
 
@@ -133,7 +133,7 @@ def test_what_another_count_costs_to_compile(dropout, most):
     found = []
     for num in ([10] * 6, [8, 9, 10, 11, 12, 13]):
         trainable = roofline.trainable_of(given, num)
-        program = roofline.epoch_program(given, "", trainable, dropout, None)
+        program = roofline.epoch_program(given, "", trainable, dropout)
         found.append(kernels(program.compiled))
     assert 0 < found[1] - found[0] <= 5 * most, found
 

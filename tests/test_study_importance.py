@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from conftest import make_tiny
 from test_main import load_config
 
@@ -42,18 +41,6 @@ def loss_of(problem, prompts):
     features, _ = model.apply({"params": backbone}, pictures, prompts=prompts)
     logits = vpt_jax.apply_head(trainable["head"], features)
     return vpt_jax.cross_entropy(logits, {"label": labels})
-
-
-@pytest.mark.parametrize("levels", [3, 8, 1000])
-def test_correlations_are_scipys_with_and_without_ties(levels):
-    rng = np.random.default_rng(levels)
-    x, y = rng.integers(0, levels, (2, 40)).astype(float)
-    y = y + (x > levels / 2)
-    np.testing.assert_array_equal(ranks.ranks(x), scipy.stats.rankdata(x) - 1)
-    expected = scipy.stats.spearmanr(x, y).statistic
-    assert ranks.spearman(x, y) == pytest.approx(expected, abs=1e-12)
-    expected = scipy.stats.kendalltau(x, y).statistic
-    assert ranks.kendall(x, y) == pytest.approx(expected, abs=1e-12)
 
 
 def test_what_does_not_vary_correlates_with_nothing():

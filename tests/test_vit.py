@@ -510,12 +510,15 @@ def test_prefilled_prompts_are_not_tokens(tiny):
     ("call", "message"),
     [
         (lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2)), "2 entries"),
-        (lambda m: vpt_jax.init_prompts(jax.random.key(0), m, -1), "must be >= 0"),
+        (
+            lambda m: vpt_jax.init_prompts(jax.random.key(0), m, -1),
+            "num_prompts is -1; expected an integer >= 0",
+        ),
         (
             lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2, 0), deep=False),
             "later counts must be 0",
         ),
-        (lambda m: vpt_jax.init_head(jax.random.key(0), 8, 1), "at least 2"),
+        (lambda m: vpt_jax.init_head(jax.random.key(0), 8, 1), "integer >= 2"),
         (
             lambda m: vpt_jax.prompt_dropout(jax.random.key(0), (), 1.0, 2),
             r"must be in \[0, 1\)",

@@ -14,7 +14,7 @@ from vpt_jax.checkpoint import (
 from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
 from vpt_jax.intercept import PromptedModel, prompted
 from vpt_jax.macs import macs
-from vpt_jax.models.inputs import prefill
+from vpt_jax.models.inputs import normalise, prefill
 from vpt_jax.models.layers import KeyValue
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
@@ -56,6 +56,7 @@ __all__ = [
     "load_classifier",
     "load_prompts",
     "macs",
+    "normalise",
     "prefill",
     "prompt_dropout",
     "prompted",

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published backbones: what a file's name tells about how to use its weights.
 
-The weights themselves do not say how pictures are normalised or which tokens are read.
-`known_backbone` finds the row of `BACKBONES` that a path belongs to; files that are not
-in the table need these said by the caller. `docs/backbones.md` prints the table.
+The weights themselves do not say how pictures are normalised, which tokens are read,
+how many heads attend, or which activation stands in the MLP. `known_backbone` finds the
+row of `BACKBONES` that a path belongs to; `AMBIGUOUS` are the facts in which published
+files of the same names and sizes differ, so that they must be asked for.
+`docs/backbones.md` prints the table.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -23,21 +26,25 @@ class Backbone(NamedTuple):
     norm: str = "before"
     resize: str = "corner_aligned"
     md5: str = ""  # beginning, where it is known
+    num_heads: int = 0  # where they are not the variant's
 
     def row(self) -> str:
         """The row of the table in `docs/backbones.md`."""
         read = self.readout + (", norm after" if self.norm == "after" else "")
+        read += f", {self.num_heads} heads" if self.num_heads else ""
         cells = (self.name, self.variants, self.source, self.licence)
         cells += (self.normalisation, read, self.resize, self.md5)
         return f"| {' | '.join(cells)} |"
 
     def card(self) -> dict[str, Any]:
-        """The fields that loading and the data pipeline use."""
+        """The fields that loading and the data pipeline use, as far as known."""
         row = self._asdict()
-        return {n: row[n] for n in ("name", "licence", "normalisation", *_SETTINGS)}
+        names = ("name", "licence", "normalisation", *_SETTINGS)
+        return {name: row[name] for name in names if row[name]}
 
 
-_SETTINGS = ("readout", "norm", "resize")
+_SETTINGS = ("readout", "norm", "resize", "num_heads")
+_META = "https://dl.fbaipublicfiles.com"
 _GOOGLE = "gs://vit_models"
 _MEAN = "mean_with_prompts"
 
@@ -56,7 +63,8 @@ BACKBONES = (
         "ViT, ImageNet-21k (original; the papers' ViT-B/16)",
         "B/8 B/16 B/32 L/16 L/32 H/14",
         r"(^|/)(imagenet21k_)?vit-[blh]_\d+(-\d+)?\.npz$"
-        r"|google/vit-|vit_[a-z]+_patch\d+_\d+\.orig_in21k",
+        r"|(^|/|--)vit-(base|large|huge)-patch\d+-\d+(-in21k)?(@[^/]*)?/"
+        r"|vit_[a-z]+_patch\d+_\d+\.orig_in21k",
         f"{_GOOGLE}/imagenet21k/ViT-B_16.npz"
         " or hf://google/vit-base-patch16-224-in21k/model.safetensors",
         "Apache-2.0",
@@ -74,8 +82,9 @@ BACKBONES = (
     Backbone(
         "MAE, ImageNet-1k",
         "B/16 L/16 H/14",
-        r"mae_pretrain_vit_|vit_[a-z]+_patch\d+_\d+\.mae|facebook/vit-mae",
-        "mae_pretrain_vit_base.pth or hf://timm/vit_base_patch16_224.mae/model.safetensors",
+        r"mae_pretrain_vit_|vit_[a-z]+_patch\d+_\d+\.mae|vit-mae-(base|large|huge)",
+        f"{_META}/mae/pretrain/mae_pretrain_vit_base.pth"
+        " or hf://timm/vit_base_patch16_224.mae/model.safetensors",
         "CC BY-NC 4.0",
         "imagenet",
         readout=_MEAN,
@@ -85,38 +94,59 @@ BACKBONES = (
     Backbone(
         "MoCo v3, ImageNet-1k",
         "S/16 B/16",
-        r"(^|/|mocov3_)(linear-)?vit-[sb]-\d+ep\.pth(\.tar)?$",
-        "linear-vit-b-300ep.pth.tar",
+        r"(^|[/_-])(linear-)?vit-[sb]-\d+ep\.pth(\.tar)?$|(^|[/_.-])moco",
+        f"{_META}/moco-v3/vit-b-300ep/linear-vit-b-300ep.pth.tar",
         "CC BY-NC 4.0",
         "imagenet",
         md5="8f39ce (linear-vit-b-300ep.pth.tar)",
+        num_heads=12,  # also of S/16: its vits.py
     ),
+    # How each project's own code resizes the table: Meta's hubconf.py, transformers'
+    # interpolate_pos_encoding, timm's resample_abs_pos_embed.
     Backbone(
         "DINOv2 with registers, LVD-142M",
         "S/14 B/14 L/14 g/14",
         r"dinov2_vit[sblg]14_reg4|_patch14_reg4_dinov2|dinov2-with-registers-",
-        "dinov2_vits14_reg4_pretrain.pth, hf://facebook/dinov2-with-registers-small or"
+        f"{_META}/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth,"
+        " hf://facebook/dinov2-with-registers-small/model.safetensors or"
         " hf://timm/vit_small_patch14_reg4_dinov2.lvd142m/model.safetensors",
         "Apache-2.0",
         "imagenet",
         resize="bicubic_antialias",
     ),
     Backbone(
-        "DINOv2, LVD-142M",
+        "DINOv2, LVD-142M (Meta's file)",
         "S/14 B/14 L/14 g/14",
-        r"dinov2_vit[sblg]14_pretrain|_patch14_dinov2|facebook/dinov2-(small|base|large)"
-        r"|facebook/dinov2-giant",
-        "dinov2_vits14_pretrain.pth, hf://facebook/dinov2-small/model.safetensors or"
-        " hf://timm/vit_small_patch14_dinov2.lvd142m/model.safetensors",
+        r"dinov2_vit[sblg]14(_pretrain|/|\.)",
+        f"{_META}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
         "Apache-2.0",
         "imagenet",
         resize="bicubic_offset",
     ),
     Backbone(
+        "DINOv2, LVD-142M (transformers' file)",
+        "S/14 B/14 L/14 g/14",
+        r"dinov2-(small|base|large|giant)",
+        "hf://facebook/dinov2-small/model.safetensors",
+        "Apache-2.0",
+        "imagenet",
+        resize="bicubic",
+    ),
+    Backbone(
+        "DINOv2, LVD-142M (timm's file)",
+        "S/14 B/14 L/14 g/14",
+        r"_patch14_dinov2",
+        "hf://timm/vit_small_patch14_dinov2.lvd142m/model.safetensors",
+        "Apache-2.0",
+        "imagenet",
+        resize="bicubic_antialias",
+    ),
+    Backbone(
         "DINO, ImageNet-1k",
         "S/8 S/16 B/8 B/16",
-        r"dino_(vit|deit)[a-z]+\d+_pretrain|vit_[a-z]+_patch\d+_\d+\.dino|facebook/dino-vit",
-        "dino_vitbase16_pretrain.pth or"
+        r"dino_(vit|deit)[a-z]+\d+_pretrain|vit_[a-z]+_patch\d+_\d+\.dino(/|\.|$)"
+        r"|dino-vit[sb]\d+",
+        f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth or"
         " hf://timm/vit_base_patch16_224.dino/model.safetensors",
         "Apache-2.0",
         "imagenet",
@@ -124,7 +154,8 @@ BACKBONES = (
     Backbone(
         "Swin, ImageNet-21k or -1k (Swin-B in the papers)",
         "Swin-T Swin-S Swin-B Swin-L",
-        r"swin_(tiny|small|base|large)_patch4_window\d+_\d+",
+        r"swin[-_](tiny|small|base|large)[-_]patch4[-_]window\d+[-_]\d+",
+        "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
         "swin_base_patch4_window7_224_22k.pth or"
         " hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",
         "MIT",
@@ -135,17 +166,110 @@ BACKBONES = (
 )
 
 
+# What timm's names of architectures say and the arrays do not: all that fit, in turn.
+_ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        r"(vit|deit3?|eva)_[a-z0-9]+_patch\d+|flexivit_(small|base|large)|test_vit",
+        {"activation": "gelu"},
+    ),
+    (r"vit_base_patch16_gap_", {"num_heads": 16}),
+    (
+        r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_"
+        r"|vit_large_patch16_siglip_gap_512",
+        {"activation": "gelu_tanh"},
+    ),
+)
+# Heads of published plain ViTs by their width, the usual number first.
+HEADS = {192: (3,), 256: (4,), 320: (5,), 384: (6, 12), 512: (8,), 640: (10,)}
+HEADS |= {768: (12, 16), 832: (13,), 896: (14,), 1024: (16,), 1152: (16,)}
+HEADS |= {1280: (16,), 1408: (16,), 1536: (24, 16), 1664: (16,)}
+
+
+class Question(NamedTuple):
+    """A fact in which published files of the same names and sizes differ."""
+
+    fact: str  # an argument of `load_backbone`
+    applies: Callable[[Any], bool]  # to the ViT as it was found
+    answers: str
+
+
+# Asked of files with the names of timm and the original PyTorch code.
+AMBIGUOUS = (
+    Question(
+        "num_heads",
+        lambda vit: vit.width == 384 and vit.class_token and not vit.layer_scale,
+        "6 (DeiT, DINO, timm) or 12 (MoCo v3)",
+    ),
+    Question(
+        "num_heads",
+        lambda vit: vit.width == 768 and not vit.class_token,
+        "12 (timm's siglip_gap and others) or 16 (timm's vit_base_patch16_gap_224)",
+    ),
+    Question(
+        "activation",
+        lambda vit: not vit.class_token and not vit.layer_scale,
+        "'gelu' or 'gelu_tanh' (some of timm's siglip_gap)",
+    ),
+)
+
+
 def known_backbone(path: Any) -> Backbone | None:
     """The row that a path belongs to, by the names of the file and its folder.
+
+    Hugging Face's cache, `models--ORG--NAME/snapshots/HASH/...`, is known by the
+    repository's.
 
     Example:
       >>> known_backbone("weights/mae_pretrain_vit_base.pth").name
       'MAE, ImageNet-1k'
     """
-    parts = str(path).lower().split("/")
-    # hf://org/name[@revision]/file needs all; elsewhere the file and its folder tell.
-    end = "/".join(parts if parts[0] == "hf:" else parts[-2:])
+    end = _end(path)
     for row in BACKBONES:
         if re.search(row.pattern, end):
             return row
     return None
+
+
+def architecture(path: Any) -> dict[str, Any]:
+    """Facts that timm's name of an architecture in a path tells; `{}` without one.
+
+    Example:
+      >>> architecture("vit_base_patch16_gap_224/model.safetensors")
+      {'activation': 'gelu', 'num_heads': 16}
+    """
+    facts: dict[str, Any] = {}
+    for pattern, told in _ARCHITECTURES:
+        if re.search(pattern, _end(path)):
+            facts |= told
+    return facts
+
+
+def where_to_get(variant: str, path: Any = "") -> str:
+    """A sentence with the addresses of published files, of a path's row or a variant.
+
+    Example:
+      >>> where_to_get("", "mae_pretrain_vit_base.pth")[:52]
+      'MAE, ImageNet-1k is at https://dl.fbaipublicfiles.c'
+    """
+    rows = [row] if path and (row := known_backbone(path)) else []
+    rows = rows or [row for row in BACKBONES if variant in row.variants.split()][:3]
+    places = "; ".join(f"{row.name} is at {row.source}" for row in rows)
+    return (
+        f"{places}; such an address can be given as the path. docs/backbones.md lists"
+        " more"
+        if rows
+        else "docs/backbones.md lists published files"
+    )
+
+
+def _end(path: Any) -> str:
+    """What of a path names the weights, in lower case."""
+    parts = str(path).lower().replace("\\", "/").split("/")
+    for i, part in enumerate(parts):
+        if part.startswith("models--"):
+            return "/".join([*part.split("--")[1:], *parts[i + 3 :]])
+    # hf://org/name[@revision]/file needs all; elsewhere the file and its folder tell.
+    if parts[0] == "hf:" or "huggingface.co" in parts:
+        return "/".join(parts)
+    name = re.sub(r"^[0-9a-f]{16}-", "", parts[-1])  # of a copy in our own cache
+    return "/".join([*parts[-2:-1], name])

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vpt_jax import config as configs
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, shown
 from vpt_jax.prompts import check_choice
 
 PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
@@ -39,7 +39,8 @@ class BenchmarkConfig:
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
     In mode `search`, `shares` are the lengths of the trials as shares of a whole
-    training: all rates at the first, the better half at the next.
+    training: all rates at the first, the better half at the next; every rate is tried
+    with a head from each of `head_inits`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BenchmarkConfig:
     finetune_rate: float = 0.1
     final_splits: str = "final"
     shares: tuple[float, ...] = ()
+    head_inits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -71,6 +73,13 @@ class BenchmarkConfig:
                 f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
                 " them, the others have none."
             )
+        if (self.mode == "search") != bool(self.head_inits):
+            raise ValueError(
+                f"head_inits is {self.head_inits} in mode {self.mode!r}; mode 'search'"
+                " needs them, the others have none."
+            )
+        for init in self.head_inits:
+            check_choice("head_inits", init, configs.HEAD_INITS)
         if not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
         for decay in self.decays:
@@ -78,15 +87,17 @@ class BenchmarkConfig:
                 raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
         if self.num_prompts and not min(self.num_prompts) > 0:
             raise ValueError(
-                f"num_prompts is {configs.shown(self.num_prompts)}; each must be"
+                f"num_prompts is {shown(self.num_prompts)}; each must be"
                 " greater than 0."
             )
+        if len(set(self.head_inits)) != len(self.head_inits):
+            raise ValueError(f"head_inits is {self.head_inits}; expected each once.")
         for name in ("rates", "decays", "num_prompts"):
             values = getattr(self, name)
             # As the runs' folders are called: two that print alike would be one run.
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(
-                    f"{name} is {configs.shown(values)}; a value is there twice (to six"
+                    f"{name} is {shown(values)}; a value is there twice (to six"
                     " digits); expected each once."
                 )
 
@@ -95,12 +106,14 @@ class BenchmarkConfig:
 class SearchConfig:
     """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
 
-    `rates` are tried for the first of `shares` of a whole training, the better half of
-    them for the next. The rate of fine-tuning is `finetune_rate` times the chosen one.
+    `rates` are tried, with a head from each of `head_inits`, for the first of `shares`
+    of a whole training, and the better half of them for the next. The rate of
+    fine-tuning is `finetune_rate` times the chosen one.
     """
 
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    shares: tuple[float, ...] = (0.2, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03)
+    head_inits: tuple[str, ...] = ("zeros", "probe")
+    shares: tuple[float, ...] = (0.15, 0.3)
     finetune_rate: float = 1.0
 
     def settings(self, decay: float) -> BenchmarkConfig:
@@ -113,6 +126,7 @@ class SearchConfig:
             finetune_rate=self.finetune_rate,
             final_splits="all",
             shares=self.shares,
+            head_inits=self.head_inits,
         )
 
     def __post_init__(self) -> None:
@@ -249,14 +263,15 @@ def recipe(c: ConfigDict) -> None:
     and rate of a run are left open, see `search.py`; a benchmark's stay its own.
     """
     adam = {"optimizer": "adamw", "schedule": "step", "head_lr": 0.003}
-    c.prompts.update(head_init="zeros", dropout=0.0)
+    c.prompts.update(head_init="zeros", dropout=0.0)  # the start is searched too
     c.tune.update(adam, batch_size=32)
     c.finetune.update(adam, head=True, warmup_epochs=0)
     c.linear.update(optimizer="lbfgs", epochs=1, warmup_epochs=0)
     if "benchmark" in c:
         found = SearchConfig()
         c.benchmark.update(mode="search", rates=found.rates, decays=(0.0,))
-        c.benchmark.update(shares=found.shares, finetune_rate=found.finetune_rate)
+        c.benchmark.update(shares=found.shares, head_inits=found.head_inits)
+        c.benchmark.finetune_rate = found.finetune_rate
         return
     c.tune.weight_decay = 0.0
     c.finetune.update(batch_size=32, weight_decay=0.0)
@@ -288,27 +303,26 @@ def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
         for key in keys:
             if plain.get(name, {}).get(key) is not None:
                 raise ValueError(
-                    f"config.{name}.{key} is {configs.shown(plain[name][key])}; a"
+                    f"config.{name}.{key} is {shown(plain[name][key])}; a"
                     " benchmark fills it in from config.tasks and its grid. Leave it"
                     " out."
                 )
     if not isinstance(tasks, Mapping):
-        got = configs.shown(tasks)
+        got = shown(tasks)
         raise ValueError(f"config.tasks is {got}; expected a group of keys.")
     if not tasks:
         raise ValueError("config.tasks is empty; expected at least one task.")
     for name in tasks:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                f"config.tasks has {configs.shown(name)}; expected names of letters,"
+                f"config.tasks has {shown(name)}; expected names of letters,"
                 " digits, '_', '.' and '-'."
             )
     for name, kind in (("seeds", int), ("baselines", str)):
         got = plain.get(name, ())
         if not isinstance(got, tuple | list) or not all(type(x) is kind for x in got):
             raise ValueError(
-                f"config.{name} is {configs.shown(got)}; expected"
-                f" tuple[{kind.__name__}, ...]."
+                f"config.{name} is {shown(got)}; expected tuple[{kind.__name__}, ...]."
             )
     tune = plain.get("tune", {})
     for key, kinds in _OWN.items():
@@ -317,7 +331,7 @@ def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
             continue
         if type(value) not in kinds or not 0 <= value <= sys.float_info.max:
             raise ValueError(
-                f"config.tune.{key} is {configs.shown(value)}; expected"
+                f"config.tune.{key} is {shown(value)}; expected"
                 f" {kinds[-1].__name__} from 0, or None for each task's own."
             )
     if plain.get("prompts", {}).get("num_prompts") is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax.rows import Row, label
+from vpt_jax.rows import Row, default_score, label
 
 WIDE = 10.0  # points that an interval of a test accuracy may span without a word
 
@@ -36,7 +36,8 @@ def of(report: Row) -> list[str]:
     found += _below_probe(rows)
     for row in rows:
         if text := _not_learnt(row, data["classes"]):
-            found.append(f"{label(row)}, seed {row['seed']}: {text}")
+            name = label(row, default_score(report))
+            found.append(f"{name}, seed {row['seed']}: {text}")
     tuned = [r for r in rows if r["stage"] == "tune" and r["test_accuracy"] is not None]
     if tuned and data["test"]:
         low, high = interval(tuned[0]["test_accuracy"], data["test"])
@@ -81,7 +82,7 @@ def _not_learnt(row: Row, classes: int) -> str:
     if last >= chance:
         what = f"ended at a loss of {last:.2f}, no better than guessing ({chance:.2f})"
     elif len(losses) > 1 and last > first:
-        what = f"ended at a loss of {last:.2f}, above that of its first epoch, {first:.2f}"
+        what = f"its loss ended at {last:.2f}, above the first epoch's {first:.2f}"
     else:
         return ""
     return f"{what}. Lower its rate (base_lr), or leave it out so that it is searched."

@@ -9,6 +9,7 @@ backbone they belong to.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,21 +18,32 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.backbones import known_backbone
+from vpt_jax.backbones import known_backbone, where_to_get
+from vpt_jax.checks import check_head, check_layers, check_model, said
 from vpt_jax.durable import atomic_path
-from vpt_jax.matching import match_swin, match_vit, parameters
+from vpt_jax.facts import ask, assumed, card_of, check_sizes
+from vpt_jax.families import refuse_families
+from vpt_jax.matching import infer, match_swin, match_vit, parameters
+from vpt_jax.messages import shown
 from vpt_jax.models.attention import wide
+from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
+from vpt_jax.models.variants import canonical
 from vpt_jax.models.vit import ViT
-from vpt_jax.naming import named_leaves, read_names
-from vpt_jax.prompts import Head, Prompts, counts
-from vpt_jax.readers import CheckpointError, open_arrays, read_arrays
+from vpt_jax.naming import Named, named_leaves, read_names
+from vpt_jax.prompts import Head, Prompts, check_choice, counts
+from vpt_jax.readers import CheckpointError, read_arrays
 from vpt_jax.release import check_header, fields_of, source_of
 from vpt_jax.remote import local_path
+from vpt_jax.shards import open_weights
+from vpt_jax.sidecar import NAMES
 
 DEMO_BACKBONE = Path(__file__).parent / "assets" / "demo_vit.safetensors"
 FORMAT_VERSION = 1
+_LOG = logging.getLogger(__name__)  # one line per file of which something was assumed
+_ENDS = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".json")
+_FACTS = ("num_heads", "activation", "epsilon")
 _LISTS = {"counts": int, "class_names": str}  # in the header of prompts
 _WORDS = ("backbone", "backbone_hash")
 _AGAIN = "it is damaged or was written by something else: fetch it again"
@@ -60,7 +72,7 @@ def backbone_hash(backbone: Any) -> str:
 
 
 def load_backbone(
-    variant: str,
+    variant: str | os.PathLike,
     path: str | os.PathLike = "",
     *,
     image_size: int = 0,
@@ -68,6 +80,9 @@ def load_backbone(
     norm: str = "",
     posemb: str = "learned",
     resize: str = "",
+    num_heads: int = 0,
+    activation: str = "",
+    epsilon: float = 0.0,
     skip: Sequence[str] = (),
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
@@ -75,14 +90,17 @@ def load_backbone(
     """Loads a pretrained ViT or Swin.
 
     Empty arguments take what is known of the file (`read_card`), else the default given
-    here.
+    here. Where nothing is known, a warning of `logging` says in one line what was
+    assumed.
 
     Args:
-      variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`; `"demo/4"` is the
-        small backbone of the package.
+      variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`, or another project's
+        name of one (`"vit_small_patch16_224"`); `"demo/4"` is the small backbone of the
+        package. Or the path, alone: then the file says which variant it is, and a plain
+        ViT of any size is loaded.
       path: `.npz`, `.safetensors` or a PyTorch file, local or remote (`hf://`, `gs://`;
-        see `remote.local_path`). Empty loads the shipped weights of `"demo/4"`. Heads
-        in the file are ignored.
+        see `remote.local_path`); of several shards one of them or their index. Empty
+        loads the shipped weights of `"demo/4"`. Heads in the file are ignored.
       image_size: Side of the pictures in pixels; 0 takes the file's own. The position
         table is resized when it differs.
       readout: `"cls"`, `"mean"` or `"mean_with_prompts"`, see `ViT`. Default: the class
@@ -93,8 +111,12 @@ def load_backbone(
       posemb: `"sincos"` for files without a position table.
       resize: How to resize the table, see `resize_pos_embedding`. Default:
         `"corner_aligned"`, VPT's rule.
-      skip: Names, or successive parts of them such as `"encoder_norm"`, ours or the
-        file's, of parameters not to load; ours then have their initial values.
+      num_heads: Attention heads (ViT). Default: the variant's.
+      activation: Of the MLP (ViT): `"gelu"`, `"gelu_tanh"` or `"quick_gelu"`. Default:
+        `"gelu"`.
+      epsilon: Of every LayerNorm (ViT). Default: 1e-6.
+      skip: Names, or successive parts of them such as `"my_head"`, of arrays of the
+        file that are no part of the features.
       dtype: Of the computation.
       param_dtype: Of the loaded parameters.
 
@@ -102,70 +124,127 @@ def load_backbone(
       The model and its parameters.
 
     Raises:
-      ValueError: If the file is absent, damaged or not to be trusted, or its parameters
-        are not exactly the variant's; the message names the variant that the file is,
-        or what is missing, unused or of another shape.
+      ValueError: If the file is absent, damaged or not to be trusted; is of a family
+        that is not supported (the message names it); has values that are NaN or
+        infinite; or its parameters are not exactly the variant's: the message names the
+        variant that the file is, or what is missing, unused or of another shape. Also
+        if published files of the same arrays differ in what nobody said of this one.
+
+    Example:
+      >>> model, backbone = load_backbone("demo/4")
+      >>> model.width, model.depth
+      (128, 6)
     """
+    variant, path = _told_apart(variant, path)
     # An unknown variant is the first thing to hear of.
-    kind = Swin if variant.lower().startswith("swin") else ViT
-    wanted: Any = kind(variant, dtype=dtype, param_dtype=param_dtype)
+    kind: Any = Swin if variant.startswith("Swin") else ViT
+    wanted = kind(variant) if variant else None
     path = path or (DEMO_BACKBONE if variant == "demo/4" else "")
     if not path:
         raise ValueError(
             f"no checkpoint given for {variant!r}; pass the path of a .npz,"
-            " .safetensors or PyTorch file. Only 'demo/4' ships with the package."
+            " .safetensors or PyTorch file (--config.backbone.checkpoint=PATH). Only"
+            f" 'demo/4' ships with the package. {where_to_get(variant)}."
         )
-    card = read_card(path)
-    readout, norm, resize = (
-        given or card.get(name, "")
-        for name, given in (("readout", readout), ("norm", norm), ("resize", resize))
-    )
-    with open_arrays(local_path(path)) as file:
+    _check_there(path, variant)
+    given = {"readout": readout, "norm": norm, "resize": resize}
+    given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
+    given = {name: value for name, value in given.items() if value}
+    with open_weights(path) as file:
+        refuse_families(file.arrays, path)
+        card = card_of(path, _own_card(path, file.metadata))
+        told = {**card, **given}
         named = read_names(file.arrays, path, skip)
-        if kind is Swin:
+        check_sizes(named, card, path)
+        model = wanted or infer(named, path, told.get("num_heads", 0))
+        model = model.clone(dtype=dtype, param_dtype=param_dtype)
+        if isinstance(model, Swin):
+            if facts := [name for name in _FACTS if name in given]:
+                raise ValueError(f"{facts[0]}= is for a ViT; leave it out for a Swin.")
             model = match_swin(
-                wanted, named, path, readout=readout, image_size=image_size
+                *(model, named, path),
+                readout=told.get("readout", ""),
+                image_size=image_size,
             )
         else:
+            model = model.clone(**{n: told[n] for n in _FACTS if n in told})
             model = match_vit(
-                wanted, named, path, readout=readout, norm=norm, posemb=posemb
+                *(model, named, path),
+                readout=told.get("readout", ""),
+                norm=told.get("norm", ""),
+                posemb=posemb,
             )
         tree = parameters(named, model, path, skip, param_dtype)
-    if image_size and image_size != model.image_size:
+        ask(model, named, card, given, path)
+        networks = file.metadata.get("networks", "")
+    resized = bool(image_size and image_size != model.image_size)
+    _say(path, [_taken(named, networks), assumed(model, card, given, resized)])
+    if resized:
         model = model.clone(image_size=image_size)
         if posemb == "learned":
             place = tree["Transformer"]["posembed_input"]
             place["pos_embedding"] = resize_pos_embedding(
                 place["pos_embedding"].astype(wide(param_dtype)),
                 image_size // model.patch,
-                resize or "corner_aligned",
+                told.get("resize", "corner_aligned"),
                 model.class_token,
             ).astype(param_dtype)
     return model, tree
 
 
+def _told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
+    """Our name of the variant, and the path; the path alone may stand first."""
+    first = os.fspath(variant)
+    alone = first.lower().endswith(_ENDS) or "://" in first or os.path.isfile(first)
+    return ("", first) if alone and not path else (canonical(first), path)
+
+
+def _check_there(path: str | os.PathLike, variant: str) -> None:
+    """Raises if a local file is absent, and says where one may be had."""
+    if not local_path(path, beside=NAMES).exists():
+        raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
+
+
+def _taken(named: Named, networks: str) -> str:
+    """Which of several networks in a file was read; empty if there is one."""
+    if any("momentum" in name for name in named.left_out):
+        source = named.entries[0].source
+        networks = f"{source.partition('encoder')[0]}encoder, not its moving average"
+    return networks and f"several networks are in the file; took {networks}"
+
+
+def _say(path: Any, notes: Sequence[str]) -> None:
+    if notes := [note for note in notes if note]:
+        _LOG.warning("%s: %s.", path, "; ".join(notes))
+
+
 def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
     """What is known of a file of weights beside the weights.
 
-    Its own model card (safetensors written by `save_backbone`), else the row of
-    `backbones.BACKBONES` that its name belongs to.
+    Of the `config.json` beside it; of the row of `backbones.BACKBONES` that its name
+    belongs to; of its own model card (safetensors written by `save_backbone`).
 
     Returns:
-      `normalisation`, `readout`, `norm`, `resize`, `name`, `licence` and more, as far
-      as known; `{}` for a file that nobody knows.
+      `normalisation`, `readout`, `norm`, `resize`, `num_heads`, `activation`,
+      `epsilon`, `name`, `licence` and more, as far as known; `{}` for a file that
+      nobody knows.
 
     Raises:
-      ValueError: If the file cannot be read.
+      ValueError: If the file, or the `config.json`, cannot be read.
     """
     path = path or DEMO_BACKBONE
     if known := known_backbone(path):
-        return known.card()
-    with open_arrays(local_path(path)) as file:
-        card = _described(path, "model_card", file.metadata.get("model_card", "{}"))
+        return card_of(path, {}) if local_path(path).exists() else known.card()
+    with open_weights(path) as file:
+        return card_of(path, _own_card(path, file.metadata))
+
+
+def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    card = _described(path, "model_card", metadata.get("model_card", "{}"))
     for name in ("normalisation", "readout", "norm", "resize"):
         if not isinstance(card.get(name, ""), str):
             raise CheckpointError(
-                f"{path} has {name} {ascii(card[name])[:200]} in its model card;"
+                f"{path} has {name} {shown(card[name])} in its model card;"
                 f" expected a word; {_AGAIN}."
             )
     return card
@@ -211,13 +290,11 @@ def save_prompts(
       load: Other arguments of `load_backbone` that made it, see `release.ARGUMENTS`.
 
     Raises:
-      ValueError: If the number of class names is not the head's.
+      ValueError: If prompts, head, model and class names do not fit together, a value
+        is not finite, or the normalisation is unknown.
     """
-    if len(class_names) != head["bias"].shape[0]:
-        raise ValueError(
-            f"class_names has {len(class_names)} entries but the head has"
-            f" {head['bias'].shape[0]} classes."
-        )
+    check_choice("normalisation", normalisation, tuple(NORMALISATIONS))
+    _check_released(prompts, head, model, class_names, deep)
     known = isinstance(backbone, str)
     header = {
         "version": FORMAT_VERSION,
@@ -239,6 +316,40 @@ def save_prompts(
     arrays |= {f"head/{name}": value for name, value in head.items()}
     arrays = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
     _write_safetensors(path, arrays, {"vpt_jax": json.dumps(header)})
+
+
+def _check_released(
+    prompts: Any, head: Any, model: Any, class_names: Any, deep: bool
+) -> None:
+    """Raises ValueError unless what is to be released is of one model, and finite."""
+    check_model(model, "widths", "variant", "readout")
+    check_layers("prompts", prompts, 2, shape="[n_i, d]")
+    num = check_prompts(prompts, model.widths)
+    check_head(head)
+    if not deep and any(num[1:]):
+        raise ValueError(
+            f"prompts have counts {num} with deep=False; shallow prompts belong to the"
+            " first layer only, later counts must be 0."
+        )
+    width, classes = head["kernel"].shape
+    if width != model.width:
+        raise ValueError(
+            f"head has width {width} but the model's features have {model.width}."
+        )
+    if isinstance(class_names, str) or not all(isinstance(c, str) for c in class_names):
+        raise ValueError(
+            f"class_names is {said(class_names)}; expected one text per class."
+        )
+    if len(class_names) != classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} entries but the head has {classes}"
+            " classes."
+        )
+    if not all(np.isfinite(x).all() for x in (*prompts, *head.values())):
+        raise ValueError(
+            "prompts or head have values that are infinite or NaN; expected numbers:"
+            " the training diverged, save an earlier state."
+        )
 
 
 def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile:
@@ -265,7 +376,7 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     header = _described(path, "vpt_jax", metadata["vpt_jax"])
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {ascii(header.get('version'))[:40]} but this"
+            f"{path} has format version {shown(header.get('version'))} but this"
             f" vpt_jax reads version {FORMAT_VERSION}, as is expected; install the"
             " version that wrote it."
         )
@@ -277,8 +388,8 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
         if got != header["backbone_hash"]:
             raise CheckpointError(
                 f"{path} belongs to another backbone: its prompts were trained on"
-                f" {header['backbone'][:200]!a} with hash"
-                f" {header['backbone_hash'][:64]!a}, but the"
+                f" {shown(header['backbone'])} with hash"
+                f" {shown(header['backbone_hash'])}, but the"
                 f" backbone given has hash {got}. Load the weights they were trained"
                 " on."
             )
@@ -296,7 +407,7 @@ def _described(path: str | os.PathLike, name: str, text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} has {ascii(found)[:200]} as its header {name!r}; expected an"
+            f"{path} has {shown(found)} as its header {name!r}; expected an"
             f" object of JSON; {_AGAIN}."
         )
     return found
@@ -313,7 +424,7 @@ def _check_prompt_arrays(
             wrong.append(name)
     if wrong:
         raise CheckpointError(
-            f"{path} has {wrong[0]} {ascii(header.get(wrong[0]))[:200]} in its header;"
+            f"{path} has {wrong[0]} {shown(header.get(wrong[0]))} in its header;"
             " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
             f" class names); {_AGAIN}."
         )
@@ -322,8 +433,8 @@ def _check_prompt_arrays(
     names += ["head/bias", "head/kernel"]
     if sorted(arrays) != sorted(names):
         raise CheckpointError(
-            f"{path} holds {ascii(sorted(arrays))[:500]}; expected"
-            f" {ascii(names)[:500]}, as its header says; {_AGAIN}."
+            f"{path} holds {shown(sorted(arrays), 500)}; expected"
+            f" {shown(names, 500)}, as its header says; {_AGAIN}."
         )
     classes = len(header["class_names"])
     for name, n in zip(names, [*header["counts"], None, None], strict=True):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from vpt_jax import durable, preemption
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, printable, reason
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file.", lock_config=True
@@ -162,7 +162,7 @@ def start(
             if lost:
                 fail(
                     "another process of this job was lost; start all of them again,"
-                    f" and they continue here ({' '.join(str(error).split())[:200]})",
+                    f" and they continue here ({reason(error)})",
                     code=1,
                 )
             fail(durable.explain(error) if isinstance(error, OSError) else error)
@@ -337,15 +337,10 @@ def fail(error: Any, code: int = 2) -> NoReturn:
 
     Notes of the error follow, each on a line of its own: see `messages.advised`.
     """
-    print(f"error: {_line(error)} (--traceback shows where)", file=sys.stderr)
+    print(f"error: {printable(str(error))} (--traceback shows where)", file=sys.stderr)
     for note in getattr(error, "__notes__", ()):
-        print(_line(note), file=sys.stderr)
+        print(printable(str(note)), file=sys.stderr)
     leave(code)
-
-
-def _line(text: Any) -> str:
-    """One line, whatever names of files or values are in it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def default_workdir(filename: str) -> str:

@@ -14,7 +14,7 @@ of the softmax. So prompts are scored by the gradient with respect to a gate on 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,20 @@ import numpy as np
 from jax.core import Tracer
 
 from vpt_jax import parallel
+from vpt_jax.checks import (
+    BATCH,
+    TRAINABLE,
+    check_batch,
+    check_head,
+    check_integer,
+    check_keys,
+    check_labels,
+    check_layers,
+    check_mask,
+    check_model,
+    is_array,
+    said,
+)
 from vpt_jax.models.attention import wide
 from vpt_jax.prompts import (
     Importance,
@@ -68,9 +82,34 @@ REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
 
 
 def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-    """Softmax cross entropy `[b]` of `logits [b, k]` against `batch["label"] [b]`."""
+    """Softmax cross entropy `[b]` of `logits [b, k]` against `batch["label"] [b]`.
+
+    A label that is no class is an error; under jit, where its value is not known, its
+    loss and gradient are NaN. Of examples whose `batch["mask"]` is False, if there is
+    one, labels are not looked at: the loss is some finite number.
+
+    Raises:
+      ValueError: If a label is outside `[0, k)`, or they are not `[b]` integers.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.25, 0.75]]))
+      >>> round(float(cross_entropy(logits, {"label": jnp.array([0])})[0]), 4)
+      1.3863
+    """
+    if not is_array(logits) or logits.ndim != 2:
+        raise ValueError(f"logits are {said(logits)}; expected an array [b, k].")
+    check_keys("batch", batch, {"label": BATCH["label"]})
+    (b, k), label, mask = logits.shape, batch["label"], batch.get("mask")
+    check_labels(label, k, b, mask)
+    label = jnp.asarray(label).astype(jnp.int32)
+    if mask is not None:
+        label = jnp.where(mask, label, 0)
+    known = (label >= 0) & (label < k)
     log_p = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
+    index = jnp.where(known, label, 0)[:, None]
+    # A product: through `where` alone the gradient would be a silent 0.
+    sign = jnp.where(known, -1.0, jnp.nan).astype(log_p.dtype)
+    return sign * jnp.take_along_axis(log_p, index, axis=1)[:, 0]
 
 
 def importance(
@@ -115,8 +154,9 @@ def importance(
       backbone: Its frozen parameters.
       trainable: `{'prompts', 'head'}`.
       batches: Any iterable of dicts with `image` `[b, s, s, 3]` (normalised), `label`
-        `[b]`, and optionally `mask` `[b]` (False: padding, does not count). A smaller
-        last batch is padded, so nothing recompiles. Read once, batch by batch.
+        `[b]` in `[0, k)`, and optionally `mask` `[b]` (False: padding, does not count).
+        A smaller last batch is padded, so nothing recompiles. Read once, batch by
+        batch.
       score: See above.
       reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"`, `"mean"`,
         or `"second_order"`, the mean of `x + x**2 / 2`: with `removal` it estimates
@@ -126,8 +166,9 @@ def importance(
         average to about 0 after training, their sizes do not), else `mean`.
       deep: As the model is run.
       prompt_mask: Scores are taken with these prompts removed; those score `-inf`.
-      loss_fn: `(logits [b, k], batch) -> [b]`. Must be a module-level function (or the
-        same object at every call), or every call compiles again.
+      loss_fn: `(logits [b, k], batch) -> [b]`, which may read other labels. Must be a
+        module-level function (or the same object at every call), or every call
+        compiles again.
       key: A JAX random key, needed by `random`.
       progress: Called with the number of finished batches after each.
 
@@ -135,11 +176,21 @@ def importance(
       One float32 `[n_i]` array per layer.
 
     Raises:
-      ValueError: For an unknown score or reduction, a missing key, no batches, or a
-        score that is not finite.
+      ValueError: For an unknown score or reduction, a missing key, no batches, a label
+        that is no class, a score that is not finite, or something that does not fit.
+
+    Example:
+      With a list of batches, or any generator of them::
+
+        batch = {"image": vpt_jax.normalise(pictures, "half"), "label": labels}
+        scores = vpt_jax.importance(model, backbone, trainable, [batch])
     """
-    prompts = trainable["prompts"]
     check_choice("score", score, SCORES)
+    check_keys("trainable", trainable, TRAINABLE)
+    check_head(trainable["head"])
+    prompts = trainable["prompts"]
+    if prompt_mask is not None:
+        check_mask(prompt_mask, counts(prompts))
     if score in ("l2_norm", "random"):
         if reduction is not None:
             raise ValueError(f"score {score!r} reads no examples; drop reduction=.")
@@ -154,10 +205,22 @@ def importance(
         raise ValueError(
             f"score 'signed' is key_gate with reduction 'mean'; got {reduction!r}."
         )
+    check_model(model, "apply")
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is {said(batches)}; expected an iterable of batches: for one,"
+            " pass [batch]."
+        )
     totals = [np.zeros(n, np.float64) for n in counts(prompts)]
     examples, size = 0.0, None
     for done, batch in enumerate(batches, start=1):
-        size = size or len(batch["label"])
+        if loss_fn is cross_entropy:
+            check_batch(batch, trainable["head"]["bias"].shape[0])
+            # What else there is, names of files perhaps, is nothing to compute with.
+            batch = {k: batch[k] for k in (*BATCH, "mask") if k in batch}
+        else:  # labels of another kind, or none
+            check_batch(batch, None)
+        size = size or len(batch["image"])
         batch = pad_batch(batch, size)
         values = _batch_values(
             backbone,
@@ -186,7 +249,8 @@ def importance(
     if not all(np.isfinite(s).all() for s in scores):
         raise ValueError(
             f"score {score!r} is not finite; the loss of some example overflows. Check"
-            " the prompts (diverged training?) and the images' normalisation."
+            " the prompts (diverged training?), the images' normalisation and the"
+            " labels."
         )
     return _without_masked(tuple(map(jnp.asarray, scores)), prompt_mask)
 
@@ -196,7 +260,7 @@ def pad_batch(batch: Batch, size: int) -> Batch:
 
     On many devices, up to a size that can be split over them.
     """
-    n = len(batch["label"])
+    n = len(batch["image"])
     if n > size:
         raise ValueError(
             f"a batch has {n} examples after one of {size}; sizes must not grow."
@@ -384,9 +448,15 @@ def keep_mask(
 
     Raises:
       ValueError: If the ratio or number is out of range, both or neither are given, the
-        scope is unknown, or there are no prompts.
+        scope is unknown, there are no prompts, or the scores are none.
+
+    Example:
+      >>> mask = keep_mask((jnp.array([3.0, 1.0]), jnp.array([2.0])), keep=2)
+      >>> [m.tolist() for m in mask]
+      [[True, False], [True]]
     """
     check_choice("scope", scope, SCOPES)
+    check_layers("scores", scores, 1, shape="[n_i]")
     sizes = [s.shape[0] for s in scores]
     if not sum(sizes):
         raise ValueError("there are no prompts to select from: every layer has 0.")
@@ -394,11 +464,14 @@ def keep_mask(
         raise ValueError(
             f"got keep_ratio={keep_ratio} and keep={keep}; pass exactly one of them."
         )
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+    number_like = isinstance(keep_ratio, int | float | np.floating)
+    if keep_ratio is not None and not (number_like and 0 < keep_ratio <= 1):
         raise ValueError(
-            f"keep_ratio is {keep_ratio}; it must be in (0, 1], e.g. 0.3 for 30 %."
+            f"keep_ratio is {said(keep_ratio)}; it must be in (0, 1], e.g. 0.3 for"
+            " 30 %, and static under jit."
         )
     largest = sum(sizes) if scope == "global" else max(sizes)
+    keep = keep if keep is None else check_integer("keep", keep, 0)
     if keep is not None and not 1 <= keep <= largest:
         raise ValueError(f"keep is {keep}; it must be in 1..{largest} ({scope} scope).")
 
@@ -440,19 +513,13 @@ def condense(prompts: Prompts, mask: Mask) -> Prompts:
       >>> counts(condense(p, m))
       (1, 0)
     """
-    got = tuple(m.shape for m in mask)
-    if got != tuple((n,) for n in counts(prompts)):
-        raise ValueError(
-            f"mask has shapes {got} but the prompts have counts {counts(prompts)}; pass"
-            " one boolean per prompt, layer by layer."
-        )
+    check_layers("prompts", prompts, 2, shape="[n_i, d]")
+    check_mask(mask, counts(prompts))
     if any(isinstance(m, Tracer) for m in mask):
         raise ValueError(
             "condense makes shapes from the mask's values and cannot run under jit;"
             " pass prompt_mask= to the model there."
         )
-    if any(np.asarray(m).dtype != bool for m in mask):
-        raise ValueError("mask must be boolean (True = keep); see keep_mask.")
     return tuple(
         p[np.flatnonzero(np.asarray(m))] for p, m in zip(prompts, mask, strict=True)
     )

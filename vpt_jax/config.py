@@ -20,8 +20,9 @@ from vpt_jax.condense import REDUCTIONS, SCOPES, SCORES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
-from vpt_jax.messages import did_you_mean
+from vpt_jax.messages import did_you_mean, shown
 from vpt_jax.models.attention import ATTENTIONS
+from vpt_jax.models.layers import ACTIVATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.prompts import INITS, check_choice
@@ -30,7 +31,6 @@ from vpt_jax.train import OPTIMIZERS, SCHEDULES
 MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
 MAX_SIDE = 4096  # px; larger pictures only fill memory
 MAX_SEED = 2**32 - 1  # NumPy's and JAX's generators take these
-_LONGEST = 200  # characters of a wrong value that a message shows
 BASELINES = ("linear", "random", "scratch")
 DIVERGED = ("error", "last_finite")
 HEAD_INITS = ("reference", "zeros", "probe")
@@ -44,15 +44,6 @@ def positive(**values: int | float) -> None:
             raise ValueError(
                 f"{name} is {shown(value)}; it must be greater than 0{finite}."
             )
-
-
-def shown(value: Any) -> str:
-    """A value for a message: one line, and not all of a long one."""
-    try:
-        text = ascii(value)
-    except ValueError:  # integers of thousands of digits have no text
-        return "a number of thousands of digits"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def no_repeats(name: str, values: Sequence[Any]) -> None:
@@ -115,6 +106,9 @@ class BackboneConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "products"
+    num_heads: int = 0
+    activation: str = ""
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("backbone.attention", self.attention, ATTENTIONS)
@@ -126,6 +120,13 @@ class BackboneConfig:
         check_choice("backbone.remat", self.remat, tuple(REMATS))
         check_choice("backbone.readout", self.readout, ("", *READOUTS))
         check_choice("backbone.norm", self.norm, ("", *NORMS))
+        check_choice("backbone.activation", self.activation, ("", *ACTIVATIONS))
+        if not 0 <= self.num_heads <= MAX_SIDE or not 0 <= self.epsilon < 1:
+            raise ValueError(
+                f"backbone.num_heads is {shown(self.num_heads)} and backbone.epsilon"
+                f" {shown(self.epsilon)}; expected 0 (the file's own), or a number of"
+                " heads and a small number."
+            )
         check_choice("backbone.resize", self.resize, ("", *RESIZES))
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)
@@ -196,8 +197,8 @@ class TrainConfig:
             raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
         if self.head_lr and self.optimizer != "adamw":
             raise ValueError(
-                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it is for"
-                " 'adamw' alone. Leave it out."
+                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; only"
+                " 'adamw' has it. Leave it out."
             )
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -278,8 +279,8 @@ class Config:
             check_choice(f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS)
         if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
             raise ValueError(
-                "linear.weight_decay is 0 with optimizer 'lbfgs', whose optimum may then"
-                " be at infinity; pass a decay above 0, such as 0.01."
+                "linear.weight_decay is 0 with optimizer 'lbfgs', which needs one; pass"
+                " a decay above 0, such as 0.01."
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(

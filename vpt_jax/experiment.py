@@ -164,6 +164,9 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "readout": settings.readout,
         "norm": settings.norm,
         "resize": settings.resize,
+        "num_heads": settings.num_heads,
+        "activation": settings.activation,
+        "epsilon": settings.epsilon,
         "skip": list(settings.skip),
     }
     model, backbone = vpt_jax.load_backbone(
@@ -216,15 +219,17 @@ def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
         skip_broken=settings.skip_broken,
         splits=settings.splits,
     )
-    mesh, seen = parallel.all_devices(), task
-    if isinstance(task.train.images, strips.Strip):  # looked at on the device
-        images = jax.tree.map(jnp.asarray, task.train.images)
-        seen = task._replace(train=task.train._replace(images=images))
+    mesh, said = parallel.all_devices(), task.doubts
+    if said is None:
+        train = task.train
+        if isinstance(train.images, strips.Strip):  # looked at on the device
+            train = train._replace(images=jax.tree.map(jnp.asarray, train.images))
+        said = doubts.doubts({"train": train, "val": task.val, "test": task.test})
     return Pictures(
         task,
         strips.put(task.train.images, mesh),
         parallel.put_whole(task.train.labels, mesh),
-        tuple(doubts.doubts(seen)),
+        tuple(said),
     )
 
 
@@ -282,11 +287,11 @@ def started(
         )
 
 
-def check_same_config(config: configs.Config, workdir: Path) -> None:
-    """A workdir belongs to one config; a second one must not mix with it."""
+def changed_keys(config: configs.Config, workdir: Path) -> list[str]:
+    """In which keys a workdir's run has another config; none where there is no run."""
     path = workdir / "config.json"
     if not path.exists():
-        return
+        return []
     try:
         found = dict(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
@@ -295,8 +300,12 @@ def check_same_config(config: configs.Config, workdir: Path) -> None:
             " known; expected the JSON of a run. Pass another --workdir, or delete the"
             " file if this is that run's config. Nothing was touched."
         ) from error
-    changed = configs.differences(found, configs.to_dict(config))
-    if changed:
+    return configs.differences(found, configs.to_dict(config))
+
+
+def check_same_config(config: configs.Config, workdir: Path) -> None:
+    """A workdir belongs to one config; a second one must not mix with it."""
+    if changed := changed_keys(config, workdir):
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); pass"
             " another --workdir, or the same config to continue it. Nothing was"

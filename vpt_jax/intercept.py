@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from vpt_jax.models.inputs import Inputs, check_prompts, prepare
+from vpt_jax.checks import check_layers
+from vpt_jax.models.inputs import Inputs, check_normalised, check_prompts, prepare
 from vpt_jax.models.vit import drop, insert, with_rows
 
 BLOCK = r"encoderblock_(\d+)"
@@ -99,6 +100,7 @@ def prompted(
       ...     Model().apply(variables, tokens).shape
       (1, 5, 8)
     """
+    check_layers("prompts", prompts, 2, 3, shape="[n_i, d]")
     given = prepare(
         prompts,
         prompt_mask,
@@ -181,7 +183,8 @@ class PromptedModel:
 
         Args:
           variables: Of the module: `{"params": backbone}`.
-          images: What the module takes, batch first.
+          images: What the module takes, batch first, normalised: floats. (A module that
+            normalises uint8 pictures itself runs in `prompted`.)
           prompts: None runs the model as it is; else see `prompted`.
           prompt_mask: See `prompted`.
           prompt_gate: See `prompted`.
@@ -196,6 +199,7 @@ class PromptedModel:
           ValueError: As `prompted`; if a block has no attention module that Flax knows
             (use `prompted` itself there); if the features have another shape.
         """
+        check_normalised(images)
         run = functools.partial(self.model.apply, variables, images, **self.call)
         if prompts is None:
             if prompt_mask is not None or prompt_gate is not None:
@@ -366,7 +370,7 @@ class _Run:
                 f"block {layer} was given shape {jnp.shape(x)}; expected tokens"
                 " [b, t, d]. Give the model a batch."
             )
-        check_prompts(prompts, (x.shape[-1],) * depth)
+        check_prompts(prompts, (x.shape[-1],) * depth, x.shape[0])
         if deep or layer == 0:
             x = insert(x, prompts[layer], FIRST)
         self.layer, self.num_tokens, self.weighted = layer, x.shape[1], False

@@ -6,9 +6,10 @@ elementwise work (normalisation, softmax, GELU) is left out. The paper's table 1
 these as "GFLOPs"; one multiply-accumulate is two FLOP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vpt_jax.checks import check_integer, said
 from vpt_jax.models.inputs import FORMULATIONS
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
@@ -27,7 +28,7 @@ def macs(
 
     Args:
       model: A `ViT` or `Swin` (its sizes are read).
-      counts: Prompts per layer.
+      counts: Prompts per layer, e.g. `vpt_jax.counts(prompts)`.
       formulation: `"kv"`, what this package computes for deep prompts: prompts are keys
         and values, the last block computes only the tokens that are read. `"tokens"`,
         what the reference computes and papers count: prompts are tokens of every block.
@@ -39,13 +40,29 @@ def macs(
       An integer (the projection's share is rounded down).
 
     Raises:
-      ValueError: If `counts` does not fit the model's depth.
+      ValueError: If the model is neither, or `counts` does not fit its depth, is not
+        of integers, or has prompts in later layers with `deep=False`.
     """
     check_choice("formulation", formulation, FORMULATIONS)
+    if not isinstance(model, ViT | Swin):
+        raise ValueError(f"model is {said(model)}; expected a ViT or a Swin.")
+    if isinstance(counts, str) or not isinstance(counts, Iterable):
+        raise ValueError(
+            f"counts is {said(counts)}; expected one number per layer, as"
+            " vpt_jax.counts(prompts) gives."
+        )
+    counts = [check_integer("a count", n, 0) for n in counts]
     if len(counts) != model.depth:
         raise ValueError(
             f"counts has {len(counts)} entries but the model has depth {model.depth}."
         )
+    if not deep and any(counts[1:]):
+        raise ValueError(
+            f"counts is {tuple(counts)} with deep=False; shallow prompts belong to the"
+            " first layer only, later counts must be 0."
+        )
+    if prompt_batch is not None:
+        prompt_batch = check_integer("prompt_batch", prompt_batch, 1)
     if isinstance(model, Swin):
         return _swin_macs(model, counts, formulation, deep, prompt_batch)
     return _vit_macs(model, counts, formulation, deep, prompt_batch)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax.backbones import HEADS
+from vpt_jax.families import refuse_structures
 from vpt_jax.models import swin, vit
 from vpt_jax.models.posemb import grid_side
 from vpt_jax.models.swin import Swin
@@ -40,15 +42,17 @@ def match_vit(
     """
     shapes = named.shapes
     found = vit_sizes(named) if named.kind == "vit" else {}
+    if found:
+        refuse_structures(shapes, path, pooled=norm == "after" and readout != "cls")
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (width"
             f" {wanted.width}, depth {wanted.depth}, mlp_dim {wanted.mlp_dim}, patch"
-            f" {wanted.patch}); pass the variant that the file is."
+            f" {wanted.patch}); pass the variant that the file is, or the path alone."
         )
     class_token, side = "cls" in shapes, wanted.image_size
     if posemb == "learned" and POSITIONS in shapes:
-        side = _grid(shapes[POSITIONS], class_token, path) * wanted.patch
+        side = _grid(shapes, class_token, path) * wanted.patch
     pooled = _final_norm(named).endswith("fc_norm.weight") and readout != "cls"
     registers = shapes.get("registers", ())
     return wanted.clone(
@@ -71,16 +75,61 @@ def match_swin(
       CheckpointError: If the file holds another variant or kind of network.
     """
     found = swin_sizes(named) if named.kind == "swin" else {}
-    window = found.pop("window", 0)
+    windows = found.pop("windows", ())
+    window = max(windows, default=0)
+    if len(set(windows[:-1])) > 1:
+        raise CheckpointError(
+            f"{path} holds a Swin whose stages have windows of {windows} (Swin S3),"
+            " which is not supported: it has one window for all stages here. Take"
+            " hf://timm/swin_tiny_patch4_window7_224.ms_in1k/model.safetensors."
+        )
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (embed_dim"
             f" {wanted.embed_dim}, depths {wanted.depths}); pass the variant that the"
             " file is."
         )
+    # The last stage's window may be all of its picture, and smaller (Swin S3-S).
+    side = wanted.patch * (windows[-1] if windows else 0) * 2 ** (wanted.num_stages - 1)
     return wanted.clone(
-        window=window, image_size=image_size, readout=readout or wanted.readout
+        window=window,
+        image_size=image_size or side,
+        readout=readout or wanted.readout,
     )
+
+
+def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
+    """The model of the file's sizes, where the caller names no variant.
+
+    Raises:
+      CheckpointError: If the sizes are not all there, or no variant's and the number
+        of heads is not known.
+    """
+    if named.kind == "swin":
+        found = swin_sizes(named)
+        for letter, sizes in swin.VARIANTS.items():
+            if all(found[n] == size for n, size in sizes.items()):
+                return Swin(letter)
+        raise CheckpointError(f"{path} holds {describe(named)}; expected one of them.")
+    refuse_structures(named.shapes, path, pooled=True)
+    found: dict[str, Any] = vit_sizes(named)
+    for name, sizes in vit.VARIANTS.items():
+        same = {"swiglu": False, **sizes}
+        if all(
+            found.get(n) == same[n] for n in ("width", "depth", "mlp_dim", "swiglu")
+        ):
+            return ViT(f"{name}/{found['patch']}")
+    usual = HEADS.get(found.get("width", 0), ())
+    heads = num_heads or (usual[0] if usual else 0)
+    if not heads or not {"width", "patch", "depth", "mlp_dim"} <= found.keys():
+        raise CheckpointError(
+            f"{path} holds {describe(named)}, and how many heads it has is not known;"
+            " pass num_heads=."
+        )
+    try:
+        return ViT(num_heads=heads, image_size=found["patch"], **found)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds {describe(named)}: {error}") from error
 
 
 def vit_sizes(named: Named) -> dict[str, int]:
@@ -104,24 +153,24 @@ def vit_sizes(named: Named) -> dict[str, int]:
 
 
 def swin_sizes(named: Named) -> dict[str, Any]:
-    """`embed_dim`, `depths`, `num_heads`, `window` of the file's Swin."""
+    """`embed_dim`, `depths`, `num_heads`, `windows` (of every stage) of a Swin."""
     shapes = named.shapes
     depths: dict[int, set[str]] = {}
     heads: dict[int, int] = {}
-    sides = []
+    sides: dict[int, int] = {}
     for name, shape in shapes.items():
         if not (m := re.match(r"blocks_(\d+)_(\d+)/", name)):
             continue
         depths.setdefault(int(m[1]), set()).add(m[2])
         if name.endswith("bias_table") and len(shape) == 2:
             heads[int(m[1])] = shape[1]
-            sides.append((round(shape[0] ** 0.5) + 1) // 2)
+            sides[int(m[1])] = (round(shape[0] ** 0.5) + 1) // 2
     kernel = shapes.get("patch_embed/kernel", ())
     return {
         "embed_dim": kernel[3] if len(kernel) == 4 else 0,
         "depths": tuple(len(depths[i]) for i in sorted(depths)),
         "num_heads": tuple(heads[i] for i in sorted(heads)),
-        "window": max(sides, default=0),
+        "windows": tuple(sides[i] for i in sorted(sides)),
     }
 
 
@@ -131,7 +180,7 @@ def describe(named: Named) -> str:
         found = swin_sizes(named)
         for letter, sizes in swin.VARIANTS.items():
             if all(found[n] == size for n, size in sizes.items()):
-                return f"a 'Swin-{letter}' with window {found['window']}"
+                return f"a 'Swin-{letter}' with window {max(found['windows'])}"
         shown = ", ".join(f"{n} {v}" for n, v in found.items())
         return f"a Swin of {shown}, which is none of our variants"
     found = vit_sizes(named)
@@ -143,6 +192,20 @@ def describe(named: Named) -> str:
     return f"a ViT of {shown}, which is none of our variants"
 
 
+def differing(named: Named, told: dict[str, Any]) -> list[str]:
+    """Sizes of a `config.json` that are not the file's, as a message shows them."""
+    if named.kind == "swin":
+        sizes = swin_sizes(named)
+        found = {"width": sizes["embed_dim"], "depth": sizes["depths"]}
+    else:
+        found = vit_sizes(named)
+    return [
+        f"{n} {told[n]} (the file has {found.get(n)})"
+        for n in ("width", "depth")
+        if n in told and told[n] != found.get(n)
+    ]
+
+
 def parameters(
     named: Named, model: Any, path: Any, skip: Sequence[str], param_dtype: Any
 ) -> dict[str, Any]:
@@ -150,7 +213,7 @@ def parameters(
 
     Raises:
       CheckpointError: If names and shapes are not exactly the model's, but for what
-        `skip` names.
+        `skip` names; or a value is NaN or infinite.
     """
     expected, skip = _expected(model), tuple(skip)
     entries = [
@@ -158,7 +221,8 @@ def parameters(
         for e in named.entries
         if not any(skipped(n, skip) for n in (e.source, *e.names))
     ]
-    absent = {n for n in expected if skipped(n, skip)}
+    absent: set[str] = set()
+    refuse_skips(named, expected, path, skip)
     pools = isinstance(model, ViT) and model.readout != "cls"
     if pools and model.norm == "after" and _token_norm(named):
         # It was trained on tokens: after pooling the norm has no weights (MAE, VPT).
@@ -174,11 +238,67 @@ def parameters(
                 array = np.pad(array, ((0, 0), (1, 0), (0, 0)))
             if name.endswith(_BIAS_TABLE):
                 array = _centre(array, expected[name][0])
-            flat[name] = jnp.asarray(array.reshape(expected[name]), param_dtype)
+            flat[name] = jnp.asarray(
+                finite(array.reshape(expected[name]), entry.source, path, param_dtype),
+                param_dtype,
+            )
     if missing := sorted(set(expected) - set(flat)):
         first = jax.jit(lambda: {n: _init(model)[n] for n in missing})()
         flat |= {n: x.astype(param_dtype) for n, x in first.items()}
     return unflatten(flat)
+
+
+def finite(array: np.ndarray, name: str, path: Any, dtype: Any) -> np.ndarray:
+    """The array in `dtype`, if its values are numbers there.
+
+    Raises:
+      CheckpointError: If one is NaN or infinite; it names the array.
+    """
+    with np.errstate(over="ignore"):  # too large for `dtype`: infinite there
+        array = array.astype(dtype, copy=False)
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise CheckpointError(
+            f"{path} has {name} with {bad} of {array.size} values that are NaN or"
+            " infinite; expected numbers. The training that made it diverged, or it was"
+            " damaged: take an earlier checkpoint, or fetch it again."
+        )
+    return array
+
+
+# Where a name lies in a block, in any project's words.
+_IN_BLOCK = re.compile(
+    r"(^|[./])((blocks|layers?|resblocks)\.\d+|(encoder)?block\w*|blocks_\d+_\d+)[./]"
+)
+
+
+def refuse_skips(
+    named: Named, expected: dict[str, Any], path: Any, skip: tuple[str, ...]
+) -> None:
+    """Raises if `skip` names an array that the network's function needs.
+
+    That is a parameter of the model which nothing else in the file gives, and any array
+    within a block, the model's or not.
+
+    Raises:
+      CheckpointError: It names the array.
+    """
+    if not skip:
+        return
+    given = {
+        name
+        for e in named.entries
+        if not any(skipped(n, skip) for n in (e.source, *e.names))
+        for name in e.names
+    }
+    needed = [n for n in expected if skipped(n, skip) and n not in given]
+    needed += [n for n in named.skipped if _IN_BLOCK.search(n)]
+    for name in needed:
+        raise CheckpointError(
+            f"{path}: skip= names {name!r}, which the network's function needs; left"
+            " out, it would be another network. Only what is no part of the features,"
+            " such as a further head, can be left out."
+        )
 
 
 def _init(model: Any) -> dict[str, jax.Array]:
@@ -212,22 +332,35 @@ def _check(
     unused = {found[n][1] for n in set(found) - set(expected)}
     unused |= {n for n in named.unknown if not skipped(n, skip)}
     problems += [f"unused {n}" for n in sorted(unused)]
+    whole = [e.source for e in entries if e.lazy.dtype.kind in "iub"]
+    if whole:
+        raise CheckpointError(
+            f"{path} holds a quantised network, which is not supported: {whole[0]} has"
+            " whole numbers. Take the file from before the quantisation, in float32,"
+            " float16 or bfloat16."
+        )
     problems += [
         f"{found[n][1]} has shape {found[n][0]}, expected {expected[n]}"
         for n in sorted(set(found) & set(expected))
         if not _fits(n, found[n][0], expected[n])
     ]
-    everything = [*expected, *named.unknown, *named.left_out]
+    everything = [*expected, *named.unknown, *named.left_out, *named.skipped]
     everything += [n for e in named.entries for n in (e.source, *e.names)]
     for part in skip:
         if not any(skipped(n, (part,)) for n in everything):
             problems.append(f"skip names {part!r}, which is neither in file nor model")
     if problems:
         more = len(problems) - _SHOWN
+        advice = (
+            " Expected exactly the variant's arrays: another kind of network is not"
+        )
+        advice += " loaded in part."
+        if len(problems) == len(unused) and not any(map(_IN_BLOCK.search, unused)):
+            advice = " What is no part of the features, such as a head, is named in"
+            advice += " skip=."
         raise CheckpointError(
             f"{path} does not fit {model.variant!r}: {'; '.join(problems[:_SHOWN])}"
-            f"{f'; and {more} more' if more > 0 else ''}. Parts that may be missing or"
-            " unused are named in skip=."
+            f"{f'; and {more} more' if more > 0 else ''}.{advice}"
         )
 
 
@@ -277,13 +410,23 @@ def _token_norm(named: Named) -> bool:
     return "/" not in source and not source.endswith("fc_norm.weight")
 
 
-def _grid(shape: tuple[int, ...], class_token: bool, path: Any) -> int:
+def _grid(shapes: dict[str, tuple[int, ...]], class_token: bool, path: Any) -> int:
     """Patches per side; a table without a row for the class token counts too."""
+    shape, registers = shapes[POSITIONS], shapes.get("registers", ())
     for with_row in (class_token, False):
         try:
             return grid_side(shape, with_row)
         except ValueError:
             continue
+    first = int(class_token) + (registers[1] if len(registers) == 3 else 0)
+    patches = shape[1] - first if len(shape) == 3 else -1
+    if first > 1 and patches > 0 and math.isqrt(patches) ** 2 == patches:
+        raise CheckpointError(
+            f"{path} holds a ViT whose registers have positions, which is not"
+            f" supported: its table has {first} rows more than patches. Take one whose"
+            " registers have none, such as"
+            " hf://timm/vit_small_patch14_reg4_dinov2.lvd142m/model.safetensors."
+        )
     raise CheckpointError(
         f"{path}: the position table has shape {shape} and the file has"
         f" {'a' if class_token else 'no'} class token (cls); expected [1, n * n, d]"

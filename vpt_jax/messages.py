@@ -1,9 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors in several lines, and the word that was meant."""
+"""How errors say what is wrong: one line, whatever a file or a value holds.
+
+An error says what was got, what was expected and what to do, in short sentences.
+"""
 
 import difflib
 from collections.abc import Iterable
 from typing import Any
+
+LONGEST = 200  # characters of a wrong value that a message shows
+
+
+def mismatch(where: Any, got: str, expected: str, remedy: str) -> ValueError:
+    """The error of something that was read, to be raised.
+
+    Example:
+      >>> str(mismatch("a.png", "0 bytes", "a picture", "fetch it again"))
+      'a.png: got 0 bytes; expected a picture; fetch it again.'
+    """
+    return ValueError(f"{where}: got {got}; expected {expected}; {remedy}.")
+
+
+def shown(value: Any, longest: int = LONGEST) -> str:
+    """A value as Python writes it in ASCII, and not all of a long one."""
+    try:
+        text = ascii(value)
+    except ValueError:  # integers of thousands of digits have no text
+        return "a number of thousands of digits"
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def printable(text: str) -> str:
+    """A name or text from outside, fit for one line of a terminal, a log or a page.
+
+    What cannot be printed (line ends, escape sequences, bytes that are not UTF-8) is
+    shown as Python's escapes.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason(error: BaseException, longest: int = LONGEST) -> str:
+    """What an error of another library says, on one line; its type if that is empty."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def advised(message: str, *lines: str) -> ValueError:

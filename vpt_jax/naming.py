@@ -6,7 +6,7 @@ prefix such as `module.base_encoder.`), leaves heads and what else is no backbon
 and gives for every array our parameter names with the transposition or split that makes
 our parameters of it. Known are Google's names (original ViT, AugReg, big_vision), those
 of timm and the original PyTorch code (ViT, DeiT, MAE, MoCo v3, DINO, DINOv2, Swin),
-transformers (`ViTModel`, `Dinov2Model`) and VPT's own ViT.
+transformers (`ViTModel`, `Dinov2Model`, `SwinModel`) and VPT's own ViT.
 """
 
 import collections
@@ -88,27 +88,36 @@ _IN_VIT_BLOCK = (
     (r"ls2|layer_scale2", "LayerScale_1", _SCALE),
 )
 _SWIN = (
-    (r"patch_embed\.proj", "patch_embed", _CONV),
-    (r"patch_embed\.norm", "patch_norm", _NORM),
-    (r"norm", "norm", _NORM),
+    (
+        r"patch_embed\.proj|embeddings\.patch_embeddings\.projection",
+        "patch_embed",
+        _CONV,
+    ),
+    (r"(?:patch_embed|embeddings)\.norm", "patch_norm", _NORM),
+    (r"norm|layernorm", "norm", _NORM),
 )
 _SWIN_BLOCK = re.compile(
-    r"layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.(?P<rest>.*)"
+    r"(?:encoder\.)?layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.(?P<rest>.*)"
 )
 _IN_SWIN_BLOCK = (
-    (r"norm1", "LayerNorm_0", _NORM),
-    (r"norm2", "LayerNorm_1", _NORM),
+    (r"norm1|layernorm_before", "LayerNorm_0", _NORM),
+    (r"norm2|layernorm_after", "LayerNorm_1", _NORM),
     (r"attn\.qkv", "attention/{qkv}", _QKV),
-    (r"attn\.proj", "attention/out", _DENSE),
+    (r"attention\.self\.(query|key|value)", "attention/{}", _DENSE),
+    (r"attention\.([qkv])_proj", "attention/{}", _DENSE),
+    (r"attn\.proj|attention\.(?:output\.dense|o_proj)", "attention/out", _DENSE),
     (
-        r"attn\.relative_position_bias_table",
+        r"(?:attn|attention\.self|attention\.relative_position_bias)"
+        r"\.relative_position_bias_table",
         "attention/relative_position_bias_table",
         _BARE,
     ),
-    (r"mlp\.fc1", "MlpBlock_0/Dense_0", _DENSE),
-    (r"mlp\.fc2", "MlpBlock_0/Dense_1", _DENSE),
+    (r"mlp\.fc1|intermediate\.dense", "MlpBlock_0/Dense_0", _DENSE),
+    (r"mlp\.fc2|output\.dense", "MlpBlock_0/Dense_1", _DENSE),
 )
-_SWIN_MERGING = re.compile(r"layers\.(?P<stage>\d+)\.downsample\.(?P<rest>.*)")
+_SWIN_MERGING = re.compile(
+    r"(?:encoder\.)?layers\.(?P<stage>\d+)\.downsample\.(?P<rest>.*)"
+)
 _IN_SWIN_MERGING = (
     (r"norm", "norm", _NORM),
     (r"reduction", "reduction", {"weight": ("kernel", "transpose")}),
@@ -146,6 +155,7 @@ class Named(NamedTuple):
     entries: list[Entry]
     unknown: list[str]  # of the network, but nothing that we know
     left_out: list[str]  # heads and the like
+    skipped: list[str]  # of the network, left alone as the caller said
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -176,8 +186,9 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
     prefix = _prefix(list(arrays), path)
     inside = {n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)}
     outside = [n for n in arrays if not n.startswith(prefix)]
-    aside = {n for n in inside if _LEFT_OUT.match(n) or skipped(n, skip)}
-    inside = {n: a for n, a in inside.items() if n not in aside}
+    aside = {n for n in inside if _LEFT_OUT.match(n)}
+    alone = {n for n in inside if n not in aside and skipped(n, skip)}
+    inside = {n: a for n, a in inside.items() if n not in aside | alone}
     if any(n.startswith("blocks_0_0/") for n in inside):
         kind, translate = "swin", _flax_entry
     elif "embedding/kernel" in inside:
@@ -201,7 +212,11 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
             " leave out in skip=."
         )
     return Named(
-        kind, entries, unknown, [*outside, *(prefix + n for n in sorted(aside))]
+        kind,
+        entries,
+        unknown,
+        left_out=[*outside, *(prefix + n for n in sorted(aside))],
+        skipped=[prefix + n for n in sorted(alone)],
     )
 
 
@@ -269,7 +284,9 @@ def _vit_entry(name: str, lazy: Lazy) -> list[Entry] | None:
 
 def _swin_names(names: Mapping[str, Lazy]) -> Callable:
     # The original merges at the end of a stage, timm at the start of the next one.
-    late = not any(n.startswith("layers.0.downsample.") for n in names)
+    late = not any(
+        (m := _SWIN_MERGING.fullmatch(n)) and m["stage"] == "0" for n in names
+    )
 
     def translate(name: str, lazy: Lazy) -> list[Entry] | None:
         if m := _SWIN_BLOCK.fullmatch(name):

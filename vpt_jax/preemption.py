@@ -4,20 +4,17 @@
 `watch` makes SIGTERM raise `Preempted`, as Ctrl-C raises KeyboardInterrupt: what lies
 on disk is whole at any moment. Where something is worth saving first, `deferred` holds
 the exception back and `requested` is asked between two compiled calls. A second SIGTERM
-ends the process at once. Raised where Python swallows exceptions (a finaliser, a
-garbage collector's callback), `Preempted` is raised again a moment later.
+ends the process at once. Should Python swallow the exception, as it does in finalisers,
+`requested` stays true, and the next training, which asks, saves and stops.
 """
 
-import _thread
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: the same command continues
 _SAME_S = 1.0
@@ -28,7 +25,6 @@ class Preempted(BaseException):
 
 
 _requested = threading.Event()
-_sent_again = threading.Event()
 _held = 0
 
 
@@ -40,17 +36,6 @@ def watch() -> None:
     # Python's handlers wait until a compiled call returns; this one does not.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader,), daemon=True).start()
-    before = sys.unraisablehook
-
-    def swallowed(unraisable: Any) -> None:
-        # What is raised while Python collects garbage goes nowhere: raise it again,
-        # when that is over.
-        if unraisable.exc_type is Preempted:
-            threading.Timer(0.01, _send_again).start()
-        else:
-            before(unraisable)
-
-    sys.unraisablehook = swallowed
 
 
 def requested() -> bool:
@@ -84,19 +69,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Preempted
 
 
-def _send_again() -> None:
-    _sent_again.set()
-    _requested.clear()
-    _thread.interrupt_main(signal.SIGTERM)
-
-
 def _listen(reader: int) -> None:
     first = None
     while data := os.read(reader, 64):
         if signal.SIGTERM not in data:
-            continue
-        if _sent_again.is_set():  # by ourselves: nobody is in a hurry
-            _sent_again.clear()
             continue
         # coreutils' timeout, for one, signals the process and then its group.
         if first is not None and time.monotonic() - first > _SAME_S:

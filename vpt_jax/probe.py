@@ -22,7 +22,7 @@ class Probe(NamedTuple):
 
 
 def feature_scale(features: np.ndarray) -> float:
-    """Root of the mean variance of features `[n, d]`: one number; 1 if all are equal."""
+    """Root of the mean variance of features `[n, d]`; 1 if all are equal."""
     scale = float(np.sqrt(np.asarray(features, np.float64).var(axis=0).mean()))
     return scale or 1.0
 
@@ -97,7 +97,6 @@ def accuracy(head: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> 
 def best_probe(
     probes: Sequence[Probe], features: np.ndarray, labels: np.ndarray
 ) -> Probe:
-    """The probe with the highest accuracy on validation features; the larger decay on
-    a tie."""
+    """The probe with the highest accuracy on other features; of equals, more decay."""
     ordered = sorted(probes, key=lambda p: -p.decay)
     return max(ordered, key=lambda p: accuracy(p.head, features, labels))

@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from vpt_jax.messages import did_you_mean
+from vpt_jax.checks import (
+    check_head,
+    check_integer,
+    check_layers,
+    check_model,
+    is_array,
+    said,
+)
+from vpt_jax.messages import did_you_mean, shown
 
 Prompts = PyTree[Float[Array, "_ _"]]
 """One `[n_i, d]` array per layer (a tuple), `n_i >= 0`; in Swin `d` grows."""
@@ -47,6 +55,7 @@ def counts(prompts: Sequence[Any]) -> tuple[int, ...]:
       >>> counts((jnp.zeros((3, 8)), jnp.zeros((0, 8))))
       (3, 0)
     """
+    check_layers("prompts", prompts, 2, 3, shape="[n_i, d]")
     return tuple(int(p.shape[-2]) for p in prompts)
 
 
@@ -86,9 +95,9 @@ def init_prompts(
       A tuple with one `[n_i, d]` array per layer.
 
     Raises:
-      ValueError: If a count is negative, their number is not the model's depth, a
-        shallow model is given prompts in a later layer, `init` is unknown, or tokens
-        are missing, too few or of another width.
+      ValueError: If a count is negative or no integer, their number is not the model's
+        depth, a shallow model is given prompts in a later layer, `init` is unknown, or
+        tokens are missing, too few or of another width.
 
     Example:
       >>> from vpt_jax import ViT
@@ -97,18 +106,19 @@ def init_prompts(
       (2, 2, 2, 2, 2, 2)
     """
     check_choice("init", init, INITS)
+    check_model(model, "widths", "patch")
     depth = len(model.widths)
-    if isinstance(num_prompts, int):
-        per_layer = [num_prompts] * depth if deep else [num_prompts] + [0] * (depth - 1)
+    given: Any = num_prompts
+    if np.ndim(given) == 0:
+        n = check_integer("num_prompts", given, 0)
+        per_layer = [n] * depth if deep else [n] + [0] * (depth - 1)
     else:
-        per_layer = [int(n) for n in num_prompts]
+        per_layer = [check_integer("a count", n, 0) for n in given]
     if len(per_layer) != depth:
         raise ValueError(
             f"num_prompts has {len(per_layer)} entries but the model has depth {depth};"
             " pass one number, or one per layer (0 for none)."
         )
-    if min(per_layer) < 0:
-        raise ValueError(f"num_prompts is {num_prompts}; every count must be >= 0.")
     if not deep and any(per_layer[1:]):
         raise ValueError(
             f"num_prompts is {tuple(per_layer)} with deep=False; shallow prompts are"
@@ -133,8 +143,8 @@ def init_prompts(
         len(t) < n for t, (n, _) in zip(found, shapes, strict=True)
     ):
         raise ValueError(
-            f"init {init!r} got tokens of shapes {got}; expected at least {shapes}, a"
-            " [m, d] array per layer. Pass tokens=block_tokens(model, backbone, images)."
+            f"init {init!r} got tokens of shapes {got}; expected at least {shapes}."
+            " Pass tokens=block_tokens(model, backbone, images)."
         )
     choose = _centres if init == "kmeans" else _some
     return tuple(
@@ -206,8 +216,9 @@ def prompt_dropout(
       model takes in place of prompts.
 
     Raises:
-      ValueError: If the rate is not in `[0, 1)`.
+      ValueError: If the rate is not in `[0, 1)`, or the prompts are not `[n_i, d]`.
     """
+    check_layers("prompts", prompts, 2, shape="[n_i, d]")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
 
@@ -271,13 +282,12 @@ def init_head(
       `{'kernel': [width, num_classes], 'bias': [num_classes]}`.
 
     Raises:
-      ValueError: If `num_classes` is below 2 or `init` unknown.
+      ValueError: If `num_classes` is below 2 or the width below 1, or no integer, or
+        `init` unknown.
     """
     check_choice("init", init, ("reference", "zeros"))
-    if num_classes < 2:
-        raise ValueError(
-            f"num_classes is {num_classes}; a classifier needs at least 2."
-        )
+    width = check_integer("width", width, 1)
+    num_classes = check_integer("num_classes", num_classes, 2)
     if init == "zeros":
         shapes = {"kernel": (width, num_classes), "bias": (num_classes,)}
         return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
@@ -289,17 +299,25 @@ def init_head(
 
 
 def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]:
-    """Logits `features @ kernel + bias`, `[b, k]`, in the head's dtype (float32)."""
+    """Logits `features @ kernel + bias`, `[b, k]`, in the head's dtype (float32).
+
+    Raises:
+      ValueError: If the head is none, or of another width than the features.
+    """
+    check_head(head)
     kernel, bias = head["kernel"], head["bias"]
+    if not is_array(features) or features.shape[-1:] != kernel.shape[:1]:
+        raise ValueError(
+            f"features are {said(features)}; expected [b, {kernel.shape[0]}], the first"
+            " result of model.apply, for a head of that width."
+        )
     return features.astype(kernel.dtype) @ kernel + bias[None]
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     """Raises ValueError unless `value` is one of `known`."""
     if value not in known:
-        got = ascii(value)  # one line, whatever it is
-        got = got if len(got) <= 200 else f"{got[:200]}..."
         raise ValueError(
-            f"unknown {name} {got}; {did_you_mean(value, known)}choose one of"
+            f"unknown {name} {shown(value)}; {did_you_mean(value, known)}choose one of"
             f" {', '.join(map(repr, known))}."
         )

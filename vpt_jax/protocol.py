@@ -29,6 +29,7 @@ from vpt_jax.benchmark_config import (
     check_groups,
 )
 from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.messages import shown
 
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
 GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
@@ -93,8 +94,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     seeds = tuple(plain.get("seeds", ()))
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(
-            f"config.seeds is {configs.shown(seeds)}; pass at least one seed, no"
-            " repeats."
+            f"config.seeds is {shown(seeds)}; pass at least one seed, no repeats."
         )
     return make(settings, own, seeds, plain)
 
@@ -146,6 +146,7 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
         rates = [own.base_lr if given[0] is None else given[0]]
         decays = [own.weight_decay if given[1] is None else given[1]]
     size = tune.get("batch_size")
+    starts = [{"head_init": start} for start in settings.head_inits] or [{}]
     return [
         {
             "num_prompts": count,
@@ -153,8 +154,9 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
             "weight_decay": decay,
             "batch_size": batch_size(count) if size is None else size,
         }
-        for count, rate, decay in itertools.product(
-            sorted(counts) if settings.num_prompts else counts, rates, decays
+        | start
+        for count, rate, decay, start in itertools.product(
+            sorted(counts) if settings.num_prompts else counts, rates, decays, starts
         )
     ]
 
@@ -174,15 +176,17 @@ def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
             )
 
 
-def single(
-    bench: Benchmark, task: str, results: Results, rate: float | None = None
-) -> configs.Config:
-    """The config of one run of all seeds with the chosen values, or with a given rate.
+def single(bench: Benchmark, task: str, results: Results) -> configs.Config:
+    """The config of one run of all seeds with the chosen values.
 
     It stops where training diverges, if its config says so.
     """
-    best = choices(bench, task)[0]
-    best = {**best, "base_lr": rate} if rate else chosen(bench, task, "grid", results)
+    best = chosen(bench, task, "grid", results)
+    return run_with(bench, task, best)
+
+
+def run_with(bench: Benchmark, task: str, best: Mapping[str, Any]) -> configs.Config:
+    """As `single`, with one of `choices`."""
     splits = bench.base.get("task", {}).get("splits") or bench.settings.final_splits
     config = _config(bench, task, best, best, splits, bench.seeds)
     return dataclasses.replace(config, diverged=bench.base.get("diverged", "error"))
@@ -196,7 +200,8 @@ def planned(bench: Benchmark) -> list[Job]:
         for kind in TRIALS:
             found += bench.trials[task][kind]
         if bench.settings.mode == "search":
-            found += [job for rung in rungs(bench, task, {}, all_of=True) for job in rung]
+            rung = rungs(bench, task, {}, all_of=True)
+            found += {job.name: job for jobs in rung for job in jobs}.values()
         found += _final(bench, task, first, first)
     return found
 
@@ -212,7 +217,7 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
     tried = choices(bench, task)
     if kind == "linear" and bench.settings.mode == "search":
         return _chosen_probe(bench, task, results)
-    if not _named(bench, task, kind, results):
+    if not _named(bench, task, kind, {}):
         how = bench.tasks[task].how if kind == "grid" else "default"
         tune = bench.base.get("tune", {})
         if tune.get("base_lr") is not None or tune.get("weight_decay") is not None:
@@ -220,12 +225,13 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
         return {**tried[0], "how": how, "val_accuracy": None}
     rows = grid(bench, task, kind, results)
     if bench.settings.mode == "search":  # of the longest trials
-        rows = [row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]]
+        rows = [
+            row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]
+        ]
     # max keeps the first of equals, and choices are in the order of preference. A run
     # that was never finite has learnt nothing: the reference skips it.
     best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
-    keys = ("num_prompts", "base_lr", "weight_decay", "batch_size")
-    return {key: best[key] for key in keys} | {
+    return {key: best[key] for key in tried[0]} | {
         "how": bench.settings.mode,
         "val_accuracy": best["val_accuracy"],
     }
@@ -241,8 +247,11 @@ def grid(
             continue
         row = results[job.name]["rows"][0]
         stage = getattr(job.config, "tune" if kind == "grid" else "linear")
+        searched = bench.settings.mode == "search"
+        start = {"head_init": job.config.prompts.head_init} if searched else {}
         found.append(
             {
+                **start,
                 "num_prompts": job.config.prompts.num_prompts,
                 "base_lr": stage.base_lr,
                 "weight_decay": stage.weight_decay,
@@ -311,6 +320,7 @@ def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float)
     warmup = tune.warmup_epochs * epochs / tune.epochs
     tune = dataclasses.replace(tune, epochs=epochs, warmup_epochs=warmup)
     name = f"{task}/search-{epochs}epochs-lr{choice['base_lr']:g}"
+    name += f"-{choice['head_init']}"
     if len(bench.settings.decays) > 1:
         name += f"-wd{choice['weight_decay']:g}"
     return Job(name, "grid", dataclasses.replace(config, tune=tune))
@@ -327,12 +337,12 @@ def _chosen_probe(bench: Benchmark, task: str, results: Results) -> dict[str, An
     return {**first, "weight_decay": row["decay"], **how}
 
 
-def _named(
-    bench: Benchmark, task: str, kind: str, results: Results
-) -> tuple[Job, ...]:
+def _named(bench: Benchmark, task: str, kind: str, results: Results) -> tuple[Job, ...]:
     """The trials of a kind that can be named now."""
     if kind == "grid" and bench.settings.mode == "search":
-        return tuple(job for rung in rungs(bench, task, results) for job in rung)
+        found = rungs(bench, task, results)
+        # Of very few epochs the next rung is as long as the one before: its trials.
+        return tuple({job.name: job for rung in found for job in rung}.values())
     return bench.trials[task][kind]
 
 
@@ -400,6 +410,8 @@ def _config(
     values = dict(base)
     values["task"] = {**base.get("task", {}), "name": task, "splits": splits}
     values["prompts"] = {**base.get("prompts", {}), "num_prompts": best["num_prompts"]}
+    if bench.settings.mode == "search":
+        values["prompts"]["head_init"] = best["head_init"]
     values["tune"] = _stage(base, "tune", best)
     values["linear"] = _stage(base, "linear", linear)
     values["finetune"] = _stage(base, "finetune", best, less)

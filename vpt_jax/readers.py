@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax import torch_files
+from vpt_jax.messages import shown
 from vpt_jax.torch_files import Refused
 
 MAX_HEADER = torch_files.MAX_PICKLE  # also of other formats; a ViT-L needs 50 kB
@@ -82,7 +83,11 @@ class Lazy(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What a file holds; `metadata` is a safetensors header's, else empty."""
+    """What a file holds.
+
+    `metadata` is a safetensors header's. Of a PyTorch file it has `networks` where
+    there are several: which was taken.
+    """
 
     arrays: dict[str, Lazy]
     metadata: dict[str, str]
@@ -227,7 +232,7 @@ def _check_name(name: str) -> None:
     """Names are never used as paths here, but nobody else should have to know."""
     if _UNSAFE_NAME.search(name):
         raise Refused(
-            f"it has the unsafe name {ascii(name)[:80]}, expected one like a/b; save it"
+            f"it has the unsafe name {shown(name, 80)}, expected one like a/b; save it"
             " again with other names"
         )
 
@@ -379,7 +384,7 @@ def _npy_header(
     text = head[start : start + size].decode("latin-1")
     if len(text) < size or not _NPY_DICT.fullmatch(text):
         raise Refused(
-            f"the .npy header {text[:80]!a} is not that of a plain array; write"
+            f"the .npy header {shown(text, 80)} is not that of a plain array; write"
             " the file again with np.savez"
         )
     fields = dict(re.findall(r"'(\w+)':\s*('[^']*'|True|False|\([^)]*\))", text))
@@ -391,7 +396,7 @@ def _npy_header(
     else:
         why = "Python objects (pickle), never loaded" if "O" in code else "unsupported"
         raise Refused(
-            f"an array has dtype {ascii(code)[:40]} ({why}); expected booleans,"
+            f"an array has dtype {shown(code, 40)} ({why}); expected booleans,"
             " integers or floats"
         )
     shape = tuple(int(n) for n in re.findall(r"\d+", fields["shape"]))
@@ -495,14 +500,19 @@ def _torch_arrays(
 
         return Lazy(tensor.shape, dtype, load)
 
-    return Arrays({name: lazy(tensor) for name, tensor in tensors.items()}, {})
+    several = torch_files.networks(value)
+    metadata = {"networks": several} if several else {}
+    return Arrays({name: lazy(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 # --- safetensors ----------------------------------------------------------------------
 
 
 def _parse_safetensors(file: _File) -> Arrays:
-    """Without the safetensors library, whose memory map counts every byte twice."""
+    """Without the safetensors library: to NumPy it reads neither bfloat16 nor float8.
+
+    Its memory map would also end the process where a file is cut while it is read.
+    """
     size = os.fstat(file.fileno()).st_size
     (length,) = struct.unpack("<Q", file.read(8))
     text = file.read(length)
@@ -520,12 +530,12 @@ def _parse_safetensors(file: _File) -> Arrays:
         shape = _naturals(entry["shape"])
         if entry["dtype"] not in _SAFETENSORS or len(shape) > torch_files.MAX_DIMS:
             raise Refused(
-                f"an array has dtype {ascii(entry['dtype'])[:40]} and {len(shape)}"
+                f"an array has dtype {shown(entry['dtype'], 40)} and {len(shape)}"
                 f" axes; expected one of {sorted(_SAFETENSORS)}"
             )
         dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes of {name[:80]!r} do not fit its shape")
+            raise ValueError(f"the bytes of {shown(name, 80)} do not fit its shape")
         load = _loader(file, 8 + length + begin, shape, dtype)
         arrays[name] = Lazy(shape, dtype, load)
         runs.append((begin, end))

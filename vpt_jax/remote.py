@@ -14,11 +14,12 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vpt_jax.durable import atomic_path
+from vpt_jax.messages import reason
 from vpt_jax.readers import CheckpointError
 
 TIMEOUT_S = 10  # for an answer, not for the whole download
@@ -31,7 +32,7 @@ _ELSEWHERE = (
 )
 
 
-def local_path(path: str | os.PathLike) -> Path:
+def local_path(path: str | os.PathLike, *, beside: Sequence[str] = ()) -> Path:
     """The local file for a path or an address; downloads it if need be.
 
     Args:
@@ -41,6 +42,8 @@ def local_path(path: str | os.PathLike) -> Path:
         nothing, others `gcsfs`), or any other scheme that `fsspec` knows. All but the
         first are kept under `~/.cache/vpt_jax`, or under `VPT_JAX_CACHE` if that is
         set.
+      beside: Names of further files, fetched with one of `hf://` where its folder has
+        them.
 
     Raises:
       CheckpointError: If an address is malformed, or its file cannot be had; the
@@ -60,11 +63,11 @@ def local_path(path: str | os.PathLike) -> Path:
     if scheme == "file":
         return Path(f"/{urllib.parse.unquote(rest)}")
     if scheme == "hf":
-        return _hugging_face(rest)
+        return _hugging_face(rest, beside)
     return _cached(f"{scheme}://{rest}")
 
 
-def _hugging_face(rest: str) -> Path:
+def _hugging_face(rest: str, beside: Sequence[str]) -> Path:
     match = _HF.fullmatch(rest)
     if match is None or not {"", ".", ".."}.isdisjoint(rest.split("/")):
         raise CheckpointError(f"got hf://{rest}, expected {HF_FORM}.")
@@ -82,6 +85,11 @@ def _hugging_face(rest: str) -> Path:
             # Alone, hf_hub_download would try for minutes where there is no network.
             url = hub.hf_hub_url(repo, filename, revision=revision)
             hub.get_hf_file_metadata(url, timeout=TIMEOUT_S)
+            folder, slash, _ = filename.rpartition("/")
+            for name in beside:
+                with contextlib.suppress(hub.errors.EntryNotFoundError):
+                    name = f"{folder}{slash}{name}"
+                    hub.hf_hub_download(repo, name, revision=revision)
             found = hub.hf_hub_download(repo, filename, revision=revision)
         return Path(found)
 
@@ -158,9 +166,7 @@ def _explained(address: str, browser: str) -> Iterator[None]:
             f" 'vpt_jax[remote]'. Or {_ELSEWHERE}; it is at {browser} ."
         ) from error
     except Exception as error:  # the hub's, the network's and the disk's have no root
-        lines = f"{type(error).__name__}: {error}".strip().splitlines()
-        reason = " ".join(lines)[:300].rstrip(". ")
         raise CheckpointError(
-            f"{address} cannot be fetched ({reason}). Check the name and the network,"
-            f" or {_ELSEWHERE}; it is at {browser} ."
+            f"{address} cannot be fetched ({type(error).__name__}: {reason(error)})."
+            f" Check the name and the network, or {_ELSEWHERE}; it is at {browser} ."
         ) from error

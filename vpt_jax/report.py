@@ -260,21 +260,24 @@ def _search(report: Row) -> str:
     if not search:
         return ""
     lines = "".join(
-        f"<tr><td>{row['base_lr']:g}</td><td>{row['planned_epochs']}</td>"
+        f"<tr><td>{row['base_lr']:g}</td><td>{escape(row['head_init'])}</td>"
+        f"<td>{row['planned_epochs']}</td>"
         f"<td>{100 * row['val_accuracy']:.1f}</td></tr>"
         for row in search["trials"]
     )
     return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
-<div class="wide"><table><thead><tr><th>Rate</th><th>Epochs</th><th>Val %</th></tr>
-</thead><tbody>{lines}</tbody></table></div>"""
+<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th>
+<th>Val %</th></tr></thead><tbody>{lines}</tbody></table></div>"""
 
 
 def _html_table(report: Row) -> str:
     default = default_score(report)
     header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    lines = []
+    lines, num = [], _num_test(report)
     for group in summarise(report["rows"], default):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(group, default, _num_test(report)))
+        cells = "".join(
+            f"<td>{escape(cell)}</td>" for cell in _cells(group, default, num)
+        )
         lines.append(f"<tr>{cells}</tr>")
     return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>
 <tbody>{"".join(lines)}</tbody></table></div>"""

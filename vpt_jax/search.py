@@ -19,13 +19,17 @@ from vpt_jax import config as configs
 from vpt_jax import experiment, jobs, protocol
 from vpt_jax import workdir as files
 from vpt_jax.benchmark_config import OwnConfig, SearchConfig
+from vpt_jax.messages import shown
 
 STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
 _FORWARD = 1 / 3  # of the work of a training step
 
 
-def wanted(values: Mapping[str, Any]) -> bool:
+Values = ConfigDict | Mapping[str, Any]
+
+
+def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
     stages = [values.get(name) for name in ("tune", "finetune")]
     return any(
@@ -35,7 +39,7 @@ def wanted(values: Mapping[str, Any]) -> bool:
     )
 
 
-def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str, Any]:
+def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     """Searches what is open, then runs; the content of report.json.
 
     Raises:
@@ -57,7 +61,9 @@ def run(values: Mapping[str, Any], workdir: Path, command: str = "") -> dict[str
     results = perform_trials(bench, workdir)
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
-    return experiment.run(protocol.single(bench, task, results), workdir, command, found)
+    return experiment.run(
+        protocol.single(bench, task, results), workdir, command, found
+    )
 
 
 def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
@@ -80,13 +86,13 @@ def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
     print(f"{sum(done)} of {len(units)} done in {workdir}")
 
 
-def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
+def fixed(values: Values, rate: float = 0.03) -> configs.Config:
     """A checked config without a search: what is open gets a rate that mostly does.
 
     For studies, which compare selections at one rate.
     """
     plain = configs.plain_dict(values)
-    plain.pop("search", None)
+    configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if wanted(plain):
         fill_lengths(plain)
         for name in ("tune", "finetune"):
@@ -96,19 +102,21 @@ def fixed(values: Mapping[str, Any], rate: float = 0.03) -> configs.Config:
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
-    """Epochs that are None: as many as `STEPS` need, within `EPOCHS`; half to refine."""
+    """Epochs that are None: what `STEPS` need, within `EPOCHS`; half to fine-tune."""
     for name, kind in configs.GROUPS.items():
         configs.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
     tune, finetune = plain["tune"], plain["finetune"]
     if tune.get("epochs") is None:
         num = jobs.num_train(
-            configs.build(configs.BackboneConfig, plain["backbone"], "config.backbone."),
+            configs.build(
+                configs.BackboneConfig, plain["backbone"], "config.backbone."
+            ),
             configs.build(configs.TaskConfig, plain["task"], "config.task."),
         )
         size = tune.get("batch_size")
         if not isinstance(size, int) or size < 1:
             raise ValueError(
-                f"config.tune.batch_size is {configs.shown(size)}; expected int from 1."
+                f"config.tune.batch_size is {shown(size)}; expected int from 1."
             )
         steps = math.ceil(num / size)
         tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
@@ -118,9 +126,7 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         finetune["epochs"] = max(1, tune["epochs"] // 2)
 
 
-def benchmark_of(
-    settings: SearchConfig, plain: dict[str, Any]
-) -> protocol.Benchmark:
+def benchmark_of(settings: SearchConfig, plain: dict[str, Any]) -> protocol.Benchmark:
     """The benchmark of one task that a run's config describes."""
     decay = plain["tune"].pop("weight_decay", None) or 0.0
     own = OwnConfig(
@@ -150,10 +156,10 @@ def perform_trials(bench: protocol.Benchmark, workdir: Path) -> dict[str, Any]:
             results[job.name] = jobs.perform(job, workdir, prefix)
             row = results[job.name]["rows"][0]
             if files.writes():
-                tune = job.config.tune
+                tune, start = job.config.tune, job.config.prompts.head_init
                 print(
-                    f"{prefix} rate {tune.base_lr:g}, {tune.epochs} epochs: val"
-                    f" {100 * row['val_accuracy']:.1f} %",
+                    f"{prefix} rate {tune.base_lr:g}, head from {start},"
+                    f" {tune.epochs} epochs: val {100 * row['val_accuracy']:.1f} %",
                     flush=True,
                 )
 
@@ -171,21 +177,17 @@ def summary(
         "chosen": best,
         "cost": round(cost, 3),
         "sentence": (
-            f"Rate {best['base_lr']:g} chosen on val among"
-            f" {', '.join(f'{r:g}' for r in bench.settings.rates)}: {len(trials)}"
-            f" trials, {cost:.2g} times the pictures of one full training."
+            f"Rate {best['base_lr']:g} and a head from {best['head_init']} were chosen"
+            f" on val by {len(trials)} short trainings, {cost:.2g} times the pictures"
+            " of a whole one."
         ),
     }
 
 
 def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
-    """Raises ValueError if the workdir is another run's, whatever a search may choose."""
-    for rate in bench.settings.rates:
-        try:
-            experiment.check_same_config(protocol.single(bench, task, {}, rate), workdir)
-            return
-        except files.Damaged:
-            raise
-        except ValueError as error:
-            other = error
-    raise other
+    """Raises ValueError if the workdir is another's, whatever a search may choose."""
+    choices = protocol.choices(bench, task)
+    found = [protocol.run_with(bench, task, choice) for choice in choices]
+    # Of what a search may choose, the nearest.
+    near = min(found, key=lambda config: len(experiment.changed_keys(config, workdir)))
+    experiment.check_same_config(near, workdir)

@@ -292,7 +292,7 @@ def head_rates_of(
     if not settings.head_lr:
         return None
     share = settings.head_lr / settings.base_lr
-    return share / probe.feature_scale(features_of(run)), share
+    return share / probe.feature_scale(np.asarray(features_of(run))), share
 
 
 def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Recipe:
@@ -310,7 +310,7 @@ def make_recipe(run: Run, settings: configs.TrainConfig, stage: str) -> train.Re
 def fit_linear(
     run: Run, trainable: dict[str, Any], decay: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The regularised linear probe; its decay is chosen on val if there is a val set."""
+    """The regularised linear probe; its decay is chosen on val where there is one."""
     start, val = time.perf_counter(), run.task.val
     features, labels = np.asarray(features_of(run)), np.asarray(run.labels)
     decays = probe.DECAYS if val else (decay,)

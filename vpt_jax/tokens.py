@@ -36,7 +36,8 @@ def block_tokens(
       >>> images = jax.numpy.zeros((2, 32, 32, 3))
       >>> backbone = model.init(jax.random.key(0), images)["params"]
       >>> tokens = block_tokens(model, backbone, images)
-      >>> prompts = init_prompts(jax.random.key(0), model, 3, init="tokens", tokens=tokens)
+      >>> start = {"init": "tokens", "tokens": tokens}
+      >>> prompts = init_prompts(jax.random.key(0), model, 3, **start)
       >>> len(tokens), tokens[0].shape, prompts[0].shape
       (6, (130, 128), (3, 128))
     """

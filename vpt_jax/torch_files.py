@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax.messages import printable, shown
+
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 MAX_PICKLE = 4 << 20  # of a ViT-L with its optimiser: 0.3 MB
 MAX_OPCODES = 1_000_000
@@ -232,6 +234,26 @@ def state_dict(value: Any) -> dict[str, Tensor]:
     )
 
 
+def networks(value: Any) -> str:
+    """Which of several networks `state_dict` takes; empty where there is one.
+
+    A checkpoint may hold the network and an average of it over the steps (`model_ema`).
+    """
+    if not isinstance(value, dict):
+        return ""
+    held = {
+        str(key): {n for n, leaf in tree.items() if isinstance(leaf, Tensor)}
+        for key, tree in value.items()
+        if isinstance(tree, dict)
+    }
+    taken = next((key for key in WRAPPERS if held.get(key)), "")
+    if not taken:
+        return ""
+    others = [k for k, names in held.items() if k != taken and names & held[taken]]
+    shown = ", ".join(map(ascii, sorted(others)))
+    return f"{taken!a}, not {shown}" if others else ""
+
+
 def as_array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
     """The tensor as a contiguous array; `values` are the `span` elements it covers."""
     if 0 in tensor.shape or _is_contiguous(tensor):
@@ -272,9 +294,8 @@ def _opcodes(stream: io.BytesIO) -> Any:
 def _known(name: str) -> _Global:
     if name in _DTYPES or name in _INERT or name in _BUILDERS:
         return _Global(name)
-    shown = name if name.isprintable() else ascii(name)
     raise Refused(
-        f"it holds {shown[:100]}, which this reader does not build. {_RESAVE}"
+        f"it holds {printable(name[:100])}, which this reader does not build. {_RESAVE}"
     )
 
 
@@ -319,9 +340,9 @@ def _counts(values: Any, what: str) -> tuple[int, ...]:
 def _storage(pid: Any) -> Storage:
     if not isinstance(pid, tuple) or not pid or pid[0] != "storage":
         said = pid[0] if isinstance(pid, tuple) and pid else pid
-        shown = ascii(said[:40]) if isinstance(said, str) else _kind(said)
+        what = shown(said, 40) if isinstance(said, str) else _kind(said)
         raise Refused(
-            f"its pickle refers to {shown} outside of it; expected 'storage'. {_RESAVE}"
+            f"its pickle refers to {what} outside of it; expected 'storage'. {_RESAVE}"
         )
     _, kind, key, _, size, *view = pid
     if view and view != [None]:

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from vpt_jax import parallel
+from vpt_jax.checks import check_labels
 from vpt_jax.condense import cross_entropy
 from vpt_jax.data import cache, strips
 from vpt_jax.data.augment import normalise
@@ -146,7 +147,8 @@ def train_step(
     Args:
       state: Before the step.
       backbone: Frozen parameters; not differentiated.
-      batch: `image [b, s, s, 3]` uint8, `label [b]`, `mask [b]` (False: padding).
+      batch: `image [b, s, s, 3]` uint8, `label [b]`, `mask [b]` (False: padding). A
+        label that is no class makes the loss and all that is trained NaN.
       learning_rate: Of this step.
       weight_decay: Coupled L2 (SGD) or decoupled (AdamW).
       key: Of the run; the step's own key is `fold_in(key, step)`, so that a restart
@@ -370,7 +372,11 @@ def answers(
     """Which pictures are classified right, bool `[n]`; the last batch is padded.
 
     `images` may be a memory map that is larger than memory, see `batches`.
+
+    Raises:
+      ValueError: If labels are not one class of the head for each picture.
     """
+    check_labels(labels, trainable["head"]["bias"].shape[-1], strips.count(images))
     found = (
         eval_step(
             trainable,

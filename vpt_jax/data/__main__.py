@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from vpt_jax import messages
 from vpt_jax.data import builders, check, listing, vtab
 
 
@@ -108,8 +109,7 @@ def _prepare(args: argparse.Namespace) -> int:
             if args.traceback:
                 raise
             failed += 1
-            text = " ".join(str(error).split()) or repr(error)
-            _complain(f"{row.source.name} is not prepared: {text}")
+            _complain(f"{row.source.name} is not prepared: {messages.reason(error)}")
         else:
             print(f"{row.source.name}: prepared in {found}", flush=True)
             print(f"  verify it: python -m vpt_jax.data check {row.name}")

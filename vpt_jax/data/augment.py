@@ -9,27 +9,9 @@ squares are in `strips.py`.
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.prompts import check_choice
+from vpt_jax.models.inputs import NORMALISATIONS, normalise
 
-NORMALISATIONS = {
-    # name: (mean, std) per channel of pictures scaled to [0, 1]
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # VPT's pipeline
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
-
-
-def normalise(images: jax.Array, name: str) -> jax.Array:
-    """uint8 `[b, h, w, 3]` to float32: `(x / 255 - mean) / std`.
-
-    Raises:
-      ValueError: If `name` is not one of `NORMALISATIONS`.
-    """
-    check_choice("normalisation", name, tuple(NORMALISATIONS))
-    mean, std = (
-        jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in NORMALISATIONS[name]
-    )
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+__all__ = ["NORMALISATIONS", "crop_and_flip", "normalise", "resize"]
 
 
 def resize(images: jax.Array, side: int) -> jax.Array:

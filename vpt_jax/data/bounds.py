@@ -79,12 +79,3 @@ def _unreadable(error: OSError | ValueError) -> str:
         f"cannot be read ({why}); expected a file that you may read; check its "
         "permissions, or where the link leads."
     )
-
-
-def printable(text: str) -> str:
-    """A name or text from outside, fit for one line of a terminal, a log or a page.
-
-    What cannot be printed (line ends, escape sequences, bytes that are not UTF-8) is
-    shown as Python's escapes.
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -13,7 +13,7 @@ from vpt_jax.data import vtab
 
 # The extra `prepare`, as imported. tfds imports what a builder needs when it needs it:
 # that is after the download.
-_NEEDED = ("tensorflow", "h5py", "cv2", "scipy")
+_NEEDED = ("tensorflow", "h5py", "cv2")
 
 
 def require(row: vtab.Benchmark, data_dir: str = "") -> None:

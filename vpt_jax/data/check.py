@@ -5,7 +5,6 @@ Every record of train, val and test is read, which verifies its checksum, decode
 labelled. Of a picture only a hash is kept.
 """
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import records, vtab
+from vpt_jax import messages
+from vpt_jax.data import doubts, records, vtab
 
 _INTERVAL_S = 10.0  # between lines of progress
 _PATIENCE = 20  # unreadable examples of a part, after which it is left
@@ -36,7 +36,7 @@ class _Read(NamedTuple):
     """A part as it was read."""
 
     labels: np.ndarray  # int64 [n]; -1 where an example cannot be read
-    hashes: np.ndarray  # uint64 [n], of the decoded pictures
+    prints: list[int | None]  # of the decoded pictures, see `doubts.fingerprint`
     errors: list[str]
 
 
@@ -68,7 +68,7 @@ def check(
         parts = vtab.part_runs(row, sizes)
     # tfds and protobuf raise errors of many kinds for damaged descriptions.
     except Exception as e:
-        found.errors.append(" ".join(str(e).split()) or repr(e))
+        found.errors.append(messages.reason(e))
         return found
     found.errors.extend(_overlaps(parts))
 
@@ -121,12 +121,13 @@ def _read(
 ) -> _Read:
     pictures = vtab.load(row, part, data_dir=data_dir)
     num = len(pictures)
-    labels, hashes = np.full(num, -1, np.int64), np.zeros(num, np.uint64)
+    labels = np.full(num, -1, np.int64)
+    prints: list[int | None] = [None] * num
     errors, last = [], time.monotonic()
     for i in range(num):
         try:
             picture, labels[i] = pictures[i]
-            hashes[i] = _hash(picture)
+            prints[i] = doubts.fingerprint(picture)
         except ValueError as e:
             errors.append(f"{part}: {e}")
             if len(errors) == _PATIENCE:
@@ -135,13 +136,7 @@ def _read(
         if time.monotonic() - last > _INTERVAL_S:
             last = time.monotonic()
             report(f"  {part}: {i + 1:,} of {num:,} read")
-    return _Read(labels, hashes, errors)
-
-
-def _hash(picture: np.ndarray) -> int:
-    """64 bits: among a million pictures, two agree by chance once in 10^7 sets."""
-    data = repr(picture.shape).encode() + picture.tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return _Read(labels, prints, errors)
 
 
 def _labels_of(
@@ -191,22 +186,17 @@ def _compare_pictures(
     first: str, second: str, read: Mapping[str, _Read], found: Findings
 ) -> None:
     """Looks for equal pictures in two parts, whichever records they are."""
-    ours, theirs = (read[part].hashes for part in (first, second))
-    known = [read[part].labels >= 0 for part in (first, second)]
-    in_ours = np.isin(theirs, ours[known[0]]) & known[1]
-    if not in_ours.any():
+    ours, theirs = read[first].prints, read[second].prints
+    pairs = doubts.shared(theirs, ours)
+    if not pairs:
         return
-    in_theirs = np.isin(ours, theirs[known[1]]) & known[0]
-    pairs = [
-        f"{second}[{j}] is {first}[{np.flatnonzero(known[0] & (ours == theirs[j]))[0]}]"
-        for j in np.flatnonzero(in_ours)[:_SHOWN].tolist()
-    ]
-    smaller = in_ours if len(theirs) <= len(ours) else in_theirs
+    some = ", ".join(f"{second}[{j}] is {first}[{i}]" for j, i in pairs[:_SHOWN])
     text = (
-        f"{first} and {second}: {in_ours.sum():,} of {second}'s {len(theirs):,} "
-        f"pictures are equal to one of {first} ({', '.join(pairs)})"
+        f"{first} and {second}: {len(pairs):,} of {second}'s {len(theirs):,} "
+        f"pictures are equal to one of {first} ({some})"
     )
-    if smaller.mean() > _LEAK:
+    smaller = pairs if len(theirs) <= len(ours) else doubts.shared(ours, theirs)
+    if len(smaller) > _LEAK * min(len(ours), len(theirs)):
         found.errors.append(
             f"{text}; expected at most a few; prepare the data set again."
         )

@@ -9,65 +9,18 @@ text files with a line for each picture, which begins with the picture's uuid, a
 Importing this registers the builder. Only preparing does: reading needs no class.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from vpt_jax.data import cub
+
 CLASSES = 555
-_AGAIN = "unpack the publisher's archive again."
 
 
-class Picture(NamedTuple):
-    """A picture of the publisher's folder."""
-
-    path: Path
-    label: int  # 0 to 554
-    train: bool
-
-
-def _table(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Uuid to value, of a file of lines `uuid value`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise ValueError(
-            f"{path}: got no text file ({reason}); expected lines of a uuid and "
-            f"{kind}; {_AGAIN}"
-        ) from e
-    table = {}
-    for number, line in enumerate(lines, 1):
-        uuid, _, text = line.strip().partition(" ")
-        try:
-            value = parse(text)
-        except ValueError as e:
-            raise ValueError(
-                f"{path}:{number}: got {line!r}; expected a uuid and {kind}; {_AGAIN}"
-            ) from e
-        if uuid in table:
-            raise ValueError(
-                f"{path}:{number}: got uuid {uuid} again; expected it once; {_AGAIN}"
-            )
-        table[uuid] = value
-    return table
-
-
-def _path(text: str) -> str:
-    path = PurePosixPath(text)
-    if not text or path.is_absolute() or ".." in path.parts:
-        raise ValueError(text)
-    return text
-
-
-def _bit(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError(text)
-    return text == "1"
-
-
-def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, Picture]:
+def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, cub.Picture]:
     """Reads the publisher's lists, and looks whether every picture is there.
 
     Args:
@@ -83,35 +36,17 @@ def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, Picture]:
         about different pictures, there are more or fewer classes, or a picture is not
         there.
     """
-    names = "images.txt", "image_class_labels.txt", "train_test_split.txt"
-    files = [folder / name for name in names]
-    paths = _table(files[0], "a path below images/", _path)
-    ids = _table(files[1], "a class id", int)
-    train = _table(files[2], "0 or 1", _bit)
-    for other, table in ((files[1], ids), (files[2], train)):
-        differing = sorted(paths.keys() ^ table.keys())
-        if differing:
-            raise ValueError(
-                f"{other}: got {len(table)} uuids, {len(differing)} of them or of "
-                f"{len(paths)} in images.txt without counterpart, such as "
-                f"{differing[0]!r}; expected the same in both; {_AGAIN}"
-            )
-    # By number: as text, '1003' would come before '295'.
-    order = {number: k for k, number in enumerate(sorted(set(ids.values())))}
-    if len(order) != classes:
+    pictures, numbers = cub.read(folder)
+    if len(numbers) != classes:
         raise ValueError(
-            f"{files[1]}: got {len(order)} classes; expected {classes}, as labels are "
-            f"numbered by them; {_AGAIN}"
+            f"{folder / cub.FILES[1]}: got {len(numbers)} classes; expected {classes}, "
+            f"as labels are numbered by them; {cub.AGAIN}"
         )
-    pictures = {
-        uuid: Picture(folder / "images" / path, order[ids[uuid]], train[uuid])
-        for uuid, path in paths.items()
-    }
     missing = [p.path for p in pictures.values() if not p.path.is_file()]
     if missing:
         raise ValueError(
             f"{missing[0]}: got no such file, nor {len(missing) - 1} others of "
-            f"images.txt; expected all {len(pictures)} pictures; {_AGAIN}"
+            f"images.txt; expected all {len(pictures)} pictures; {cub.AGAIN}"
         )
     return pictures
 
@@ -152,14 +87,14 @@ class NABirds(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(
-        self, pictures: Mapping[str, Picture]
+        self, pictures: Mapping[str, cub.Picture]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         for uuid, (path, label, _) in pictures.items():
             data = path.read_bytes()
             if not data.startswith(b"\xff\xd8"):
                 raise ValueError(
                     f"{path}: got {len(data)} bytes that are no JPEG picture; expected "
-                    f"one; {_AGAIN}"
+                    f"one; {cub.AGAIN}"
                 )
             name = f"{path.parent.name}/{path.name}"
             yield uuid, {"image": data, "image/filename": name, "label": label}

@@ -5,8 +5,9 @@ Whatever is in the file, the result has EXIF's orientation applied and three cha
 
 * 1-bit, grey, palette: as they look;
 * transparency (alpha channel, transparent palette entry or colour): on white;
-* CMYK, YCbCr: converted by Pillow's formula, colour profiles are not applied;
-* 16-bit grey: scaled, 65535 becomes 255 (Pillow reads 16-bit colour by its high byte);
+* CMYK, YCbCr, Lab: converted by Pillow's formula, colour profiles are not applied;
+* 12 and 16-bit grey: scaled, 4095 and 65535 become 255, or 0 in a TIFF whose white is
+  0; signed, 32767 does (Pillow reads 16-bit colour by its high byte);
 * 32-bit integers: taken as 16-bit values, refused if one is outside of 0 ... 65535;
 * floats: taken as 0 ... 1, refused if one is outside;
 * several frames or pages: the first.
@@ -21,9 +22,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from vpt_jax.data import bounds
+from vpt_jax import messages
+from vpt_jax.data import bounds, colours
 from vpt_jax.prompts import check_choice
 
 RULES = ("crop", "squash", "half_pixel", "corner")
@@ -45,10 +47,11 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.7 GB as Pillow keeps RGB
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 _LONGEST = 16  # times the short side: resized whole, 3 MB for 224 px
 _ROOM = bounds.Room(MAX_PIXELS)
-_SCANS = 32  # passes over `MAX_PIXELS` that a progressive JPEG may take
+_SCANS = 12  # passes over `MAX_PIXELS` that a progressive JPEG may take: usual are 10
+_SCAN = b"\xff\xda"
+_PARTS = (273, 324), (279, 325)  # TIFF's tags of strips or tiles: offsets, sizes
 _DEFLATE = 1032
 _BLOCK = 64 << 20  # bytes
-_BAND = 1 << 20  # pixels converted at a time
 _CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
 
@@ -88,10 +91,6 @@ def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.n
         raise ValueError(f"{path}: {e}") from e
 
 
-class _OwnError(Exception):
-    """What is wrong with a picture that is whole."""
-
-
 def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a file's content; to be called within `quiet()`."""
     check_choice("rule", rule, RULES)
@@ -105,15 +104,16 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
             if size > MAX_PIXELS:
                 raise Image.DecompressionBombError
             _check_bomb(picture, data)
+            colours.before_load(picture, data)
             if rule in ("crop", "squash"):
                 _draft(picture, side, rule)
             with _ROOM.take(picture.width * picture.height):
                 try:
                     picture.load()
-                    return _finish(picture, side, rule)
+                    return _finish(picture, data, side, rule)
                 finally:
                     picture.close()  # its pixels go, whoever holds the error
-    except _OwnError as e:
+    except colours.OddError as e:
         raise ValueError(str(e)) from e
     except UnidentifiedImageError as e:
         raise ValueError(
@@ -128,43 +128,63 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     except MemoryError:
         raise  # says nothing about the file
     except Exception as e:  # readers of damaged files raise whatever comes up
-        reason = bounds.printable(" ".join(str(e).split())[:300]) or type(e).__name__
+        reason = messages.reason(e)
         raise ValueError(
             f"got a damaged picture ({reason}); expected a whole one; fetch it again."
         ) from e
 
 
-def _finish(picture: Image.Image, side: int, rule: str) -> np.ndarray:
-    _upright(picture)
+def _finish(picture: Image.Image, data: bytes, side: int, rule: str) -> np.ndarray:
+    out = colours.to_rgb(picture, data)
     try:
-        return fit(to_rgb(picture), side, rule)
+        return fit(out, side, rule)
     except ValueError as e:  # not for damage: that is Pillow's to find
-        raise _OwnError(str(e)) from e
+        raise colours.OddError(str(e)) from e
 
 
 def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a picture that Pillow has opened; it stays as it is."""
     check_choice("rule", rule, RULES)
-    own = picture.copy()
-    _upright(own)
-    return fit(to_rgb(own), side, rule)
+    try:
+        return fit(colours.to_rgb(picture.copy()), side, rule)
+    except (colours.OddError, OSError) as e:  # OSError: its file is damaged
+        raise ValueError(f"got a picture that cannot be used ({messages.reason(e)}).") from e
 
 
 def _check_bomb(picture: Image.Image, data: bytes) -> None:
     """Raises for what would take 0.7 GB, or minutes, and be damaged in the end."""
     pixels, size = picture.width * picture.height, f"{picture.width} x {picture.height}"
-    # Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit.
-    if picture.format == "PNG" and len(data) < pixels // (8 * _DEFLATE):
-        raise _OwnError(
-            f"got a damaged picture ({size} px in {len(data)} bytes of PNG); expected "
-            "a whole one; fetch it again."
+    # Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit;
+    # nothing but one colour is as small in JPEG 2000, which takes ten times as long.
+    packed = picture.format in ("PNG", "JPEG2000")
+    if packed and len(data) < pixels // (8 * _DEFLATE):
+        raise colours.OddError(
+            f"got a damaged picture ({size} px in {len(data)} bytes of "
+            f"{picture.format}); expected a whole one; fetch it again."
         )
-    # Every scan of a JPEG goes over all pixels, and takes but a few bytes.
-    scans = data.count(b"\xff\xda") if picture.format == "JPEG" else 0
+    scans = _scans(picture, data)
     if scans * pixels > _SCANS * MAX_PIXELS:
-        raise _OwnError(
+        raise colours.OddError(
             f"got a JPEG of {size} px in {scans} scans; expected fewer; save it again."
         )
+
+
+def _scans(picture: Image.Image, data: bytes) -> int:
+    """How often decoding goes over all pixels; each takes a JPEG but a few bytes.
+
+    By content, as there are many names for a JPEG with something around it (MPO).
+    """
+    if data.startswith(b"\xff\xd8"):
+        return data.count(_SCAN)
+    if "jpeg" not in str(picture.info.get("compression")):
+        return 0
+    # A TIFF's parts are JPEGs of their own, with a scan each.
+    tags = picture.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+    starts, sizes = (tags.get(a) or tags.get(b) or () for a, b in _PARTS)
+    if not starts or sum(sizes) > len(data):  # they overlap: no more than there are
+        return data.count(_SCAN)
+    parts = zip(starts, sizes, strict=False)
+    return max(data.count(_SCAN, start, start + size) for start, size in parts)
 
 
 @functools.cache
@@ -193,60 +213,6 @@ def _draft(picture: Image.Image, side: int, rule: str) -> None:
             return
 
 
-def _upright(picture: Image.Image) -> None:
-    """Applies EXIF's orientation; a damaged EXIF block is no reason to refuse."""
-    with contextlib.suppress(Exception):  # whatever the bytes lead to
-        ImageOps.exif_transpose(picture, in_place=True)
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode to RGB, see the module's docstring.
-
-    Raises:
-      ValueError: If values are out of the range that the mode is taken to have.
-    """
-    mode = picture.mode
-    if mode == "RGB" and not picture.has_transparency_data:
-        return picture
-    if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(picture))).convert("RGB")
-    width, height = picture.size
-    rows = max(1, _BAND // width)
-    if rows >= height:
-        return _band_to_rgb(picture)
-    # Band by band: whole, each step of it would be another copy of a large picture.
-    out = Image.new("RGB", picture.size)
-    for top in range(0, height, rows):
-        band = picture.crop((0, top, width, min(top + rows, height)))
-        out.paste(_band_to_rgb(band), (0, top))
-    return out
-
-
-def _band_to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.has_transparency_data:
-        over = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, over).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _to_8_bits(x: np.ndarray) -> np.ndarray:
-    """Grey `[h, w]`: 0 ... 65535 if integer, 0 ... 1 if float, to 0 ... 255."""
-    top = 1 if x.dtype.kind == "f" else 65535
-    low, high = x.min(), x.max()
-    if not (low >= 0 and high <= top):  # NaN too
-        raise ValueError(
-            f"got {x.dtype.name} values from {low} to {high}; expected 0 to {top}; "
-            "scale them, and save as 8 bits."
-        )
-    out = np.empty(x.shape, np.uint8)
-    rows = max(1, _BAND // x.shape[1])
-    for at in range(0, len(x), rows):
-        band = x[at : at + rows].astype(np.float64)
-        out[at : at + rows] = np.floor(band * (255 / top) + 0.5)
-    return out
-
-
 def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     """An RGB picture to uint8 `[side, side, 3]` by one of `RULES`."""
     width, height = picture.size
@@ -263,7 +229,7 @@ def _pixels(picture: Image.Image) -> np.ndarray:
     """uint8 `[h, w, 3]`, band by band: at once, Pillow would make two copies more."""
     width, height = picture.size
     out = np.empty((height, width, 3), np.uint8)
-    rows = max(1, _BAND // width)
+    rows = max(1, colours.BAND // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         out[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))

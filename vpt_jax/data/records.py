@@ -16,90 +16,22 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 
-_AGAIN = "prepare the data set again; the file may be damaged or cut short."
+from vpt_jax.messages import mismatch
 
-# CRC-32C, which TFRecord files use: the bits of the Castagnoli polynomial, reflected.
-_POLYNOMIAL = 0x82F63B78
-_LANE = 32  # words of 4 bytes that are summed one after the other, in many lanes
+_AGAIN = "prepare the data set again; the file may be damaged or cut short"
+_INTACT = "an intact TFRecord or ArrayRecord file"
+_NOT_SUMMED = "that does not match its checksum"
+
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 
 
-class _Tables(NamedTuple):
-    """A linear map of 32 bits, by the lower and the upper 16: uint32 `[65536]`."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-    def __call__(self, crc: np.ndarray) -> np.ndarray:
-        return self.low[crc & 0xFFFF] ^ self.high[crc >> 16]
-
-
-@functools.cache
-def _byte_table() -> np.ndarray:
-    """The checksums of single bytes, uint32 `[256]`."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
-    return table
-
-
-@functools.cache
-def _zeros(doublings: int) -> _Tables:
-    """What `4 * 2**doublings` zero bytes do to a checksum."""
-    if doublings:
-        half = _zeros(doublings - 1)
-        return _Tables(half(half.low), half(half.high))
-    tables = [_byte_table()]
-    for _ in range(3):
-        tables.append((tables[-1] >> 8) ^ tables[0][tables[-1] & 0xFF])
-    # Little-endian: the lowest byte comes first and passes all four.
-    last, third, second, first = tables
-    low = second[:, None] ^ first[None, :]
-    high = last[:, None] ^ third[None, :]
-    return _Tables(low.reshape(-1), high.reshape(-1))
-
-
-def _crc_rows(words: np.ndarray) -> np.ndarray:
-    """The plain checksum (from 0, not inverted) of each row: uint32 `[rows]`."""
-    step = _zeros(0)
-    crc = np.zeros(len(words), np.uint32)
-    for column in np.ascontiguousarray(words.T):
-        crc = step(crc ^ column)
-    return crc
-
-
-def crc32c(data: bytes) -> int:
-    """The CRC-32C (Castagnoli) checksum of `data`.
-
-    In NumPy: the bytes are cut into lanes that are summed side by side, and the sums
-    of neighbours are then joined, as the checksum is linear.
-    """
-    if len(data) < 4:
-        crc = 0xFFFFFFFF
-        for byte in data:
-            crc = (crc >> 8) ^ int(_byte_table()[(crc ^ byte) & 0xFF])
-        return crc ^ 0xFFFFFFFF
-    # Zeros in front change nothing when the sum starts from 0. Starting from all ones
-    # is the same as inverting the first four bytes.
-    pad = -len(data) % (4 * _LANE)
-    padded = np.zeros(pad + len(data), np.uint8)
-    padded[pad:] = np.frombuffer(data, np.uint8)
-    padded[pad : pad + 4] ^= 0xFF
-    sums = _crc_rows(padded.view("<u4").reshape(-1, _LANE))
-    doublings = _LANE.bit_length() - 1
-    while len(sums) > 1:
-        if len(sums) % 2:
-            sums = np.concatenate([np.zeros(1, np.uint32), sums])
-        sums = _zeros(doublings)(sums[::2]) ^ sums[1::2]
-        doublings += 1
-    return int(sums[0]) ^ 0xFFFFFFFF
-
-
-def _mask(crc: Any) -> Any:
-    """TFRecord's masked form of a checksum, of an int or of a uint64 array."""
+def _checksum(data: bytes) -> int:
+    """TFRecord's masked form of CRC-32C (Castagnoli)."""
+    crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -120,32 +52,24 @@ def index_tfrecord(path: str) -> np.ndarray:
         short.
     """
     size = os.path.getsize(path)
-    found, headers, at = [], [], 0
+    found, at = [], 0
     with open(path, "rb") as f:
         # An empty file cannot be mapped; it has no records.
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         while at + 12 <= size:
-            headers.append(data[at : at + 12])
             (length,) = _LENGTH.unpack_from(data, at)
+            if _checksum(data[at : at + 8]) != _CRC.unpack_from(data, at + 8)[0]:
+                where = f"{path}, record {len(found)}"
+                raise mismatch(where, f"a length {_NOT_SUMMED}", _INTACT, _AGAIN)
             found.append((at + 12, length))
             at += 16 + length
         if isinstance(data, mmap.mmap):
             data.close()
-    raw = np.frombuffer(b"".join(headers), "<u4").reshape(-1, 3)
-    sums = _crc_rows(raw[:, :2] ^ np.array([0xFFFFFFFF, 0], np.uint32)) ^ 0xFFFFFFFF
-    bad = np.flatnonzero(_mask(sums.astype(np.uint64)) != raw[:, 2])
-    if len(bad):
-        raise ValueError(
-            f"{path}, record {bad[0]}: got a length that does not match its checksum; "
-            f"expected an intact TFRecord file; {_AGAIN}"
-        )
     if at != size:
         # A header of less than 12 bytes is a record too, and not in `found`.
         last = len(found) if at < size else len(found) - 1
-        raise ValueError(
-            f"{path}, record {last}: got a file of {size} bytes that ends inside it; "
-            f"expected the whole record; {_AGAIN}"
-        )
+        got = f"a file of {size} bytes that ends inside it"
+        raise mismatch(f"{path}, record {last}", got, "the whole record", _AGAIN)
     return np.array(found, np.int64).reshape(-1, 2)
 
 
@@ -155,11 +79,9 @@ def _read_tfrecord(path: str, number: int, start: int, length: int) -> bytes:
         f.seek(start)
         data = f.read(length + 4)
     payload = data[:length]
-    if len(data) < length + 4 or _mask(crc32c(payload)) != _CRC.unpack(data[-4:])[0]:
-        raise ValueError(
-            f"{path}, record {number}: got data that does not match its checksum; "
-            f"expected an intact TFRecord file; {_AGAIN}"
-        )
+    if len(data) < length + 4 or _checksum(payload) != _CRC.unpack(data[-4:])[0]:
+        where = f"{path}, record {number}"
+        raise mismatch(where, f"data {_NOT_SUMMED}", _INTACT, _AGAIN)
     return payload
 
 
@@ -199,10 +121,7 @@ class _ArrayRecord:
             if not self._records:
                 self._reader.read([0])  # says what is wrong with the file
         except (RuntimeError, IndexError, ValueError) as e:
-            raise ValueError(
-                f"{path}: got no records ({e}); expected an intact ArrayRecord file; "
-                f"{_AGAIN}"
-            ) from e
+            raise mismatch(path, f"no records ({e})", _INTACT, _AGAIN) from e
 
     def __len__(self) -> int:
         return self._records
@@ -211,10 +130,9 @@ class _ArrayRecord:
         try:
             return self._reader.read([i])[0]
         except (RuntimeError, IndexError, ValueError) as e:
-            raise ValueError(
-                f"{self._path}, record {i}: got data that cannot be read ({e}); "
-                f"expected an intact ArrayRecord file; {_AGAIN}"
-            ) from e
+            where = f"{self._path}, record {i}"
+            got = f"data that cannot be read ({e})"
+            raise mismatch(where, got, _INTACT, _AGAIN) from e
 
 
 _READERS = {"array_record": _ArrayRecord, "tfrecord": _TFRecord}
@@ -319,10 +237,8 @@ class Examples:
 
 def _checked(reader: Any, path: str, total: int) -> Any:
     if len(reader) != total:
-        raise ValueError(
-            f"{path}: got {len(reader)} records; expected {total}, as "
-            f"dataset_info.json says; {_AGAIN}"
-        )
+        expected = f"{total}, as dataset_info.json says"
+        raise mismatch(path, f"{len(reader)} records", expected, _AGAIN)
     return reader
 
 
@@ -333,10 +249,11 @@ def _builder(directory: str | os.PathLike[str]) -> Any:
     for name in ("dataset_info.json", "features.json"):
         path = os.path.join(directory, name)
         if not os.path.isfile(path):
-            raise ValueError(
-                f"{path}: got no such file; expected a version directory that tfds "
-                "prepared, such as ~/tensorflow_datasets/cifar100/3.0.2; give that."
+            expected = (
+                "a version directory that tfds prepared, such as"
+                " ~/tensorflow_datasets/cifar100/3.0.2"
             )
+            raise mismatch(path, "no such file", expected, "give that")
     return tfds.builder_from_directory(os.fspath(directory))
 
 
@@ -387,8 +304,6 @@ def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
     runs = [_Run(p.filename, p.skip, p.take, p.examples_in_shard) for p in parts]
     for run in runs:
         if not os.path.isfile(run.path):
-            raise ValueError(
-                f"{run.path}: got no such file; expected the {run.total} examples that "
-                "dataset_info.json says it has; prepare the data set again."
-            )
+            expected = f"the {run.total} examples that dataset_info.json says it has"
+            raise mismatch(run.path, "no such file", expected, _AGAIN)
     return Examples(info.features, file_format, runs)

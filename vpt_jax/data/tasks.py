@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import bounds, folder, prepared, shapes, strips, vtab
+from vpt_jax.data import folder, prepared, shapes, strips, vtab
 from vpt_jax.data.pictures import resize_bilinear
+from vpt_jax.messages import printable
 from vpt_jax.prompts import check_choice
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
@@ -48,6 +49,7 @@ class Task(NamedTuple):
     train: Split
     val: Split | None  # None where train has these pictures too
     test: Split | None  # None where it was not asked for
+    doubts: tuple[str, ...] | None = None  # None where nobody looked, see `doubts.py`
     resize: str = "half_pixel"  # how pictures became squares, of `pictures.RULES`
 
 
@@ -192,8 +194,12 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
     """Own pictures; the task is called as the folder is."""
     found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    parts = (Split(*found.splits[k]) for k in folder.SPLITS)
-    return Task(bounds.printable(name), found.class_names, *parts, resize=found.rule)
+    train, val, test = (Split(*found.splits[k]) for k in folder.SPLITS)
+    return Task(
+        *(printable(name), found.class_names, train, val, test),
+        doubts=found.doubts,
+        resize=found.rule,
+    )
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
@@ -206,7 +212,7 @@ def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> 
 
     train, val = read("train800"), read("val200")
     test = None if splits == "select" else read("test")
-    return Task(name, _numbers(row.classes), train, val, test, rule)
+    return Task(name, _numbers(row.classes), train, val, test, resize=rule)
 
 
 def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
@@ -224,7 +230,7 @@ def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
     # To be trained on, val needs room for crops as well.
     val = strip("val") if splits == "final" else centres("val")
     test = None if splits == "select" else centres("test")
-    return Task(name, _numbers(row.classes), train, val, test, "crop")
+    return Task(name, _numbers(row.classes), train, val, test, resize="crop")
 
 
 def _numbers(classes: int) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model checks of its prompts, masks and gates; the same for every model."""
+"""What a model is given: normalised pictures, prompts, masks and gates."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,11 +7,73 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.checks import check_layers, check_model, is_array, said
 from vpt_jax.models.attention import wide
 from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice
 
 FORMULATIONS = ("kv", "tokens")
+NORMALISATIONS = {
+    # name: (mean, std) per channel of pictures scaled to [0, 1]
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # VPT's pipeline
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def normalise(images: jax.Array, name: str) -> jax.Array:
+    """Pictures as a backbone expects them: `(x / 255 - mean) / std`.
+
+    Args:
+      images: uint8 `[b, h, w, 3]`, colours 0 ... 255.
+      name: `"half"` (mean and std 0.5: Google's ViTs, the demo), `"imagenet"` (its mean
+        and std: most others) or `"none"` (0 ... 1). What a file was trained with, if
+        that is known: `vpt_jax.read_card(path)["normalisation"]`.
+
+    Returns:
+      float32 `[b, h, w, 3]`.
+
+    Raises:
+      ValueError: If `name` is not one of these, or the pictures are not as above.
+
+    Example:
+      >>> float(normalise(jnp.full((1, 8, 8, 3), 255, jnp.uint8), "half").max())
+      1.0
+    """
+    check_choice("normalisation", name, tuple(NORMALISATIONS))
+    shape = tuple(images.shape) if is_array(images) else ()
+    if len(shape) != 4 or shape[3] != 3 or images.dtype != jnp.uint8:
+        raise ValueError(
+            f"images are {said(images)}; expected uint8 [b, h, w, 3]. Of floats in 0"
+            " ... 1 take (255 * x).round().astype('uint8'); what is normalised goes to"
+            " the model as it is."
+        )
+    mean, std = (
+        jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in NORMALISATIONS[name]
+    )
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def check_images(images: Any, side: int) -> None:
+    """Raises ValueError unless the pictures are normalised floats `[b, s, s, 3]`."""
+    shape = tuple(images.shape) if is_array(images) else said(images)
+    if len(shape) != 4 or shape[1:] != (side, side, 3):
+        raise ValueError(
+            f"images have shape {shape} but the model expects [b, {side}, {side}, 3];"
+            " resize them, or build the model with image_size= (load_backbone resizes"
+            " the position table)."
+        )
+    check_normalised(images)
+
+
+def check_normalised(images: Any) -> None:
+    """Raises ValueError if pictures are integers: their colours, 0 ... 255."""
+    if is_array(images) and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images are {said(images)}; expected floats, normalised as the backbone"
+            " was trained: vpt_jax.normalise(images, 'half'), or another name that"
+            " vpt_jax.read_card(path)['normalisation'] gives."
+        )
 
 
 class Inputs(NamedTuple):
@@ -33,10 +95,12 @@ def prepare(
     deep: bool,
     formulation: str,
     dtype: Any,
+    batch: Any = None,
 ) -> Inputs:
     """Checks the arguments that every model of this package takes.
 
     Shallow prompts always run as tokens; a model without prompts as the plain network.
+    `batch` is the number of pictures, where it is known already.
 
     Raises:
       ValueError: If something does not fit, with got, expected and what to do.
@@ -47,8 +111,8 @@ def prepare(
         if mask is not None or gate is not None:
             raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
         return Inputs([None] * depth, [None] * depth, True, "kv")
-    num = check_prompts(prompts, widths)
-    weights = key_weights(mask, gate, num)
+    num = check_prompts(prompts, widths, batch)
+    weights = key_weights(mask, gate, num, batch)
     prefilled = any(isinstance(p, KeyValue) for p in prompts)
     if not deep:
         if weights[0] is not None and weights[0].ndim == 4:
@@ -73,12 +137,21 @@ def prepare(
     return Inputs(cast, weights, deep, formulation)
 
 
-def check_prompts(prompts: Sequence[Any], widths: tuple[int, ...]) -> tuple[int, ...]:
+def check_prompts(
+    prompts: Any, widths: tuple[int, ...], batch: Any = None
+) -> tuple[int, ...]:
     """Raises ValueError unless there is one array of the right width per layer.
+
+    One set per example must be as many as the `batch`, or one for all.
 
     Returns:
       The counts.
     """
+    arrays = prompts
+    if isinstance(prompts, tuple | list):  # a `KeyValue` stands for its layer
+        arrays = [p.key if isinstance(p, KeyValue) else p for p in prompts]
+        arrays = prompts if hasattr(prompts, "_fields") else arrays
+    check_layers("prompts", arrays, 0, 1, 2, 3, 4, shape="[n_i, d]")
     if len(prompts) != len(widths):
         raise ValueError(
             f"prompts have {len(prompts)} layers but the model has depth {len(widths)};"
@@ -88,8 +161,9 @@ def check_prompts(prompts: Sequence[Any], widths: tuple[int, ...]) -> tuple[int,
     for i, (p, width) in enumerate(zip(prompts, widths, strict=True)):
         if isinstance(p, KeyValue):
             h, n, c = p.key.shape[-3:]
-            got = h * c
+            got, own = h * c, p.key.ndim == 4
         else:
+            own = p.ndim == 3
             n, got = p.shape[-2:] if p.ndim in (2, 3) else (0, -1)
         if got != width:
             shape = tuple(jnp.shape(p.key if isinstance(p, KeyValue) else p))
@@ -98,14 +172,27 @@ def check_prompts(prompts: Sequence[Any], widths: tuple[int, ...]) -> tuple[int,
                 f" expected [n, {width}] (or [b, n, {width}]). Were these prompts made"
                 " for another backbone?"
             )
+        if own:
+            _check_rows(f"prompts[{i}]", p.key if isinstance(p, KeyValue) else p, batch)
         num.append(n)
     return tuple(num)
+
+
+def _check_rows(name: str, array: jax.Array, batch: Any) -> None:
+    """Raises ValueError unless axis 0 is the batch, of as many examples or one."""
+    if batch is not None and array.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{name} has shape {tuple(array.shape)}, one for each of"
+            f" {array.shape[0]} examples, but there are {batch} pictures; expected as"
+            " many, or none of the axis for all alike."
+        )
 
 
 def key_weights(
     mask: Sequence[jax.Array] | None,
     gate: Sequence[jax.Array] | None,
     num: tuple[int, ...],
+    batch: Any = None,
 ) -> list[jax.Array | None]:
     """Mask times gate as float32 `[b or 1, n_i]` per layer; None where neither is.
 
@@ -114,12 +201,22 @@ def key_weights(
     for name, given in (("prompt_mask", mask), ("prompt_gate", gate)):
         if given is None:
             continue
+        ranks = (1, 2) if name == "prompt_mask" else (1, 2, 4)
+        check_layers(name, given, *ranks, shape="[n_i]")
         got = tuple(int(g.shape[-1]) for g in given)
         if got != num:
             raise ValueError(
                 f"{name} has {got} entries per layer but the prompts have {num}; pass"
                 " one entry per prompt, layer by layer."
             )
+        for i, g in enumerate(given):
+            if g.ndim > 1:
+                _check_rows(f"{name}[{i}]", g, batch)
+            if name == "prompt_mask" and g.dtype != bool:
+                raise ValueError(
+                    f"{name}[{i}] is {said(g)}; expected booleans, False for prompts"
+                    " that are out. Weights in between are prompt_gate."
+                )
     result: list[jax.Array | None] = []
     for i, n in enumerate(num):
         weight = None
@@ -148,5 +245,17 @@ def prefill(model: Any, backbone: Any, prompts: Sequence[jax.Array]) -> Any:
     Returns:
       One `KeyValue` per layer (the last layer's prompts stay as they are where the
       read-out averages over their outputs); pass it as `prompts=` in their place.
+
+    Raises:
+      ValueError: If the prompts do not fit the model, were prefilled before, or the
+        model is not of this package.
+
+    Example:
+      Of prompts that are not trained any more::
+
+        ready = vpt_jax.prefill(model, backbone, small)
+        features, _ = model.apply({"params": backbone}, images, prompts=ready)
     """
+    check_model(model, "prefill", "widths")
+    check_layers("prompts", prompts, 2, 3, shape="[n_i, d], not prefilled before,")
     return model.apply({"params": backbone}, prompts, method="prefill")

@@ -48,6 +48,21 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 @jax.checkpoint
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU's approximation by tanh: `flax.linen.gelu`'s default, PyTorch's `"tanh"`."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@jax.checkpoint
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x * sigmoid(1.702 x)`, as in OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+
+
+@jax.checkpoint
 def swiglu(x: jax.Array) -> jax.Array:
     """`silu(gate) * up` of the halves of `x [..., 2 f]`, gate first, as `[..., f]`."""
     gate, up = jnp.split(x, 2, axis=-1)
@@ -212,7 +227,7 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with exact GELU between them, or SwiGLU.
+    """Two dense layers with one of `ACTIVATIONS` between them, or SwiGLU.
 
     `swiglu` (Shazeer, arXiv 2002.05202; DINOv2-g): the first layer makes two halves of
     `mlp_dim` columns, `silu(first) * second` goes on.
@@ -222,6 +237,7 @@ class MlpBlock(nn.Module):
     swiglu: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -233,7 +249,7 @@ class MlpBlock(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
         )
         y = dense(self.mlp_dim * (2 if self.swiglu else 1), name="Dense_0")(x)
-        y = swiglu(y) if self.swiglu else gelu(y)
+        y = swiglu(y) if self.swiglu else ACTIVATIONS[self.activation](y)
         return dense(x.shape[-1], name="Dense_1")(y)
 
 
@@ -264,15 +280,19 @@ class Block(nn.Module):
     attention: str = "products"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
+    epsilon: float = LayerNorm.epsilon
 
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.LayerNorm_0 = LayerNorm(**kinds)
+        self.LayerNorm_0 = LayerNorm(**kinds, epsilon=self.epsilon)
         self.MultiHeadDotProductAttention_0 = Attention(
             self.num_heads, self.attention, **kinds
         )
-        self.LayerNorm_1 = LayerNorm(**kinds)
-        self.MlpBlock_0 = MlpBlock(self.mlp_dim, self.swiglu, **kinds)
+        self.LayerNorm_1 = LayerNorm(**kinds, epsilon=self.epsilon)
+        self.MlpBlock_0 = MlpBlock(
+            self.mlp_dim, self.swiglu, activation=self.activation, **kinds
+        )
         if self.layer_scale:
             self.LayerScale_0 = LayerScale(**kinds)
             self.LayerScale_1 = LayerScale(**kinds)

@@ -36,7 +36,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.models.inputs import check_prompts, prepare
+from vpt_jax.models.inputs import check_images, check_prompts, prepare
 from vpt_jax.models.layers import (
     KeyValue,
     LayerNorm,
@@ -44,6 +44,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     mean_tokens,
 )
+from vpt_jax.models.variants import canonical, similar
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
 from vpt_jax.prompts import check_choice, per_example
 
@@ -191,11 +192,12 @@ class Swin(nn.Module):
                 object.__setattr__(self, name, size)
 
         if self.variant:
-            letter = self.variant.removeprefix("Swin-")
+            letter = canonical(self.variant).removeprefix("Swin-")
             if letter not in VARIANTS:
-                known = ", ".join(f"Swin-{v}" for v in VARIANTS)
+                known = [f"Swin-{v}" for v in VARIANTS]
                 raise ValueError(
-                    f"unknown variant {self.variant!r}; known: {known}. For free sizes"
+                    f"unknown variant {self.variant!r}{similar(self.variant, known)};"
+                    f" known: {', '.join(known)}. For free sizes"
                     " pass embed_dim=, depths= and num_heads= instead."
                 )
             put(variant=f"Swin-{letter}")
@@ -297,13 +299,7 @@ class Swin(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)} but the model expects"
-                f" [b, {side}, {side}, 3]; resize them, or build the model with"
-                " image_size=."
-            )
+        check_images(images, self.image_size)
         given = prepare(
             prompts,
             prompt_mask,
@@ -312,6 +308,7 @@ class Swin(nn.Module):
             deep=deep,
             formulation=formulation,
             dtype=self.dtype,
+            batch=images.shape[0],
         )
         last, reads_prompts = self.depth - 1, self.readout == "mean_with_prompts"
         if reads_prompts and isinstance(given.prompts[last], KeyValue):

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.models.attention import ATTENTIONS, wide
-from vpt_jax.models.inputs import Inputs, check_prompts, prepare
+from vpt_jax.models.inputs import Inputs, check_images, check_prompts, prepare
 from vpt_jax.models.layers import (
+    ACTIVATIONS,
     AddPositionEmbs,
     Block,
     LayerNorm,
@@ -35,6 +36,7 @@ from vpt_jax.models.layers import (
     mean_tokens,
     standardise,
 )
+from vpt_jax.models.variants import canonical, similar
 from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
@@ -77,13 +79,16 @@ REMATS: dict[str, Any] = {
 def decode_variant(variant: str) -> dict[str, Any]:
     """Sizes of a variant string such as `"B/16"` (size, then patch in pixels).
 
+    Other people's names of it, such as timm's, are understood (`canonical`).
+
     Raises:
       ValueError: If the string is not `SIZE/PATCH` with a known size.
     """
-    size, _, patch = variant.partition("/")
+    size, _, patch = canonical(variant).partition("/")
     if size not in VARIANTS or not patch.isdecimal() or int(patch) == 0:
         raise ValueError(
-            f"unknown variant {variant!r}; known: {', '.join(NAMED_VARIANTS)}, or"
+            f"unknown variant {variant!r}{similar(variant, NAMED_VARIANTS)}; known:"
+            f" {', '.join(NAMED_VARIANTS)}, or"
             f" another patch size for one of {', '.join(VARIANTS)}. For free sizes pass"
             " width=, depth=, num_heads=, mlp_dim= and patch= instead."
         )
@@ -107,6 +112,8 @@ class Encoder(nn.Module):
     attention: str = "products"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
+    epsilon: float = LayerNorm.epsilon
 
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -118,11 +125,13 @@ class Encoder(nn.Module):
                 self.layer_scale,
                 self.swiglu,
                 self.attention,
+                activation=self.activation,
+                epsilon=self.epsilon,
                 **kinds,
             )
             for _ in range(self.depth)
         ]
-        self.encoder_norm = LayerNorm(**kinds)
+        self.encoder_norm = LayerNorm(**kinds, epsilon=self.epsilon)
 
     @property
     def prefix(self) -> int:
@@ -153,7 +162,7 @@ class Encoder(nn.Module):
         if not shared or self.remat != "none":
             return ready
         rows = jnp.concatenate([ready[i] for i in shared])
-        rows = standardise(rows.astype(wide(rows.dtype)), LayerNorm.epsilon)
+        rows = standardise(rows.astype(wide(rows.dtype)), self.epsilon)
         ends = np.cumsum([len(ready[i]) for i in shared])
         for i, own in zip(shared, jnp.split(rows, ends[:-1]), strict=True):
             ready[i] = Standard(own)
@@ -311,6 +320,8 @@ class ViT(nn.Module):
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
+      activation: Of the MLP: `"gelu"`, exact; `"gelu_tanh"`; or `"quick_gelu"`.
+      epsilon: Of every LayerNorm.
     """
 
     variant: str = ""
@@ -331,8 +342,11 @@ class ViT(nn.Module):
     attention: str = "products"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    activation: str = "gelu"
+    epsilon: float = LayerNorm.epsilon
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "variant", canonical(self.variant))
         sizes = decode_variant(self.variant) if self.variant else {"image_size": 224}
         sizes = {"swiglu": False, **sizes}
         for name, size in sizes.items():
@@ -359,6 +373,7 @@ class ViT(nn.Module):
         check_choice("posemb", self.posemb, POSEMBS)
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("remat", self.remat, tuple(REMATS))
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         if self.readout == "cls" and not self.class_token:
             raise ValueError(
                 "readout 'cls' needs class_token=True; a model without a class token is"
@@ -399,6 +414,8 @@ class ViT(nn.Module):
             swiglu=bool(self.swiglu),
             remat=self.remat,
             attention=self.attention,
+            activation=self.activation,
+            epsilon=self.epsilon,
             **kinds,
         )
 
@@ -449,13 +466,7 @@ class ViT(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)} but the model expects"
-                f" [b, {side}, {side}, 3]; resize them, or build the model with"
-                " image_size= (load_backbone resizes the position table)."
-            )
+        check_images(images, self.image_size)
         given = prepare(
             prompts,
             prompt_mask,
@@ -464,6 +475,7 @@ class ViT(nn.Module):
             deep=deep,
             formulation=formulation,
             dtype=self.dtype,
+            batch=images.shape[0],
         )
         x = self.embedding(images)
         if self.class_token:

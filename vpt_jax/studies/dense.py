@@ -46,7 +46,7 @@ class DensePatches:
         # Shallow prompts leave the class token in; patches always come last.
         num = (model.image_size // model.patch) ** 2
         tokens = out["blocks"][-1]["tokens"][:, -num:]
-        norm = LayerNorm(dtype=model.dtype, param_dtype=model.param_dtype)
+        norm = LayerNorm(model.dtype, model.param_dtype, model.epsilon)
         params = variables["params"]["Transformer"]["encoder_norm"]
         x = jnp.asarray(norm.apply({"params": params}, tokens))
         return x.reshape(-1, model.width), out

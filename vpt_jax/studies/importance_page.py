@@ -5,9 +5,10 @@ import functools
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from vpt_jax import figures
-from vpt_jax.studies.ranks import pearson, ranks
+from vpt_jax.studies.ranks import pearson
 from vpt_jax.studies.study import (
     Figure,
     Result,
@@ -341,7 +342,7 @@ def _draw_scatter(figure: Any, result: Result) -> bool:
     for axes, (score, oracle) in zip(all_axes, panels, strict=True):
         for seed in result["seeds"]:
             x, y = (
-                100 * ranks(np.array(v)) / max(1, len(v) - 1)
+                100 * (stats.rankdata(v) - 1) / max(1, len(v) - 1)
                 for v in (seed["scores"]["float32"][score], seed["oracles"][oracle])
             )
             layers = np.array(seed["layers"]) + 1

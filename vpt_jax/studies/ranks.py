@@ -1,38 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well two lists of scores order the same things; pure NumPy."""
+"""How well two lists of scores order the same things."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 0, of `x [n]`; equal values share the mean of theirs."""
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[place]
+from scipy import stats
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's correlation; 0 where one of the two does not vary."""
-    x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
-    size = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / size) if size > 0 else 0.0
+    return _correlation(stats.pearsonr, x, y)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation, ties averaged."""
-    return pearson(ranks(x), ranks(y))
+    """Spearman's rank correlation, ties averaged; 0 as in `pearson`."""
+    return _correlation(stats.spearmanr, x, y)
 
 
 def kendall(x: np.ndarray, y: np.ndarray) -> float:
-    """Kendall's tau-b: pairs in the same order minus the others, ties corrected."""
-    a, b = (np.sign(v[:, None] - v[None, :]).astype(np.float64) for v in (x, y))
-    size = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / size) if size > 0 else 0.0
+    """Kendall's tau-b: pairs in the same order minus the others; 0 as in `pearson`."""
+    return _correlation(stats.kendalltau, x, y)
+
+
+def _correlation(of: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
+    # SciPy computes in the type that it is given.
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return float(of(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.0
 
 
 def percentile(x: np.ndarray, j: int) -> float:
     """Rank of `x[j]` in per cent: 0 is last, 100 is first."""
-    return float(100 * ranks(x)[j] / max(1, len(x) - 1))
+    return float(100 * (stats.rankdata(x)[j] - 1) / max(1, len(x) - 1))
 
 
 def precision(x: np.ndarray, truth: np.ndarray, share: float) -> float:

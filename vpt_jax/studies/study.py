@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 from ml_collections import ConfigDict
 
 from vpt_jax import benchmark_config, cli, experiment, page, search, stages
@@ -31,7 +32,6 @@ from vpt_jax.prompts import check_choice
 from vpt_jax.stages import Run, Unit
 
 VERDICTS = ("supported", "not supported", "undecided")
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Result = dict[str, Any]
 
 
@@ -117,16 +117,6 @@ def verdict(claim: str, supported: bool | None, because: str) -> Verdict:
     return Verdict(claim, names[supported], because)
 
 
-def student(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, to a thousandth of it."""
-    if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
-    # Cornish and Fisher's expansion around the normal quantile.
-    z = 1.959964
-    first = (z**3 + z) / 4 / freedom
-    return z + first + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
-
-
 def paired(differences: Any) -> tuple[float, float]:
     """Mean of differences `[seeds]`, and half the width of its 95 % interval.
 
@@ -138,7 +128,7 @@ def paired(differences: Any) -> tuple[float, float]:
     if num < 2:
         return float(values.mean()), float("inf")
     error = values.std(ddof=1) / np.sqrt(num)
-    return float(values.mean()), float(student(num - 1) * error)
+    return float(values.mean()), float(scipy.special.stdtrit(num - 1, 0.975) * error)
 
 
 def with_margin(differences: Any, digits: int = 2) -> str:

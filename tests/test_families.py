@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What weights cannot say is told, said or asked; other networks have their names."""
+
+import json
+import logging
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_naming import NAMES, flat_vit, pytorch
+
+import vpt_jax
+from vpt_jax import facts, torch_files
+from vpt_jax.backbones import known_backbone
+from vpt_jax.checkpoint import flatten
+from vpt_jax.families import FAMILIES, refuse_families
+from vpt_jax.models.layers import ACTIVATIONS
+from vpt_jax.models.variants import canonical
+from vpt_jax.naming import Entry, Named
+
+
+@pytest.fixture(scope="module")
+def timm():
+    """The demo's sizes by timm's names."""
+    return pytorch(flat_vit(), NAMES["timm"])
+
+
+@pytest.fixture
+def file(timm, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_file({n: np.ascontiguousarray(a) for n, a in timm.items()}, folder / "w.pt")
+    return folder / "w.pt"
+
+
+def beside(file, name="config.json", **content):
+    (file.parent / name).write_text(json.dumps(content))
+
+
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-3,
+}
+TIMM = {
+    "architecture": "vit_small_patch16_224",
+    "model_args": {"num_heads": 2, "act_layer": "gelu_tanh", "embed_dim": 128},
+    "pretrained_cfg": {"tag": "mine", "mean": [0.5] * 3, "std": [0.5] * 3},
+}
+
+
+# --- facts ----------------------------------------------------------------------------
+
+
+def test_config_json_comes_before_the_table_and_the_caller_before_both(file):
+    model, backbone = vpt_jax.load_backbone("demo/16", file)
+    assert (model.num_heads, model.activation, model.epsilon) == (4, "gelu", 1e-6)
+    beside(file, **VIT)
+    told, same = vpt_jax.load_backbone("demo/16", file)
+    assert (told.num_heads, told.activation, told.epsilon) == (8, "quick_gelu", 1e-3)
+    # The same numbers in the same order, in other heads.
+    for a, b in zip(jax.tree.leaves(backbone), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(np.ravel(a), np.ravel(b))
+    mine, _ = vpt_jax.load_backbone(
+        "demo/16", file, num_heads=2, activation="gelu_tanh", epsilon=1e-4
+    )
+    assert (mine.num_heads, mine.activation, mine.epsilon) == (2, "gelu_tanh", 1e-4)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 32, 3)))
+    plain = vpt_jax.ViT("demo/16", num_heads=8, activation="quick_gelu", epsilon=1e-3)
+    features = [m.apply({"params": same}, images)[0] for m in (told, plain)]
+    np.testing.assert_array_equal(*features)
+    others = [
+        m.apply({"params": same}, images)[0]
+        for m in (
+            plain.clone(activation="gelu"),
+            plain.clone(epsilon=1e-6),
+        )
+    ]
+    assert all(float(jnp.abs(x - features[0]).max()) > 1e-4 for x in others)
+
+
+def test_timms_config_names_the_family_and_the_normalisation(file):
+    beside(file, **TIMM)
+    card = vpt_jax.read_card(file)
+    assert (card["num_heads"], card["activation"]) == (2, "gelu_tanh")
+    assert card["normalisation"] == "half"
+    mae = TIMM | {"pretrained_cfg": {"tag": "mae"}, "global_pool": "token"}
+    beside(file, **mae)
+    model, _ = vpt_jax.load_backbone("demo/16", file)
+    assert (model.num_heads, model.readout) == (2, "mean_with_prompts")
+    assert vpt_jax.read_card(file)["normalisation"] == "imagenet"  # the row's
+
+
+def test_transformers_normalisation_lies_in_a_file_of_its_own(file):
+    beside(file, **VIT)
+    assert "normalisation" not in vpt_jax.read_card(file)
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    beside(file, "preprocessor_config.json", **imagenet)
+    assert vpt_jax.read_card(file)["normalisation"] == "imagenet"
+    beside(file, "preprocessor_config.json", do_normalize=False)
+    assert vpt_jax.read_card(file)["normalisation"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (VIT | {"hidden_size": 64}, r"width 64 \(the file has 128\).*Move it away"),
+        (VIT | {"num_hidden_layers": 5}, r"depth 5 \(the file has 6\)"),
+        (VIT | {"hidden_act": "relu"}, "hidden_act 'relu'; expected one of gelu,"),
+        (VIT | {"num_attention_heads": "8"}, "num_attention_heads '8'; expected a pos"),
+        (VIT | {"num_attention_heads": 7}, "not a multiple of num_heads 7"),
+        (VIT | {"layer_norm_eps": -1}, "layer_norm_eps -1; expected a positive"),
+    ],
+)
+def test_a_config_that_is_not_the_files_is_an_error(file, content, message):
+    beside(file, **content)
+    with pytest.raises(ValueError, match=message):
+        vpt_jax.load_backbone("demo/16", file)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 200_000])
+def test_a_broken_config_is_named(file, text):
+    (file.parent / "config.json").write_text(text)
+    with pytest.raises(vpt_jax.CheckpointError, match=r"config.json lies beside"):
+        vpt_jax.load_backbone("demo/16", file)
+
+
+def test_a_config_of_something_else_tells_nothing(file):
+    beside(file, learning_rate=0.1, num_attention_heads=8)
+    assert vpt_jax.read_card(file) == {}
+    assert vpt_jax.load_backbone("demo/16", file)[0].num_heads == 4
+
+
+def test_what_is_assumed_is_said_in_one_line(file, caplog):
+    vpt_jax.load_backbone("demo/16", file, image_size=64)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(
+        "assumed num_heads=4, activation='gelu', epsilon=1e-06, readout='cls',"
+        " norm='before', resize='corner_aligned'."
+    )
+    assert "\n" not in line and caplog.records[0].levelno == logging.WARNING
+    caplog.clear()
+    told = {"num_heads": 4, "activation": "gelu", "epsilon": 1e-6, "norm": "before"}
+    vpt_jax.load_backbone("demo/16", file, readout="cls", **told)
+    beside(file, **VIT)
+    vpt_jax.load_backbone("demo/16", file)
+    vpt_jax.load_backbone("demo/4")
+    assert not caplog.records
+
+
+def vit(**attributes):
+    plain = {"width": 768, "class_token": True, "layer_scale": False}
+    return types.SimpleNamespace(**plain | attributes)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        (vit(), ()),
+        (vit(width=384), ("num_heads",)),
+        (vit(width=384, layer_scale=True), ()),
+        (vit(class_token=False), ("num_heads", "activation")),
+        (vit(class_token=False, width=1152), ("activation",)),
+    ],
+)
+def test_what_published_files_have_differently_is_asked_for(model, asked):
+    entry = Entry("blocks.0.attn.qkv.weight", (), (), None, list)
+    named = Named("vit", [entry], [], [], [])
+    facts.ask(model, named, {"name": "known"}, {}, "w.pth")
+    facts.ask(model, named, {}, {"num_heads": 6, "activation": "gelu"}, "w.pth")
+    if asked:
+        with pytest.raises(ValueError, match="; and ".join(f"{a}=.*" for a in asked)):
+            facts.ask(model, named, {}, {}, "w.pth")
+    else:
+        facts.ask(model, named, {}, {}, "w.pth")
+    # Google's and transformers' names: all that is published agrees.
+    entry = entry._replace(source="encoder.layer.0.attention.attention.query.weight")
+    named = named._replace(entries=[entry])
+    facts.ask(model, named, {}, {}, "w.pth")
+
+
+def test_which_of_several_networks_was_taken_is_said(timm, tmp_path, caplog):
+    both = {f"module.base_encoder.{n}": a for n, a in timm.items()}
+    both |= {f"module.momentum_encoder.{n}": a for n, a in timm.items()}
+    np.savez(tmp_path / "w.npz", **both)
+    vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+    assert "took module.base_encoder, not its moving average;" in caplog.text
+    storage = torch_files.Storage("0", np.dtype(np.float32), 1)
+    tensor = torch_files.Tensor(storage, 0, (1,), (1,))
+    state = {"a.weight": tensor}
+    for value, said in [
+        ({"state_dict": state, "state_dict_ema": state}, "'state_dict', not 'state_d"),
+        ({"model_ema": state, "model": state, "epoch": 3}, "'model', not 'model_ema'"),
+        ({"student": state, "teacher": state}, "'teacher', not 'student'"),
+        ({"state_dict": state, "optimizer": {"state": {}, "step": tensor}}, ""),
+        (state, ""),
+        ([state], ""),
+    ]:
+        assert torch_files.networks(value).startswith(said)
+        assert bool(torch_files.networks(value)) == bool(said)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    x = np.linspace(-6, 6, 101)
+    erf = np.vectorize(__import__("math").erf)
+    expected = {
+        "gelu": x * (1 + erf(x / 2**0.5)) / 2,
+        "gelu_tanh": x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+    }[name]
+    got = ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+# --- families -------------------------------------------------------------------------
+
+PLAIN = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_token")
+
+
+@pytest.mark.parametrize(
+    ("names", "family", "instead"),
+    [
+        ((*PLAIN, "norm_pre.weight"), "CLIP", "plain ViT"),
+        (("vision_model.pre_layrnorm.weight",), "CLIP", "plain ViT"),
+        (("visual.transformer.resblocks.0.ln_1.weight",), "CLIP", "plain ViT"),
+        ((*PLAIN, "attn_pool.latent"), "SigLIP", "siglip_gap"),
+        (("vision_model.head.probe", "vision_model.x"), "SigLIP", "siglip_gap"),
+        (("params/img/MAPHead_0/probe", "params/t"), "SigLIP", "siglip_gap"),
+        (
+            ("patch_embed.proj.weight", "blocks.0.gamma_1", "reg_token"),
+            "DINOv3",
+            "dinov2",
+        ),
+        (
+            ("embeddings.register_tokens", "layer.0.attention.q_proj.weight"),
+            "DINOv3",
+            "dinov2",
+        ),
+        ((*PLAIN, "rope_embed.periods", "storage_tokens"), "DINOv3", "dinov2"),
+        ((*PLAIN, "blocks.0.attn.q_bias", "blocks.0.gamma_1"), "EVA", "plain ViT"),
+        ((*PLAIN, "blocks.0.attn.relative_position_bias_table"), "BEiT", "MAE"),
+        (("encoder.layer.0.lambda_1", "embeddings.cls_token"), "BEiT", "MAE"),
+        ((*PLAIN, "dist_token"), "distilled DeiT", "deit_small_patch16_224"),
+        (("embeddings.distillation_token",), "distilled DeiT", "deit_small_patch16"),
+        ((*PLAIN, "patch_embed.backbone.stem.conv.weight"), "hybrid", "plain ViT"),
+        (("conv_root/kernel", "embedding/kernel"), "hybrid", "plain ViT"),
+        (("layers.0.blocks.0.attn.logit_scale",), "Swin V2", "swin_base_patch4"),
+        (
+            ("base_model.model.blocks.0.attn.qkv.lora_A.weight",),
+            "LoRA",
+            "merge_and_unload",
+        ),
+        (
+            ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.weight.absmax"),
+            "quantised",
+            "before the quantisation",
+        ),
+        (("blocks.0.attn.qkv.qweight", "x"), "quantised", "before the quantisation"),
+        (("blocks.0.attn.qkv.weight_scale",), "quantised", "before the quantisation"),
+        (("stages.0.blocks.0.norm1.weight", "stem.conv.weight"), "hierarch", "plain"),
+        ((*PLAIN, "blocks.0.attn.q_norm.weight"), "normalised queries", "plain ViT"),
+        ((*PLAIN, "neck.0.weight", "blocks.0.attn.rel_pos_h"), "SAM", "plain ViT"),
+    ],
+)
+def test_other_families_are_refused_by_name(names, family, instead):
+    with pytest.raises(vpt_jax.CheckpointError) as error:
+        refuse_families(names, "w.pth")
+    text = str(error.value)
+    assert text.startswith("w.pth holds a") and "which is not supported: it has" in text
+    assert family in text.partition(",")[0] and instead in text
+    assert "skip" not in text and "\n" not in text
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_plain_vits_are_none_of_them(names):
+    arrays = pytorch(flat_vit(registers=4 * (names == "Dinov2Model")), NAMES[names])
+    mae = {"decoder_blocks.0.attn.qkv.weight", "decoder_pos_embed", "mask_token"}
+    moco = {"module.predictor.1.running_mean", "module.base_encoder.head.1.running_var"}
+    moco |= {"module.base_encoder.head.4.running_mean", "predictor.0.weight"}
+    refuse_families([*arrays, *mae, *moco, "head.weight", "pooler.dense.bias"], "w")
+    refuse_families([f"vit.{n}" for n in arrays], "w")
+
+
+def test_every_family_says_what_to_take():
+    for family in FAMILIES:
+        assert family.name.startswith(("a ", "an ")) and family.instead and family.why
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm1.bias", "norm2.bias"}, "norms have no bias"),
+        ({"attn.qkv.bias"}, "without a bias of queries"),
+        ({"norm.weight", "norm.bias"}, "without a final norm"),
+    ],
+)
+def test_vits_that_lack_something_are_refused_by_name(timm, tmp_path, change, message):
+    arrays = {
+        n: a
+        for n, a in timm.items()
+        if n not in change and n.partition(".")[2].partition(".")[2] not in change
+    }
+    np.savez(tmp_path / "w.npz", **arrays)
+    for variant in ("demo/16", "B/16"):  # before sizes are compared
+        with pytest.raises(vpt_jax.CheckpointError, match=message):
+            vpt_jax.load_backbone(variant, tmp_path / "w.npz")
+
+
+def test_registers_with_positions_are_refused_by_name(timm, tmp_path):
+    table = timm["pos_embed"]  # 1 + 4 rows
+    arrays = timm | {"reg_token": np.zeros((1, 3, 128), np.float32)}
+    arrays["pos_embed"] = np.concatenate([table, table[:, :3]], axis=1)
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(vpt_jax.CheckpointError, match="registers have positions"):
+        vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+
+
+# --- values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_no_numbers_are_refused_by_the_arrays_name(
+    timm, tmp_path, value
+):
+    bias = timm["blocks.3.mlp.fc1.bias"].astype(np.float64)
+    bias[5] = value  # the last one is none in float32
+    np.savez(tmp_path / "w.npz", **timm | {"blocks.3.mlp.fc1.bias": bias})
+    with pytest.raises(vpt_jax.CheckpointError) as error:
+        vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+    assert "blocks.3.mlp.fc1.bias with 1 of 512 values that are NaN" in str(error.value)
+    # What is not loaded is not looked at.
+    np.savez(tmp_path / "w.npz", **timm | {"head.weight": np.full((3, 128), value)})
+    vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+
+
+def test_whole_numbers_are_no_weights(timm, tmp_path):
+    whole = timm["blocks.0.attn.qkv.weight"].astype(np.int8)
+    np.savez(tmp_path / "w.npz", **timm | {"blocks.0.attn.qkv.weight": whole})
+    with pytest.raises(
+        vpt_jax.CheckpointError, match=r"quantised.*blocks.0.attn.qkv.w"
+    ):
+        vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+
+
+# --- shards, paths, variants ----------------------------------------------------------
+
+
+@pytest.fixture
+def shards(timm, tmp_path):
+    names = sorted(timm)
+    parts, weight_map = (names[::2], names[1::2]), {}
+    for i, part in enumerate(parts, start=1):
+        name = f"model-{i:05d}-of-00002.safetensors"
+        arrays = {n: np.ascontiguousarray(timm[n]) for n in part}
+        save_file(arrays, tmp_path / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+def test_shards_are_one_file(timm, shards, tmp_path):
+    np.savez(tmp_path / "whole.npz", **timm)
+    _, expected = vpt_jax.load_backbone("demo/16", tmp_path / "whole.npz")
+    for name in sorted(path.name for path in shards.glob("model*")):
+        _, backbone = vpt_jax.load_backbone("demo/16", shards / name)
+        jax.tree.map(np.testing.assert_array_equal, backbone, expected)
+    assert vpt_jax.read_card(shards / "model.safetensors.index.json") == {}
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(
+        vpt_jax.CheckpointError, match=r"no such file: .*-00002-of-00002"
+    ):
+        vpt_jax.load_backbone("demo/16", shards / "model-00001-of-00002.safetensors")
+
+
+def test_hostile_shards(timm, shards):
+    first, second = sorted(shards.glob("model-*"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(vpt_jax.CheckpointError, match="and in another shard"):
+        vpt_jax.load_backbone("demo/16", first)
+    index = shards / "model.safetensors.index.json"
+    for content in (
+        {"weight_map": {"a": "../model-00001-of-00002.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": 3, "b": "x"}},
+        {"weight_map": {}},
+        [1],
+    ):
+        index.write_text(json.dumps(content))
+        with pytest.raises(vpt_jax.CheckpointError, match="no index of shards|folders"):
+            vpt_jax.load_backbone("demo/16", index)
+
+
+def test_the_path_alone(timm, file, tmp_path):
+    # README's, of another size.
+    np.savez(tmp_path / "ViT-B_16.npz", **flat_vit())
+    model, backbone = vpt_jax.load_backbone(str(tmp_path / "ViT-B_16.npz"))
+    assert (model.variant, model.image_size) == ("demo/16", 32)
+    assert flatten(backbone).keys() == flat_vit().keys()
+    named, same = vpt_jax.load_backbone(tmp_path / "ViT-B_16.npz")
+    assert named == model
+    jax.tree.map(np.testing.assert_array_equal, backbone, same)
+    # A size that is none of ours: heads are what is missing.
+    shallow = {n: a for n, a in timm.items() if "s.5." not in n}
+    save_file({n: np.ascontiguousarray(a) for n, a in shallow.items()}, file)
+    with pytest.raises(vpt_jax.CheckpointError, match=r"depth 5.*pass num_heads="):
+        vpt_jax.load_backbone(file)
+    model, _ = vpt_jax.load_backbone(file, num_heads=2)
+    assert (model.depth, model.num_heads, model.width) == (5, 2, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("vit_small_patch16_224", "S/16"),
+        ("vit_small_patch16_224.augreg_in21k", "S/16"),
+        ("google/vit-base-patch16-224-in21k", "B/16"),
+        ("ViT-B/16", "B/16"),
+        ("ViT-L_32", "L/32"),
+        ("B16", "B/16"),
+        ("b/16", "B/16"),
+        ("vitb16", "B/16"),
+        ("deit_tiny_patch16_224", "Ti/16"),
+        ("dinov2_vits14", "S/14"),
+        ("facebook/dinov2-giant", "g/14"),
+        ("vit_giant_patch14_reg4_dinov2", "g/14"),
+        ("vit_huge_patch14_224", "H/14"),
+        ("swin_base_patch4_window7_224", "Swin-B"),
+        ("swin-t", "Swin-T"),
+    ],
+)
+def test_other_peoples_names_of_variants_are_understood(name, variant):
+    assert canonical(name) == variant == canonical(variant)
+    kind = vpt_jax.Swin if variant.startswith("Swin") else vpt_jax.ViT
+    assert kind(name) == kind(variant)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("B/16s", "B/16"), ("G/14", "g/14"), ("demo/4x", "demo/4"), ("Swin-BB", "Swin-B")],
+)
+def test_a_misspelt_variant(name, meant):
+    with pytest.raises(ValueError, match=rf"unknown variant '{name}' \(did you mean '"):
+        vpt_jax.load_backbone(name, "w.npz")
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        vpt_jax.load_backbone(name, "w.npz")
+    # timm's giant is another size than DINOv2's: not guessed.
+    assert canonical("vit_giant_patch14_224") == "vit_giant_patch14_224"
+
+
+def test_a_missing_checkpoint_says_where_to_get_it():
+    for args, places in [
+        (
+            ("B/16",),
+            ("gs://vit_models/imagenet21k/ViT-B_16.npz", "backbone.checkpoint="),
+        ),
+        (("vit_base_patch16_224",), ("no checkpoint given for 'B/16'",)),
+        (("B/16", "a/ViT-B_16.npz"), ("no such file: a/ViT-B_16.npz", "gs://vit_mod")),
+        (("a/mae_pretrain_vit_base.pth",), ("https://dl.fbaipublicfiles.com/mae/",)),
+        (("S/16", "vit-s-300ep.pth.tar"), ("https://dl.fbaipublicfiles.com/moco-v3",)),
+        (("Swin-T", "mine.pth"), ("https://github.com/SwinTransformer/",)),
+        (("S/14", "mine.pth"), ("hf://facebook/dinov2-small", "docs/backbones.md")),
+    ]:
+        with pytest.raises(ValueError) as error:
+            vpt_jax.load_backbone(*args)
+        text = str(error.value)
+        assert all(place in text for place in places) and "\n" not in text, text
+        assert "\\n" not in text
+
+
+def test_known_rows_for_moco_have_its_heads():
+    row = known_backbone("vit-s-300ep.pth.tar")
+    assert row is not None and row.num_heads == 12  # its vits.py

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the library with what people give by mistake: right, or one sentence."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from conftest import make_tiny
+from foreign import VitJax
+
+import vpt_jax
+from vpt_jax import train
+
+CLASSES, B = 5, 4
+IMAGES = jax.random.normal(jax.random.key(0), (B, 8, 8, 3))
+RAW = np.random.default_rng(0).integers(0, 256, (B, 8, 8, 3)).astype(np.uint8)
+MODEL, BACKBONE = make_tiny()
+KEY = jax.random.key(1)
+PROMPTS = vpt_jax.init_prompts(KEY, MODEL, num_prompts=2)
+HEAD = {
+    "kernel": jax.random.normal(KEY, (16, CLASSES)),
+    "bias": jnp.zeros(CLASSES),
+}
+TRAINABLE = {"prompts": PROMPTS, "head": HEAD}
+BATCH = {"image": IMAGES, "label": jnp.arange(B)}
+MASK = tuple(jnp.ones(2, bool) for _ in PROMPTS)
+SWIN = vpt_jax.Swin(
+    embed_dim=8, depths=(1, 1), num_heads=(2, 2), window=2, patch=2, image_size=8
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_users_call_it():
+    """Without the type checks that tests otherwise run with."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def importance(*, model=MODEL, trainable=TRAINABLE, batches=(BATCH,), **kwargs):
+    return vpt_jax.importance(model, BACKBONE, trainable, batches, **kwargs)
+
+
+def with_label(label, dtype=jnp.int32):
+    return {**BATCH, "label": jnp.array([label, 1, 2, 3], dtype)}
+
+
+# --- labels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [5, 6, -1, -5])
+@pytest.mark.parametrize("make", [jnp.array, np.array])
+def test_a_label_that_is_no_class_is_an_error(label, make):
+    message = rf"labels hold {label}, but there are 5 classes; expected 0 \.\.\. 4"
+    labels = make([1, label, 2, 3])
+    with pytest.raises(ValueError, match=message):
+        importance(batches=[BATCH, {**BATCH, "label": labels}])
+    logits = jnp.zeros((B, CLASSES))
+    with pytest.raises(ValueError, match=message):
+        vpt_jax.cross_entropy(logits, {"label": labels})
+    with pytest.raises(ValueError, match=message):
+        jax.grad(lambda x: vpt_jax.cross_entropy(x, {"label": labels}).sum())(logits)
+    with pytest.raises(ValueError, match=message):
+        train.evaluate(
+            TRAINABLE,
+            BACKBONE,
+            RAW,
+            labels,
+            model=MODEL,
+            recipe=train.Recipe(),
+            batch_size=B,
+        )
+
+
+@pytest.mark.parametrize("label", [5, -1, -5, 2**31 - 1, -(2**31)])
+def test_under_jit_its_loss_and_gradient_are_nan_and_no_others(label):
+    logits = jax.random.normal(KEY, (B, CLASSES))
+    right = {"label": jnp.array([1, 0, 2, 4])}
+    wrong = {"label": right["label"].at[1].set(label)}
+
+    def loss(logits, batch):
+        losses = vpt_jax.cross_entropy(logits, batch)
+        return losses.sum(), losses
+
+    grad = jax.jit(jax.grad(loss, has_aux=True))
+    (got, losses), (expected, plain) = grad(logits, wrong), grad(logits, right)
+    others = np.array([0, 2, 3])
+    assert np.isnan(losses[1]) and np.isnan(got[1]).all()
+    np.testing.assert_array_equal(losses[others], plain[others])
+    np.testing.assert_array_equal(got[others], expected[others])
+    each = jax.vmap(lambda x, y: vpt_jax.cross_entropy(x[None], {"label": y[None]}))
+    found = each(logits, wrong["label"])[:, 0]
+    np.testing.assert_array_equal(np.isnan(found), [False, True, False, False])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.int64, np.uint32])
+def test_cross_entropy_is_that_of_optax_for_labels_of_any_integers(dtype):
+    logits = jax.random.normal(KEY, (300, 300))
+    label = np.arange(300).astype(dtype) % 100
+    expected = optax.softmax_cross_entropy_with_integer_labels(
+        logits, label.astype(np.int32)
+    )
+    for run in (lambda f: f, jax.jit):
+        got = run(vpt_jax.cross_entropy)(logits, {"label": label})
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    last = vpt_jax.cross_entropy(jnp.arange(5.0)[None], {"label": jnp.array([4])})
+    expected = np.log(np.exp(np.arange(-4.0, 1)).sum())
+    np.testing.assert_allclose(last, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_of_examples_that_do_not_count_are_not_looked_at(label):
+    padded = {**with_label(label), "mask": jnp.array([False, True, True, True])}
+    alone = {"image": IMAGES[1:], "label": jnp.arange(1, B)}
+    got, expected = importance(batches=[padded]), importance(batches=[alone])
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+    logits = jnp.zeros((B, CLASSES))
+    for run in (lambda f: f, jax.jit):
+        losses = run(vpt_jax.cross_entropy)(logits, padded)
+        np.testing.assert_allclose(losses, np.log(5) * np.ones(B), rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [1, 5, -1])
+def test_training_on_a_label_that_is_no_class_does_not_pass_for_training(label):
+    labels = jnp.array([label, 1, 2, 3])
+    recipe = train.Recipe()
+    order, mask = np.arange(B)[::-1].reshape(2, 2), np.ones((2, 2), bool)
+    state, metrics = train.train_epoch(
+        train.init_state(jax.tree.map(jnp.copy, TRAINABLE), recipe),
+        BACKBONE,
+        jnp.asarray(RAW),
+        labels,
+        order,
+        mask,
+        np.full(2, 0.1, np.float32),
+        jnp.float32(0),
+        KEY,
+        model=MODEL,
+        recipe=recipe,
+    )
+    known = label == 1  # it comes in the second step
+    assert int(metrics["finite_steps"]) == (2 if known else 1)
+    assert np.isfinite(metrics["loss"]) == known
+    for x in jax.tree.leaves(state.trainable):
+        assert np.isfinite(x).all() == known
+
+
+# --- pictures -------------------------------------------------------------------------
+
+
+def test_normalise_is_what_training_does():
+    features, _ = MODEL.apply(
+        {"params": BACKBONE},
+        vpt_jax.normalise(jnp.asarray(RAW), "imagenet"),
+        prompts=PROMPTS,
+    )
+    recipe = train.Recipe(normalisation="imagenet")
+    logits = train.predict(
+        TRAINABLE, BACKBONE, jnp.asarray(RAW), model=MODEL, recipe=recipe
+    )
+    np.testing.assert_array_equal(vpt_jax.apply_head(HEAD, features), logits)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(
+        vpt_jax.normalise(RAW, "imagenet"), (RAW / 255 - mean) / std, atol=1e-6
+    )
+
+
+def adapter(**kwargs):
+    module = VitJax()
+    params = module.init(KEY, IMAGES, train=False)["params"]
+    return vpt_jax.PromptedModel(module, depth=3, width=16, patch=4, **kwargs), params
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+@pytest.mark.parametrize(
+    "run", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
+)
+def test_pictures_that_are_not_normalised_are_an_error(dtype, run):
+    raw = jnp.asarray(RAW.astype(dtype))
+    raw = raw[None] if run is jax.vmap else raw
+    foreign, params = adapter()
+    swin = jax.eval_shape(SWIN.init, KEY, IMAGES)["params"]
+    swin = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), swin)
+    for model, own in ((MODEL, BACKBONE), (SWIN, swin), (foreign, params)):
+        with pytest.raises(ValueError, match=rf"{raw.dtype}.*vpt_jax.normalise\("):
+            run(lambda x, m=model, p=own: m.apply({"params": p}, x)[0])(raw)
+    with pytest.raises(ValueError, match=r"vpt_jax.normalise\("):
+        importance(batches=[{**BATCH, "image": raw.reshape(RAW.shape)}])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [RAW / 255, RAW.astype(np.int32), RAW[0], RAW[..., :1], RAW.tolist(), RAW[0, 0, 0]],
+    ids=["floats", "int32", "one", "grey", "list", "pixel"],
+)
+def test_normalise_takes_uint8_pictures_only(images):
+    with pytest.raises(ValueError, match=r"expected uint8 \[b, h, w, 3\]"):
+        vpt_jax.normalise(images, "half")
+
+
+# --- what stands for the same ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("four", [np.int64(4), np.uint8(4), np.array(4), jnp.array(4)])
+def test_numpys_integers_are_integers(four):
+    expected = vpt_jax.init_prompts(KEY, MODEL, num_prompts=4)
+    for num in (four, [four, 4, four], np.array([4, 4, 4])):
+        got = vpt_jax.init_prompts(KEY, MODEL, num_prompts=num)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    shallow = vpt_jax.init_prompts(KEY, MODEL, num_prompts=four, deep=False)
+    assert vpt_jax.counts(shallow) == (4, 0, 0)
+    head = vpt_jax.init_head(KEY, np.int64(16), four)
+    assert head["kernel"].shape == (16, 4)
+    scores = tuple(jnp.arange(4.0) for _ in range(2))
+    assert sum(int(m.sum()) for m in vpt_jax.keep_mask(scores, keep=four)) == 4
+    assert vpt_jax.macs(MODEL, (four,) * 3) == vpt_jax.macs(MODEL, (4,) * 3)
+
+
+def test_lists_are_as_good_as_tuples_and_numpy_as_jax():
+    kinds = (list, lambda x: tuple(map(np.asarray, x)))
+    for kind in kinds:
+        prompts, mask = kind(PROMPTS), kind(MASK)
+        own = {**TRAINABLE, "prompts": prompts}
+        features, _ = MODEL.apply(
+            {"params": BACKBONE}, IMAGES, prompts=prompts, prompt_mask=mask
+        )
+        expected, _ = MODEL.apply({"params": BACKBONE}, IMAGES, prompts=PROMPTS)
+        np.testing.assert_allclose(features, expected, atol=1e-6)
+        got = importance(trainable=own, prompt_mask=mask)
+        for x, y in zip(got, importance(), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+        kept = vpt_jax.keep_mask(kind(got), keep=3)
+        small = vpt_jax.condense(prompts, kind(kept))
+        assert sum(vpt_jax.counts(small)) == 3
+        ready = vpt_jax.prefill(MODEL, BACKBONE, prompts)
+        again, _ = MODEL.apply({"params": BACKBONE}, IMAGES, prompts=list(ready))
+        np.testing.assert_allclose(again, expected, atol=1e-5)
+
+
+def test_a_batch_may_hold_what_is_nothing_to_compute_with():
+    named = {**BATCH, "name": ["a", "b", "c", "d"]}
+    jax.tree.map(
+        np.testing.assert_array_equal, importance(batches=[named]), importance()
+    )
+
+
+def brightness(logits, batch):
+    return logits[:, 0] * batch["image"].mean((1, 2, 3))
+
+
+def test_a_loss_of_ones_own_needs_no_labels():
+    scores = importance(batches=[{"image": IMAGES}], loss_fn=brightness)
+    assert all(np.abs(s).max() > 0 for s in scores)
+    other = {**BATCH, "label": jnp.eye(B)}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        importance(batches=[other], loss_fn=brightness),
+        scores,
+    )
+
+
+# --- wrong calls ----------------------------------------------------------------------
+
+
+def apply(**kwargs):
+    return MODEL.apply({"params": BACKBONE}, IMAGES, **{"prompts": PROMPTS, **kwargs})
+
+
+def save(**kwargs):
+    given = {
+        "prompts": PROMPTS,
+        "head": HEAD,
+        "model": MODEL,
+        "backbone": BACKBONE,
+        "backbone_name": "tiny",
+        "normalisation": "half",
+        "class_names": list("abcde"),
+    }
+    vpt_jax.save_prompts("never-written.safetensors", **{**given, **kwargs})
+
+
+def own(n, *shape):
+    """One set of prompts (or gates, ...) for each of `n` examples."""
+    return tuple(jnp.ones((n, *shape)) for _ in PROMPTS)
+
+
+SCORES = tuple(jnp.arange(2.0) for _ in PROMPTS)
+READY = vpt_jax.prefill(MODEL, BACKBONE, PROMPTS)
+WRONG = {
+    # importance
+    "a batch, not a list": (lambda: importance(batches=BATCH), r"pass \[batch\]"),
+    "no batches": (lambda: importance(batches=None), "batches is None"),
+    "pictures, not batches": (
+        lambda: importance(batches=IMAGES),
+        r"a batch is an array float32 \[8, 8, 3\]; expected a dict with 'image'",
+    ),
+    "pairs, not batches": (
+        lambda: importance(batches=[(IMAGES, BATCH["label"])]),
+        "a batch is a tuple; expected a dict",
+    ),
+    "no labels": (
+        lambda: importance(batches=[{"image": IMAGES}]),
+        r"a batch is a dict of 'image'; expected .*'label'",
+    ),
+    "another name of labels": (
+        lambda: importance(batches=[{"image": IMAGES, "labels": BATCH["label"]}]),
+        "a dict of 'image', 'labels'",
+    ),
+    "prompts, not trainable": (
+        lambda: importance(trainable=PROMPTS),
+        "trainable is a tuple; expected a dict with 'prompts'.*'head'",
+    ),
+    "head, not trainable": (lambda: importance(trainable=HEAD), "a dict of 'kernel'"),
+    "trainable without a head": (
+        lambda: importance(trainable={**TRAINABLE, "head": None}),
+        "head is None; expected a dict",
+    ),
+    "one-hot labels": (
+        lambda: importance(batches=[{**BATCH, "label": jnp.eye(5)[:B]}]),
+        r"float32 \[4, 5\]; expected an array of integers \[4\].*argmax",
+    ),
+    "labels as floats": (
+        lambda: importance(batches=[with_label(0, jnp.float32)]),
+        "labels are an array float32",
+    ),
+    "labels as a list": (
+        lambda: importance(batches=[{**BATCH, "label": [0, 1, 2, 3]}]),
+        "labels are a list; expected an array of integers",
+    ),
+    "labels as a column": (
+        lambda: importance(batches=[{**BATCH, "label": jnp.arange(B)[:, None]}]),
+        r"int32 \[4, 1\]",
+    ),
+    "too few labels": (
+        lambda: importance(batches=[{**BATCH, "label": jnp.arange(3)}]),
+        r"int32 \[3\]; expected an array of integers \[4\]",
+    ),
+    "a mask of numbers": (
+        lambda: importance(batches=[{**BATCH, "mask": jnp.ones(B)}]),
+        r"mask is an array float32 \[4\]; expected booleans \[4\]",
+    ),
+    "backbone for model": (
+        lambda: vpt_jax.importance(BACKBONE, MODEL, TRAINABLE, [BATCH]),
+        "model is a dict of .*; expected one with apply",
+    ),
+    "a picture without batch": (
+        lambda: importance(batches=[{"image": IMAGES[0], "label": jnp.array(0)}]),
+        "labels are an array",
+    ),
+    "prompt_mask of another model": (
+        lambda: importance(prompt_mask=MASK[:2], score="l2_norm"),
+        "mask has shapes",
+    ),
+    # cross_entropy and apply_head
+    "labels, not a batch": (
+        lambda: vpt_jax.cross_entropy(jnp.zeros((B, 5)), BATCH["label"]),
+        "batch is an array int32.*'label'",
+    ),
+    "logits of one example": (
+        lambda: vpt_jax.cross_entropy(jnp.zeros(5), {"label": jnp.array(0)}),
+        r"logits are an array float32 \[5\]; expected an array \[b, k\]",
+    ),
+    "one-hot labels under jit": (
+        lambda: jax.jit(vpt_jax.cross_entropy)(
+            jnp.zeros((B, 5)), {"label": jnp.eye(5)[:B]}
+        ),
+        "argmax",
+    ),
+    "both results of apply": (
+        lambda: vpt_jax.apply_head(HEAD, apply()),
+        "features are a tuple; expected .* first result of model.apply",
+    ),
+    "features of another width": (
+        lambda: vpt_jax.apply_head(HEAD, jnp.zeros((B, 8))),
+        r"\[4, 8\]; expected \[b, 16\]",
+    ),
+    "trainable for head": (
+        lambda: vpt_jax.apply_head(TRAINABLE, jnp.zeros((B, 16))),
+        "head is a dict of 'prompts', 'head'; expected .*'kernel'",
+    ),
+    "a head of two sizes": (
+        lambda: vpt_jax.apply_head({**HEAD, "bias": jnp.zeros(4)}, jnp.zeros((B, 16))),
+        r"bias an array float32 \[4\]",
+    ),
+    # init
+    "half a prompt": (
+        lambda: vpt_jax.init_prompts(KEY, MODEL, 2.5),
+        "num_prompts is 2.5; expected an integer >= 0",
+    ),
+    "prompts by name": (lambda: vpt_jax.init_prompts(KEY, MODEL, "4"), "is '4'"),
+    "halves in a list": (
+        lambda: vpt_jax.init_prompts(KEY, MODEL, (1, 2.5, 1)),
+        "a count is 2.5",
+    ),
+    "a traced number": (
+        lambda: jax.jit(lambda n: vpt_jax.init_prompts(KEY, MODEL, n))(4),
+        r"num_prompts is an array int32 \[\]; expected an integer",
+    ),
+    "both results of load_backbone": (
+        lambda: vpt_jax.init_prompts(KEY, (MODEL, BACKBONE), 4),
+        "model is a tuple; expected one with widths, patch",
+    ),
+    "classes by name": (
+        lambda: vpt_jax.init_head(KEY, 16, ("cat", "dog")),
+        "num_classes is a tuple",
+    ),
+    # model.apply
+    "trainable for prompts": (lambda: apply(prompts=TRAINABLE), "prompts is a dict"),
+    "prompts of lists": (
+        lambda: apply(prompts=tuple(np.asarray(p).tolist() for p in PROMPTS)),
+        "a layer of prompts is a list",
+    ),
+    "one layer's keys and values": (
+        lambda: apply(prompts=READY[0]),
+        "prompts is a KeyValue; expected a tuple with one array",
+    ),
+    "prompts of other examples": (
+        lambda: apply(prompts=own(3, 2, 16)),
+        r"prompts\[0\] has shape \(3, 2, 16\).*3 examples.*4 pictures",
+    ),
+    "keys of other examples": (
+        lambda: apply(prompts=vpt_jax.prefill(MODEL, BACKBONE, own(3, 2, 16))),
+        "of 3 examples",
+    ),
+    "gates of other examples": (
+        lambda: apply(prompt_gate=own(3, 2)),
+        r"prompt_gate\[0\] has shape \(3, 2\)",
+    ),
+    "a mask of weights": (
+        lambda: apply(prompt_mask=SCORES),
+        r"prompt_mask\[0\] is an array float32 \[2\]; expected booleans",
+    ),
+    "one array for a mask": (
+        lambda: apply(prompt_mask=jnp.ones((3, 2), bool)),
+        "prompt_mask is an array bool",
+    ),
+    "a path for pictures": (
+        lambda: MODEL.apply({"params": BACKBONE}, "cat.png"),
+        r"images have shape 'cat.png' but the model expects \[b, 8, 8, 3\]",
+    ),
+    "prompts of other examples in a foreign model": (
+        lambda: adapter()[0].apply(
+            {"params": adapter()[1]}, IMAGES, prompts=own(3, 2, 16)
+        ),
+        r"prompts\[0\] has shape \(3, 2, 16\)",
+    ),
+    "trainable for prompted": (
+        lambda: vpt_jax.prompted(TRAINABLE).__enter__(),
+        "prompts is a dict",
+    ),
+    # prefill
+    "prefilled twice": (
+        lambda: vpt_jax.prefill(MODEL, BACKBONE, READY),
+        "a layer of prompts is a KeyValue; expected .* not prefilled before",
+    ),
+    "trainable for prefill": (
+        lambda: vpt_jax.prefill(MODEL, BACKBONE, TRAINABLE),
+        "prompts is a dict",
+    ),
+    "a foreign model's keys": (
+        lambda: vpt_jax.prefill(adapter()[0], BACKBONE, PROMPTS),
+        "model is a PromptedModel; expected one with prefill",
+    ),
+    # keep_mask and condense
+    "per cent": (lambda: vpt_jax.keep_mask(SCORES, keep_ratio=30), "keep_ratio is 30"),
+    "a ratio in words": (
+        lambda: vpt_jax.keep_mask(SCORES, keep_ratio="0.3"),
+        "keep_ratio is '0.3'",
+    ),
+    "a traced ratio": (
+        lambda: jax.jit(lambda r: vpt_jax.keep_mask(SCORES, keep_ratio=r))(0.3),
+        "static under jit",
+    ),
+    "half a prompt kept": (
+        lambda: vpt_jax.keep_mask(SCORES, keep=2.5),
+        "keep is 2.5; expected an integer",
+    ),
+    "prompts for scores": (
+        lambda: vpt_jax.keep_mask(PROMPTS, keep=2),
+        r"a layer of scores is an array float32 \[2, 16\]; expected .* \[n_i\]",
+    ),
+    "scores in one array": (
+        lambda: vpt_jax.keep_mask(jnp.ones((3, 2)), keep=2),
+        "scores is an array",
+    ),
+    "scores for a mask": (lambda: vpt_jax.condense(PROMPTS, SCORES), "must be boolean"),
+    "mask and prompts exchanged": (
+        lambda: vpt_jax.condense(MASK, PROMPTS),
+        r"a layer of prompts is an array bool \[2\]",
+    ),
+    "a mask for one layer": (
+        lambda: vpt_jax.condense(PROMPTS, MASK[0]),
+        r"mask is an array bool \[2\]",
+    ),
+    "a mask of lists": (
+        lambda: vpt_jax.condense(PROMPTS, [[True, False]] * 3),
+        "a layer of mask is a list",
+    ),
+    "condensing what was prefilled": (
+        lambda: vpt_jax.condense(READY, MASK),
+        "a layer of prompts is a KeyValue",
+    ),
+    "counts of one array": (
+        lambda: vpt_jax.counts(PROMPTS[0]),
+        r"prompts is an array float32 \[2, 16\]",
+    ),
+    "prompts of examples, dropped": (
+        lambda: vpt_jax.prompt_dropout(KEY, own(B, 2, 16), 0.1, B),
+        r"a layer of prompts is an array float32 \[4, 2, 16\]",
+    ),
+    # macs
+    "one count": (lambda: vpt_jax.macs(MODEL, 50), "counts is 50; expected one number"),
+    "prompts for counts": (
+        lambda: vpt_jax.macs(MODEL, PROMPTS),
+        r"a count is an array float32 \[2, 16\]",
+    ),
+    "less than nothing": (lambda: vpt_jax.macs(MODEL, (1, -1, 1)), "a count is -1"),
+    "a foreign model's cost": (
+        lambda: vpt_jax.macs(adapter()[0], (1, 1, 1)),
+        "model is a PromptedModel; expected a ViT or a Swin",
+    ),
+    "deep prompts as shallow": (
+        lambda: vpt_jax.macs(MODEL, (1, 1, 1), deep=False),
+        "later counts must be 0",
+    ),
+    "no pictures": (
+        lambda: vpt_jax.macs(MODEL, (1, 1, 1), prompt_batch=0),
+        "prompt_batch is 0",
+    ),
+    # save_prompts
+    "saved for another model": (
+        lambda: save(prompts=PROMPTS[:2]),
+        "prompts have 2 layers",
+    ),
+    "prefilled and saved": (lambda: save(prompts=READY), "is a KeyValue"),
+    "a head of another width": (
+        lambda: save(head=vpt_jax.init_head(KEY, 8, 5)),
+        "head has width 8 but the model's features have 16",
+    ),
+    "class names in one text": (lambda: save(class_names="abcde"), "is 'abcde'"),
+    "numbers for class names": (
+        lambda: save(class_names=range(5)),
+        "a range; expected",
+    ),
+    "an unknown normalisation": (
+        lambda: save(normalisation="inception"),
+        "unknown normalisation 'inception'",
+    ),
+    "NaN saved": (
+        lambda: save(prompts=tuple(p * jnp.nan for p in PROMPTS)),
+        "infinite or NaN",
+    ),
+    "deep prompts saved as shallow": (lambda: save(deep=False), "deep=False"),
+    "a foreign model's file": (
+        lambda: save(model=adapter()[0]),
+        "model is a PromptedModel; expected one with widths, variant, readout",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_one_sentence(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert type(caught.value) is ValueError
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was found under a `data_dir`, whatever its layout: names, labels, splits."""
+
+import collections
+import hashlib
+import os
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vpt_jax.data import pictures
+from vpt_jax.data.bounds import MAX_TEXT, opened
+from vpt_jax.messages import printable
+
+SPLITS = ("train", "val", "test")
+SEED = 1401  # of the cut: another one gives other splits
+MAX_CLASSES = 1_000_000  # a label above is a mistake
+SHOWN = 10  # names in a message
+
+_NAMES = {  # of splits, however they are written
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
+class Example(NamedTuple):
+    """One picture: where it is (for people), how its reader finds it, its label."""
+
+    name: str
+    source: Any
+    label: int
+
+
+# (source, side, rule) to the picture, or ValueError.
+Read = Callable[[Any, int, str], np.ndarray]
+
+
+class Found(NamedTuple):
+    """What lies under a `data_dir`; nothing is decoded yet.
+
+    Labels point into `class_names`, of which some may have no picture.
+    """
+
+    class_names: tuple[str, ...]
+    splits: dict[str, list[Example]]
+    open: Callable[[], Read]  # called once, if anything must be read
+    key: Any  # what the content depends on, see `cache.cached`
+    rule: str  # of resizing, unless another is asked for
+    layout: str = ""  # where that is worth a word
+    notes: tuple[str, ...] = ()  # what was left out, and what is odd
+
+
+def split_of(name: str) -> str:
+    """The split that a folder or a part of a file is named after, or nothing."""
+    wanted = name.casefold()
+    return next((s for s, names in _NAMES.items() if wanted in names), "")
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """How a split may be called."""
+    return _NAMES[split]
+
+
+def shown(texts: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(texts) - SHOWN
+    tail = f"; and {more:,} more" if more > 0 else ""
+    return "; ".join(text[:200] for text in texts[:SHOWN]) + tail
+
+
+def relative(path: str | os.PathLike, root: Path) -> str:
+    """Where a file lies, for people."""
+    return printable(os.path.relpath(path, root))
+
+
+def lines(path: Path) -> list[str]:
+    """Lines of a text that are not empty, without surrounding blanks.
+
+    Raises:
+      ValueError: If it cannot be read, or is no UTF-8.
+    """
+    return [line.strip() for line in text(path).splitlines() if line.strip()]
+
+
+def text(path: Path) -> str:
+    """A text file; ValueError as `lines`."""
+    try:
+        with opened(os.fspath(path), MAX_TEXT) as data:
+            return data.decode("utf-8-sig")
+    except ValueError as e:
+        why = str(e).partition("; expected")[0].removeprefix("cannot be read (")
+        why = why.removesuffix(")")
+        why = f"no UTF-8: {e.reason}" if isinstance(e, UnicodeDecodeError) else why
+        raise ValueError(
+            f"{path}: cannot be read ({why}); expected a text file in UTF-8; save it "
+            "again."
+        ) from e
+
+
+def of_files(
+    root: Path, names: tuple[str, ...], splits: dict[str, list[Example]], rule: str
+) -> Found:
+    """Pictures that are files; the source of each is its path."""
+    key = [os.path.realpath(root)]
+    key += [stamp(e.name, e.source) for split in SPLITS for e in splits[split]]
+    return Found(names, splits, lambda: _read_file, key, rule)
+
+
+def stamp(name: str, path: str) -> list[Any]:
+    """Changes when the file does."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return [name, -1, -1]  # reading it will say why
+    return [name, status.st_size, status.st_mtime_ns]
+
+
+def _read_file(path: str, side: int, rule: str) -> np.ndarray:
+    with opened(path) as data:
+        return pictures.decode(data, side, rule)
+
+
+def add(group: dict[str, Any], name: str, value: Any) -> None:
+    """Under the name as most write it; a second of that name under another."""
+    # A Mac writes é in two characters, others in one: the cut is by name.
+    key = name = unicodedata.normalize("NFC", name)
+    number = 1
+    while key in group:
+        number += 1
+        key = f"{name} {number}"
+    group[key] = value
+
+
+def name_classes(
+    where: str, names: Sequence[str] | None, labels: Iterable[int], notes: list[str]
+) -> tuple[tuple[str, ...], int]:
+    """Names of classes, and what is to be taken off a label to find its name.
+
+    Args:
+      where: Where the names are from, for messages.
+      names: None where there are none: the numbers are the names.
+      labels: All labels.
+      notes: Is told if labels count from 1.
+
+    Raises:
+      ValueError: If there are fewer names than labels, or a label is a mistake.
+    """
+    present = set(labels)
+    low, top = min(present), max(present)
+    if top >= MAX_CLASSES:
+        raise ValueError(
+            f"{where}: got label {top}; expected labels below {MAX_CLASSES:,}; count "
+            "the classes from 0."
+        )
+    if names is None:
+        return tuple(map(str, range(top + 1))), 0
+    if low == 1 and top == len(names):
+        notes.append(f"labels count from 1: 1 is {printable(names[0])[:200]}")
+    elif len(names) <= top:
+        raise ValueError(
+            f"{where}: got {len(names)} names; expected {top + 1}, for labels from "
+            f"{low} to {top}; add the missing ones."
+        )
+    first = int(low == 1 and top == len(names))
+    return tuple(map(printable, names)), first
+
+
+def cut_examples(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """Adds the splits that are missing, see `cut`."""
+    missing = [split for split in ("val", "test") if split not in splits]
+    if not missing:
+        return splits
+    groups: dict[Hashable, dict[str, Example]] = collections.defaultdict(dict)
+    for number, example in enumerate(splits["train"]):
+        # A picture that is listed twice is kept twice, as it was asked for.
+        twin = example.name in groups[example.label]
+        groups[example.label][f"{example.name} {number}" if twin else example.name] = (
+            example
+        )
+    parts = {
+        split: [groups[label][name] for label, name in pairs]
+        for split, pairs in cut(groups, missing).items()
+    }
+    return splits | parts
+
+
+def cut(
+    groups: Mapping[Any, Mapping[str, Any]], missing: Sequence[str]
+) -> dict[str, list[tuple[Any, str]]]:
+    """Cuts the `missing` splits from train, a fifth of every class for each.
+
+    A class of `n` pictures gives `n / 5` of them, rounded, at least one, but as few as
+    it takes to leave it one to train on. Which ones is decided by a hash of `SEED` and
+    the names of the class and the picture: not by the order of the files, the machine,
+    or what is in other classes; and a picture added later moves few others.
+
+    Args:
+      groups: For each class, the pictures by name.
+      missing: Splits to cut, of "val" and "test".
+
+    Returns:
+      For "train" and each missing split, `(class, picture name)`, sorted.
+    """
+    out: dict[str, list[tuple[Any, str]]] = {"train": []}
+    out |= {split: [] for split in missing}
+    for group, members in groups.items():
+
+        def rank(name: str, group: Any = group) -> tuple[bytes, str]:
+            text = f"{SEED}/{group}/{name}".encode(errors="surrogateescape")
+            return hashlib.sha256(text).digest(), name
+
+        order = sorted(members, key=rank)
+        num = len(order)
+        take = max(1, (2 * num + 5) // 10)
+        take = min(take, (num - 1) // len(missing)) if missing else 0
+        for k, split in enumerate(missing):
+            out[split] += [(group, n) for n in order[k * take : (k + 1) * take]]
+        out["train"] += [(group, n) for n in order[len(missing) * take :]]
+    return {split: sorted(pairs) for split, pairs in out.items()}

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Class folders: which there are, and what lies beside the pictures."""
+
+import collections
+import functools
+import os
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from vpt_jax.data import pictures
+from vpt_jax.data.found import (
+    SPLITS,
+    Example,
+    Found,
+    add,
+    cut,
+    of_files,
+    relative,
+    shown,
+    split_of,
+)
+from vpt_jax.messages import printable
+
+LAYOUTS = (
+    "expected DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, "
+    "DIR/train.txt or DIR/train.json), or an .npz file"
+)
+# Folders that systems leave behind: whatever lies in them is nobody's class.
+_LITTER = frozenset(
+    "__macosx/@eadir/lost+found/#recycle/#snapshot/$recycle.bin"
+    "/system volume information".split("/")
+)
+_LEFT, _OUTSIDE = "left behind by a system", "not in a class folder"
+_LOOKED_AT = 10_000  # files, for a message
+
+
+class Listing(NamedTuple):
+    """What is in one folder: pictures and folders by name, and why others are none."""
+
+    pictures: dict[str, str]
+    folders: dict[str, str]
+    others: list[tuple[str, str]]  # why, path
+
+
+Look = Callable[[str], Listing]
+
+
+def listing(path: str) -> Listing:
+    """Lists a folder.
+
+    Raises:
+      ValueError: If it cannot be listed.
+    """
+    found = Listing({}, {}, [])
+    try:
+        with os.scandir(path) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError as e:
+        raise ValueError(
+            f"{printable(path)}: cannot be listed ({e.strerror}); expected a folder "
+            "that you may read; check its permissions."
+        ) from e
+    for entry in entries:
+        extension = os.path.splitext(entry.name)[1].lower()
+        if entry.name.startswith("."):
+            found.others.append(("hidden", entry.path))
+        elif os.path.isdir(entry.path):
+            if entry.name.casefold() in _LITTER:
+                found.others.append((_LEFT, entry.path))
+            else:
+                found.folders[entry.name] = entry.path
+        elif extension in pictures.EXTENSIONS:
+            found.pictures[entry.name] = entry.path
+        else:
+            kind = printable(extension)[:20] or "without an extension"
+            found.others.append((f"named {kind}", entry.path))
+    return found
+
+
+def _deeper(path: str, look: Look) -> list[str]:
+    """The folders in a folder that have pictures: it may be one of classes."""
+    return [name for name, sub in look(path).folders.items() if look(sub).pictures]
+
+
+def recognised(root: Path) -> bool:
+    """Whether there are pictures in class folders."""
+    look = functools.cache(listing)
+    folders = look(os.fspath(root)).folders
+    return any(
+        look(path).pictures or (split_of(name) and _deeper(path, look))
+        for name, path in folders.items()
+    )
+
+
+def find(root: Path, notes: list[str]) -> Found:
+    """Pictures in class folders, with or without folders of splits around these.
+
+    Args:
+      root: The folder.
+      notes: Is told what was not taken.
+
+    Raises:
+      ValueError: If there are none, train is missing, or it is not clear which folders
+        are classes.
+    """
+    look = functools.cache(listing)
+    where = _split_folders(root, look)
+    ignored: dict[str, list[str]] = collections.defaultdict(list)
+    if where:
+        top = look(os.fspath(root))
+        outside = [*top.pictures.values(), *top.folders.values()]
+        outside += [path for _, path in top.others]
+        for path in sorted(set(outside) - set(where.values())):
+            ignored["outside of the splits"].append(relative(path, root))
+    have = [split for split in SPLITS if split in where] or ["train"]
+    folders = where or {"train": os.fspath(root)}
+    groups = {
+        split: _classes(root, folders[split], look, ignored, notes) for split in have
+    }
+    notes += [
+        f"not taken, {why}: {len(found):,} ({shown(sorted(found))})"
+        for why, found in sorted(ignored.items())
+    ]
+    if not any(groups["train"].values()):
+        raise ValueError(nothing(root, " of train" if where else ""))
+    _check_spelling(root, groups)
+    names = tuple(sorted({name for split in have for name in groups[split]}))
+    missing = [split for split in ("val", "test") if split not in have]
+    chosen = cut(groups["train"], missing)
+    for split in have[1:]:
+        pairs = [(c, p) for c, members in groups[split].items() for p in members]
+        chosen[split] = sorted(pairs)
+    label = {name: k for k, name in enumerate(names)}
+    splits = {}
+    for split, pairs in chosen.items():
+        source = groups[split if split in have else "train"]
+        splits[split] = [
+            Example(relative(source[c][p], root), source[c][p], label[c])
+            for c, p in pairs
+        ]
+    return of_files(root, tuple(map(printable, names)), splits, "crop")
+
+
+def _split_folders(root: Path, look: Look) -> dict[str, str]:
+    """Split to its folder; nothing if folders of classes lie in `root` itself."""
+    folders = look(os.fspath(root)).folders
+    named = [(split_of(name), name) for name in folders if split_of(name)]
+    flat = {n for _, n in named if look(folders[n]).pictures}
+    flat = {n for n in flat if not _deeper(folders[n], look)}
+    others = [n for n in folders if not split_of(n) and look(folders[n]).pictures]
+    if len(named) == 1 and flat and others:
+        return {}  # a class of trains, beside others
+    if flat:
+        raise ValueError(
+            f"{root}: got pictures in {shown(sorted(flat))} without a class folder; "
+            "expected train/<class>/*, and the same in val and test; sort them into "
+            "folders, or move those away that have no labels."
+        )
+    where: dict[str, str] = {}
+    for split, name in named:
+        if split in where:
+            raise ValueError(
+                f"{root}: got {os.path.basename(where[split])} and {name}, which both "
+                f"mean {split}; expected one; join them, or move one away."
+            )
+        where[split] = folders[name]
+    if where and "train" not in where:
+        raise ValueError(
+            f"{root}: got {' and '.join(where)} but no train; {LAYOUTS}; add train."
+        )
+    return where
+
+
+def _classes(
+    root: Path,
+    folder: str,
+    look: Look,
+    ignored: dict[str, list[str]],
+    notes: list[str],
+) -> dict[str, dict[str, str]]:
+    """Class name to picture name to path, of `folder/<class>/<picture>`."""
+    groups: dict[str, dict[str, str]] = {}
+    deeper, spellings, top = [], [], look(folder)
+    beside = [("not in a class folder", p) for p in top.pictures.values()]
+    beside += [
+        (
+            w
+            if w in ("hidden", "left behind by a system")
+            else "not in a class folder",
+            p,
+        )
+        for w, p in top.others
+    ]
+    for name, path in top.folders.items():
+        key, found = unicodedata.normalize("NFC", name), look(path)
+        # Two folders whose names look the same are one class, all pictures of both.
+        if key in groups:
+            spellings.append(printable(key))
+        group = groups.setdefault(key, {})
+        for picture, place in found.pictures.items():
+            add(group, picture, place)
+        inside = found.folders.items()
+        beside += [*found.others]
+        beside += [("a folder in a class folder", sub) for _, sub in inside]
+        if not found.pictures and _deeper(path, look):
+            deeper.append(relative(path, root))
+    for why, path in beside:
+        ignored[why].append(relative(path, root))
+    flat = sorted(name for name, group in groups.items() if group)
+    if deeper and flat:
+        raise ValueError(
+            f"{root}: got pictures in {shown(list(map(printable, flat)))}, and one "
+            f"folder deeper in {shown(deeper)}; expected all in class folders; move "
+            "these up, or away."
+        )
+    if spellings:
+        notes.append(f"two spellings, one class: {shown(spellings)}")
+    alike = collections.Counter(name.casefold() for name in flat)
+    cases = [printable(name) for name in flat if alike[name.casefold()] > 1]
+    if cases:
+        notes.append(f"classes whose names differ in case alone: {shown(cases)}")
+    return groups
+
+
+def _check_spelling(root: Path, groups: Mapping[str, Mapping[str, dict]]) -> None:
+    """Raises if a class of val or test is one of train in upper or lower case."""
+    known = {name for name, group in groups["train"].items() if group}
+    folded = {name.casefold(): name for name in known}
+    for split in groups:
+        odd = [
+            f"{printable(folded[name.casefold()])} and {printable(name)}"
+            for name, group in groups[split].items()
+            if group and name not in known and name.casefold() in folded
+        ]
+        if odd:
+            raise ValueError(
+                f"{root}: got classes that train and {split} write differently: "
+                f"{shown(odd)}; expected the same folders in each; rename them."
+            )
+
+
+def nothing(root: Path, which: str = "") -> str:
+    """Says that there are no pictures in class folders, and what is there."""
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for number, (folder, _, files) in enumerate(os.walk(root)):
+        for name in sorted(files)[: max(0, _LOOKED_AT - number)]:
+            kind = os.path.splitext(name)[1].lower()[:20]
+            kinds[kind or "without an extension"].append(os.path.join(folder, name))
+        if number > _LOOKED_AT:
+            break
+    common = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+    texts = [
+        f"{len(paths):,} {printable(kind)} ({relative(min(paths), root)})"
+        for kind, paths in common
+    ]
+    seen = shown(texts) or "no files"
+    remedy = "check the path"
+    if kinds and not kinds.keys() & pictures.EXTENSIONS:
+        remedy = "convert them to JPEG or PNG, if they are pictures"
+    elif kinds:
+        remedy = "move pictures into a folder for each class, or give another path"
+    return (
+        f"{root}: got no pictures in class folders{which}; seen: {seen}; {LAYOUTS}; "
+        f"{remedy}."
+    )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of pictures and labels: `path label` a line, JSON, or those of CUB.
+
+A list in JSON is an object of paths and labels, as VPT has it, or pairs of them; labels
+are numbers, or names of classes.
+"""
+
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vpt_jax.data import cub, layouts
+from vpt_jax.data.found import (
+    SPLITS,
+    Example,
+    Found,
+    cut_examples,
+    lines,
+    name_classes,
+    names_of,
+    of_files,
+    relative,
+    text,
+)
+from vpt_jax.messages import printable
+
+_FIRST = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",)}
+_DIGITS = 20  # of a label; a longer one is a mistake
+_PLACES = ("", "images", "Images")  # that paths may be relative to
+_NUMBERED = re.compile(r"(\d{1,9})\s+(.+)")  # a line of CUB's classes.txt
+_PAIR = "`path label`, the label a number from 0"
+
+Row = tuple[str, Any, str]  # path as listed, label, path to open
+
+
+def lists_of(root: Path) -> dict[str, list[Path]]:
+    """Split to its lists, the first of which counts; empty if there is none of train.
+
+    Raises:
+      ValueError: If two names differ in case alone.
+    """
+    found = layouts.listing(os.fspath(root))
+    files = [path for _, path in found.others if os.path.isfile(path)]
+    by_name: dict[str, Path] = {}
+    for path in map(Path, files):
+        twin = by_name.setdefault(path.name.casefold(), path)
+        if twin != path and path.suffix.lower() in (".txt", ".json"):
+            raise ValueError(
+                f"{root}: got {printable(twin.name)} and {printable(path.name)}; "
+                "expected one of them; move the other away."
+            )
+    names = {
+        split: [*_FIRST.get(split, ())]
+        + [n + end for end in (".txt", ".json") for n in names_of(split)]
+        for split in SPLITS
+    }
+    found = {s: [by_name[n] for n in some if n in by_name] for s, some in names.items()}
+    return {s: paths for s, paths in found.items() if paths} if found["train"] else {}
+
+
+def recognised(root: Path) -> bool:
+    """Whether lists say which pictures there are."""
+    return bool(lists_of(root)) or _is_cub(root)
+
+
+def _is_cub(root: Path) -> bool:
+    return all((root / name).is_file() for name in cub.FILES)
+
+
+def find(root: Path, notes: list[str]) -> Found:
+    """The pictures that lists name.
+
+    Args:
+      root: A folder that is `recognised`.
+      notes: Is told what was not used.
+
+    Raises:
+      ValueError: If a list is not well-formed, or names lack for labels.
+    """
+    files = lists_of(root)
+    if files:
+        used = [paths[0] for paths in files.values()]
+        rest = [p.name for paths in files.values() for p in paths[1:]]
+        if rest:
+            notes.append(f"lists that are not used: {', '.join(rest)}")
+        rows = {split: _rows(root, paths[0]) for split, paths in files.items()}
+        said = f"lists: {', '.join(path.name for path in used)}"
+        names = _number(root, rows, notes)
+    else:
+        said, names, rows = "lists: those of CUB_200_2011", *_read_cub(root)
+    splits = {
+        split: [Example(name, path, label) for name, label, path in some]
+        for split, some in rows.items()
+    }
+    found = of_files(root, names, cut_examples(splits), "squash")
+    return found._replace(layout=said)
+
+
+def _number(
+    root: Path, rows: dict[str, list[Row]], notes: list[str]
+) -> tuple[str, ...]:
+    """Makes the labels of all rows numbers from 0; the classes' names."""
+    labels = {label for some in rows.values() for _, label, _ in some}
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{root}: got labels that are numbers, and others that are names; expected "
+            "one kind; use numbers from 0 in all lists."
+        )
+    file = root / "classes.txt"
+    written = lines(file) if file.is_file() else None
+    numbered = _numbered(written or [])
+    if kinds == {str}:
+        names: list[Any] = sorted(labels)
+        new = {name: k for k, name in enumerate(names)}
+        known = tuple(printable(name)[:500] for name in names)
+    elif labels <= numbered.keys():
+        new = {number: k for k, number in enumerate(numbered)}
+        known = tuple(map(printable, numbered.values()))
+    else:
+        known, first = name_classes(os.fspath(file), written, labels, notes)
+        new = {label: label - first for label in labels}
+    for split, some in rows.items():
+        rows[split] = [(name, new[label], path) for name, label, path in some]
+    return known
+
+
+def _numbered(written: list[str]) -> dict[int, str]:
+    """Number to name, if every line begins with another number, as CUB's do."""
+    pairs = [_NUMBERED.fullmatch(line) for line in written]
+    names = {int(pair[1]): pair[2] for pair in pairs if pair}
+    return names if len(names) == len(written) else {}
+
+
+def _read_cub(root: Path) -> tuple[tuple[str, ...], dict[str, list[Row]]]:
+    found, numbers = cub.read(root)
+    file = root / "classes.txt"
+    known = _numbered(lines(file)) if file.is_file() else {}
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    for path, label, train in found.values():
+        name = relative(path, root)[:500]
+        rows["train" if train else "test"].append((name, label, os.fspath(path)))
+    return tuple(printable(known.get(n, str(n))) for n in numbers), rows
+
+
+def _rows(root: Path, path: Path) -> list[Row]:
+    pairs = _json_pairs if path.suffix.lower() == ".json" else _text_pairs
+    rows = []
+    for where, name, label in pairs(path):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(
+                f"{path}: got {where}; expected a path inside of {root}; move the "
+                "pictures there, or link to them."
+            )
+        rows.append((printable(name)[:500], label, _place(root, name)))
+    if not rows:
+        raise ValueError(
+            f"{path}: got no lines; expected `path label` in each; remove the file to "
+            "have the split cut from train."
+        )
+    return rows
+
+
+def _text_pairs(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Where, path and label of every line."""
+    for number, line in enumerate(lines(path), start=1):
+        name, _, label = line.replace("\t", " ").rpartition(" ")
+        decimal = label.isdecimal() and len(label) < _DIGITS
+        where = f"line {number} {line[:200]!r}"
+        if not name.strip() or not decimal or "\0" in name:
+            raise ValueError(f"{path}: got {where}; expected {_PAIR}; correct it.")
+        yield where, name.strip(), int(label)
+
+
+def _json_pairs(path: Path) -> Iterator[tuple[str, str, int | str]]:
+    """Where, path and label of every pair."""
+    content = text(path)
+    try:
+        # As pairs: of a path that is there twice, an object would keep one.
+        found = json.loads(content, object_pairs_hook=list)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f"{path}: got no JSON ({str(e)[:200]}); expected an object of paths and "
+            "labels; correct it."
+        ) from e
+    for number, pair in enumerate(found if isinstance(found, list) else [found], 1):
+        whole = isinstance(pair, list | tuple) and len(pair) == 2
+        name, label = pair if whole else ("", "")
+        where = f"entry {number} {repr(pair)[:200]}"
+        if isinstance(label, str) and label.isdecimal() and len(label) < _DIGITS:
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            label = -1
+        good = isinstance(label, str) or label >= 0
+        if not good or not isinstance(name, str) or not name or "\0" in name:
+            raise ValueError(
+                f"{path}: got {where}; expected an object of paths and labels from 0; "
+                "correct it."
+            )
+        yield where, name, label
+
+
+def _place(root: Path, name: str) -> str:
+    """The path to open, in whichever form of Unicode the disk has it."""
+    forms = (name, *(unicodedata.normalize(f, name) for f in ("NFC", "NFD")))
+    places = [root / sub / name for sub in _PLACES]
+    if not name.isascii():
+        pairs = itertools.product(forms, _PLACES)
+        places = [root / sub / form for form, sub in pairs]
+    return os.fspath(next((p for p in places if os.path.lexists(p)), places[0]))

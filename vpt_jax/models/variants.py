@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of variants: ours, and those by which other projects call the same sizes."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+_LETTERS |= {short.lower(): short for short in _LETTERS.values()}
+_SIZE = "|".join(sorted(_LETTERS, key=len, reverse=True))
+_END = r"(?:[-_.].*)?"
+_VIT = re.compile(
+    rf"(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
+)
+_DINOV2 = re.compile(
+    r"dinov2(?:-with-registers)?[-_](?:vit)?(?P<size>s|b|l|g|small|base|large|giant)"
+    rf"(?:14)?{_END}|vit_(?P<giant>giant)_patch14_(?:reg4_)?dinov2{_END}"
+)
+_SWIN = re.compile(
+    rf"swin[-_]?(?P<size>t|tiny|s|small|b|base|l|large){_END}", re.IGNORECASE
+)
+
+
+def canonical(variant: str) -> str:
+    """Our name of a variant, or the name as it is where it is none that we know.
+
+    Example:
+      >>> canonical("vit_small_patch16_224"), canonical("ViT-B/16"), canonical("B16")
+      ('S/16', 'B/16', 'B/16')
+      >>> canonical("swin_tiny_patch4_window7_224"), canonical("facebook/dinov2-base")
+      ('Swin-T', 'B/14')
+    """
+    if len(variant) < 3:
+        return variant
+    # Of timm/vit_base_patch16_224 or google/vit-base-patch16-224 the name alone.
+    names = {variant, variant.rpartition("/")[2]}
+    for name in map(str.lower, sorted(names, key=len, reverse=True)):
+        if match := _SWIN.fullmatch(name):
+            return f"Swin-{match['size'][0].upper()}"
+        if match := _DINOV2.fullmatch(name):
+            size = (match["size"] or match["giant"])[0]
+            return f"{size if size == 'g' else size.upper()}/14"
+        if match := _VIT.fullmatch(name):
+            return f"{_LETTERS[match['size']]}/{match['patch']}"
+    return variant
+
+
+def similar(variant: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'B/16'?)"`, or nothing where no known name is like it."""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(canonical(variant).lower(), names, 1, 0.5)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
