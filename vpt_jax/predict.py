@@ -118,7 +118,7 @@ def _answer(
     write: Callable[[str, list[tuple[str, float]], str], None],
 ) -> int:
     """Goes through the pictures; the exit code."""
-    from vpt_jax.data.bounds import printable
+    from vpt_jax.messages import printable
 
     names = model.class_names
     top, width = min(args.top, len(names)), min(max(map(len, names)), 40)
