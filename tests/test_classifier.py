@@ -146,6 +146,9 @@ def test_what_a_released_file_says(finished):
         "readout": "mean",
         "norm": "after",
         "resize": "half_pixel",
+        "num_heads": 4,
+        "activation": "gelu",
+        "epsilon": 1e-6,
         "skip": [],
         "dtype": "float32",
     }
