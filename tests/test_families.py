@@ -131,6 +131,22 @@ def test_a_broken_config_is_named(file, text):
         vpt_jax.load_backbone("demo/16", file)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_heads", "8"), ("activation", "relu"), ("epsilon", 2)]
+)
+def test_a_model_card_is_checked(timm, tmp_path, name, value):
+    arrays = {n: np.ascontiguousarray(a) for n, a in timm.items()}
+    for told, good in [(value, False), ({"num_heads": 8}.get(name), True)]:
+        card = {"model_card": json.dumps({name: told, "depth": 3} if told else {})}
+        save_file(arrays, tmp_path / "w.safetensors", card)
+        if good:
+            model, _ = vpt_jax.load_backbone("demo/16", tmp_path / "w.safetensors")
+            assert model.num_heads == (told or 4)
+            continue
+        with pytest.raises(vpt_jax.CheckpointError, match=f"has {name} .* model card"):
+            vpt_jax.load_backbone("demo/16", tmp_path / "w.safetensors")
+
+
 def test_a_config_of_something_else_tells_nothing(file):
     beside(file, learning_rate=0.1, num_attention_heads=8)
     assert vpt_jax.read_card(file) == {}

@@ -210,6 +210,27 @@ def test_hugging_face(hub, tmp_path):
     assert "https://huggingface.co/org/name/resolve/v1/w.npz " in str(error.value)
 
 
+def test_what_lies_beside_a_file_comes_along_where_it_is(hub, monkeypatch, tmp_path):
+    class Absent(Exception):
+        pass
+
+    def download(repo, filename, *, revision, local_files_only=False):
+        if local_files_only:
+            raise FileNotFoundError("not cached")
+        hub.calls.append(filename)
+        if filename == "a/b.json":
+            raise Absent
+        return str(tmp_path / filename)
+
+    errors = types.ModuleType("huggingface_hub.errors")
+    errors.EntryNotFoundError = Absent
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    path = local_path("hf://org/na.me/a/w.npz", beside=("b.json", "c.json"))
+    assert path == tmp_path / "a" / "w.npz"
+    assert hub.calls == ["ask", "a/b.json", "a/c.json", "a/w.npz"]
+
+
 @pytest.mark.parametrize(
     "rest",
     [

@@ -172,6 +172,7 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
         r"(vit|deit3?|eva)_[a-z0-9]+_patch\d+|flexivit_(small|base|large)|test_vit",
         {"activation": "gelu"},
     ),
+    (r"test_vit", {"num_heads": 2}),  # timm's smallest, for its tests
     (r"vit_base_patch16_gap_", {"num_heads": 16}),
     (
         r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_"

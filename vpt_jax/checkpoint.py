@@ -27,6 +27,7 @@ from vpt_jax.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.messages import shown
 from vpt_jax.models.attention import wide
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
+from vpt_jax.models.layers import ACTIVATIONS
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.variants import canonical
@@ -135,7 +136,7 @@ def load_backbone(
       >>> model.width, model.depth
       (128, 6)
     """
-    variant, path = _told_apart(variant, path)
+    variant, path = told_apart(variant, path)
     # An unknown variant is the first thing to hear of.
     kind: Any = Swin if variant.startswith("Swin") else ViT
     wanted = kind(variant) if variant else None
@@ -192,7 +193,7 @@ def load_backbone(
     return model, tree
 
 
-def _told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
+def told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
     """Our name of the variant, and the path; the path alone may stand first."""
     first = os.fspath(variant)
     alone = first.lower().endswith(_ENDS) or "://" in first or os.path.isfile(first)
@@ -246,6 +247,17 @@ def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, An
             raise CheckpointError(
                 f"{path} has {name} {shown(card[name])} in its model card;"
                 f" expected a word; {_AGAIN}."
+            )
+    known = {
+        "num_heads": lambda x: type(x) is int and x > 0,
+        "activation": lambda x: isinstance(x, str) and x in ACTIVATIONS,
+        "epsilon": lambda x: type(x) is float and 0 < x < 1,
+    }
+    for name, good in known.items():
+        if name in card and not good(card[name]):
+            raise CheckpointError(
+                f"{path} has {name} {shown(card[name])} in its model card;"
+                f" expected what load_backbone takes; {_AGAIN}."
             )
     return card
 

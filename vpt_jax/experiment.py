@@ -22,6 +22,7 @@ import vpt_jax
 from vpt_jax import cautions, parallel, report
 from vpt_jax import config as configs
 from vpt_jax import workdir as files
+from vpt_jax.checkpoint import told_apart
 from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Task, load_task
@@ -160,6 +161,7 @@ class Pictures(NamedTuple):
 
 def load_model(settings: configs.BackboneConfig) -> Model:
     """Loads the backbone; ValueError if it, or how to feed it, is not known."""
+    variant, checkpoint = told_apart(settings.variant, settings.checkpoint)
     load: dict[str, Any] = {
         "readout": settings.readout,
         "norm": settings.norm,
@@ -170,8 +172,8 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "skip": list(settings.skip),
     }
     model, backbone = vpt_jax.load_backbone(
-        settings.variant,
-        settings.checkpoint,
+        variant or checkpoint,
+        checkpoint if variant else "",
         image_size=settings.image_size,
         dtype=jnp.dtype(settings.dtype),
         **load,
@@ -184,11 +186,11 @@ def load_model(settings: configs.BackboneConfig) -> Model:
             f"config.backbone has {choices}, which only a ViT has; leave both out for"
             " a Swin."
         )
-    card = vpt_jax.read_card(settings.checkpoint)
+    card = vpt_jax.read_card(checkpoint)
     normalisation = settings.normalisation or card.get("normalisation")
     if not normalisation:
         raise ValueError(
-            f"how pictures are normalised for {settings.checkpoint} is not known; set"
+            f"how pictures are normalised for {checkpoint} is not known; set"
             " --config.backbone.normalisation=half (Google's ViT), imagenet (most"
             " PyTorch models) or none. docs/backbones.md lists the files that we know."
         )
@@ -197,8 +199,8 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         load = {name: getattr(model, name, value) for name, value in load.items()}
     load["resize"] = load["resize"] or card.get("resize", "corner_aligned")
     info = {
-        "name": Path(settings.checkpoint).name or "demo",
-        "variant": settings.variant,
+        "name": Path(checkpoint).name or "demo",
+        "variant": model.variant or f"{model.width} x {model.depth}",
         "hash": vpt_jax.backbone_hash(backbone),
         "parameters": sum(x.size for x in jax.tree.leaves(backbone)),
         "normalisation": normalisation,

@@ -27,7 +27,9 @@ def card_of(path: str | os.PathLike, own: Mapping[str, Any]) -> dict[str, Any]:
       CheckpointError: If the `config.json` beside it cannot be used.
     """
     config = config_facts(local_path(path))
-    card = {**own, **architecture(path)}
+    # Sizes are held against the file where a config.json says them.
+    card = {k: v for k, v in own.items() if k not in ("width", "depth")}
+    card |= architecture(path)
     for name in (path, config.get("architecture", "")):
         card |= architecture(name)
         row = known_backbone(name) if name else None

@@ -76,13 +76,7 @@ def match_swin(
     """
     found = swin_sizes(named) if named.kind == "swin" else {}
     windows = found.pop("windows", ())
-    window = max(windows, default=0)
-    if len(set(windows[:-1])) > 1:
-        raise CheckpointError(
-            f"{path} holds a Swin whose stages have windows of {windows} (Swin S3),"
-            " which is not supported: it has one window for all stages here. Take"
-            " hf://timm/swin_tiny_patch4_window7_224.ms_in1k/model.safetensors."
-        )
+    _check_windows(windows, path)
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (embed_dim"
@@ -92,10 +86,20 @@ def match_swin(
     # The last stage's window may be all of its picture, and smaller (Swin S3-S).
     side = wanted.patch * (windows[-1] if windows else 0) * 2 ** (wanted.num_stages - 1)
     return wanted.clone(
-        window=window,
+        window=max(windows, default=0),
         image_size=image_size or side,
         readout=readout or wanted.readout,
     )
+
+
+def _check_windows(windows: tuple[int, ...], path: Any) -> None:
+    """Raises if the stages of a Swin, but for the last, have different windows."""
+    if len(set(windows[:-1])) > 1:
+        raise CheckpointError(
+            f"{path} holds a Swin whose stages have windows of {windows} (Swin S3),"
+            " which is not supported: it has one window for all stages here. Take"
+            " hf://timm/swin_tiny_patch4_window7_224.ms_in1k/model.safetensors."
+        )
 
 
 def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
@@ -107,10 +111,15 @@ def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
     """
     if named.kind == "swin":
         found = swin_sizes(named)
+        windows = found.pop("windows")
+        _check_windows(windows, path)
         for letter, sizes in swin.VARIANTS.items():
-            if all(found[n] == size for n, size in sizes.items()):
+            if found == sizes:
                 return Swin(letter)
-        raise CheckpointError(f"{path} holds {describe(named)}; expected one of them.")
+        try:
+            return Swin(**found, window=max(windows, default=0))
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds {describe(named)}: {error}") from error
     refuse_structures(named.shapes, path, pooled=True)
     found: dict[str, Any] = vit_sizes(named)
     for name, sizes in vit.VARIANTS.items():

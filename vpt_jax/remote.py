@@ -85,10 +85,11 @@ def _hugging_face(rest: str, beside: Sequence[str]) -> Path:
             # Alone, hf_hub_download would try for minutes where there is no network.
             url = hub.hf_hub_url(repo, filename, revision=revision)
             hub.get_hf_file_metadata(url, timeout=TIMEOUT_S)
-            folder, slash, _ = filename.rpartition("/")
             for name in beside:
-                with contextlib.suppress(hub.errors.EntryNotFoundError):
-                    name = f"{folder}{slash}{name}"
+                from huggingface_hub.errors import EntryNotFoundError
+
+                with contextlib.suppress(EntryNotFoundError):  # it has none
+                    name = str(Path(filename).parent / name)
                     hub.hf_hub_download(repo, name, revision=revision)
             found = hub.hf_hub_download(repo, filename, revision=revision)
         return Path(found)
