@@ -232,7 +232,7 @@ def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigD
       mode: One of `MODES`.
       tasks: What each task has of its own, see `OwnConfig`.
     """
-    c = ConfigDict()
+    c: Any = ConfigDict()
     c.benchmark = ConfigDict(
         {
             "name": name,
@@ -255,7 +255,7 @@ def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigD
     return c
 
 
-def recipe(c: ConfigDict) -> None:
+def recipe(c: Any) -> None:
     """Sets the recipe that finds its rate by itself; docs/real.md has what it is worth.
 
     AdamW with a rate per step, the same for every batch size; the head from zeros, with
@@ -281,7 +281,7 @@ def recipe(c: ConfigDict) -> None:
     complete(c)
 
 
-def shorten(c: ConfigDict, *, image_size: int) -> None:
+def shorten(c: Any, *, image_size: int) -> None:
     """A trial of the whole way: the package's small backbone, two of everything."""
     if c.benchmark.mode == "sweep":
         c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))

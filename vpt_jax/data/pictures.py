@@ -148,7 +148,8 @@ def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     try:
         return fit(colours.to_rgb(picture.copy()), side, rule)
     except (colours.OddError, OSError) as e:  # OSError: its file is damaged
-        raise ValueError(f"got a picture that cannot be used ({messages.reason(e)}).") from e
+        why = messages.reason(e)
+        raise ValueError(f"got a picture that cannot be used ({why}).") from e
 
 
 def _check_bomb(picture: Image.Image, data: bytes) -> None:
