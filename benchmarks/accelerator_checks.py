@@ -38,7 +38,7 @@ from accelerator_rows import (
 )
 
 import vpt_jax
-from vpt_jax import experiment, protocol, together, train
+from vpt_jax import experiment, protocol, train
 from vpt_jax.data.vtab import BENCHMARKS, NUM_TRAIN, NUM_VAL, part_runs
 
 ROOT = Path(__file__).parent.parent
@@ -157,9 +157,8 @@ def command(row: Row, context: Context) -> dict[str, Any]:
         words = ["vpt_jax.main", "--config=configs/demo.py:smoke", f"--workdir={out}"]
     else:
         where["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-        files = [f"tests/{name}.py" for name in context.sizes.tests.split()]
-        words = ["pytest", "-q", "-o", "addopts=", "-o", "filterwarnings=", *files]
-        words += ["-m", "not slow", "-p", "no:cacheprovider"]
+        words = ["pytest", "-q", "-o", "addopts=", "-o", "filterwarnings="]
+        words += ["-m", "not slow", "-p", "no:cacheprovider", *context.sizes.tests]
     code, text, took = process([sys.executable, "-m", *words], where, context)
     right = code == 0 and (row.what != "demo" or (out / "report.html").exists())
     return {"right": right, "code": code, "seconds": took, "end": text[-2000:]}
@@ -233,20 +232,15 @@ def events(data: Any) -> Iterator[tuple[str, float]]:
 
 
 def trial_program(row: Row, sizes: Sizes) -> roofline.Program:
-    """An epoch of one trial, or of several in one program, at a rate of 0."""
-    k, n = int(row.what.split()[0]), sizes.pictures
+    """An epoch of one trial, at a rate of 0."""
+    n = sizes.pictures
     given, recipe = inputs(row), train.Recipe()
     side = given.model.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), np.uint8)
     order, real = train.epoch_order(0, 0, n, row.batch)
     trainable = roofline.trainable_of(given, row.prompts)
-    if k == 1:
-        state, function = train.init_state(trainable, recipe), train.train_epoch
-        rates, decay = jnp.zeros(len(order)), jnp.float32(0)
-    else:
-        state = together.init_states(together.stack([trainable] * k), recipe)
-        rates, decay = jnp.zeros((k, len(order))), jnp.zeros(k)
-        function = together.train_epoch
+    state, function = train.init_state(trainable, recipe), train.train_epoch
+    rates, decay = jnp.zeros(len(order)), jnp.float32(0)
     rest = (given.backbone, jnp.asarray(pictures), jnp.arange(n) % 10, order, real)
     rest = (*rest, rates, decay, jax.random.key(0))
     static = {"model": given.model, "recipe": recipe}
@@ -264,12 +258,12 @@ def trials(row: Row, context: Context) -> dict[str, Any]:
     """A VTAB task at its published sizes: seconds of an epoch, trials an hour."""
     ready = trial_program(row, context.sizes)
     epoch = clock(ready.run, jax.block_until_ready, context.sizes.budget)["s"]
-    pictures = int(row.what.split()[0]) * context.sizes.pictures
+    pictures = context.sizes.pictures
     rate = work(row)[0] * pictures / epoch
     return {
         "epoch_s": epoch,
         "ms_a_picture": 1000 * epoch / pictures,
-        "trials_an_hour": 36 * pictures / context.sizes.pictures / epoch,
+        "trials_an_hour": 36 / epoch,
         "sweep_hours": sweep_flop(model_of(row)) / rate / 3600,
         "compile_s": ready.compile_seconds,
     }

@@ -55,10 +55,14 @@ class Sizes(NamedTuple):
     pictures: int = NUM_TRAIN  # of a trial
     matrix: int = 8192
     budget: float = 1.0  # seconds for which a program is timed
-    tests: str = "test_attention test_vit test_condense test_train test_swin"
+    tests: Sequence[str] = tuple(
+        f"tests/test_{name}.py"
+        for name in ("attention", "vit", "condense", "train", "swin")
+    )
 
 
-SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16", "float32"), 5, 256, 0.02, "test_macs")
+ONE_TEST = ("tests/test_attention.py::test_how_many_blocks",)
+SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16",), 5, 256, 0.02, ONE_TEST)
 
 # What is tried beside the plain program: changes of the model, of the epoch, the dtype
 # in which the backbone is kept, dropout, a mask.

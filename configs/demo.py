@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.prompts.num_prompts = 4
         c.tune.update(epochs=2, warmup_epochs=1, base_lr=0.03)
         c.finetune.update(epochs=1, base_lr=0.03)
+        del c.search
         c.condense.keep_ratios = (0.3,)
         c.checkpoint_every = 1
     return c

@@ -199,7 +199,7 @@ from test_vtab import toy
 from vpt_jax.data import vtab
 from vpt_jax.models import vit
 
-vit.VARIANTS["small"] = {sizes!r}
+vit.VARIANTS["little"] = {sizes!r}
 vtab.NUM_TRAIN, vtab.NUM_VAL = 4, 2
 vtab.BENCHMARKS["svhn"] = toy(name="svhn")
 
@@ -216,7 +216,7 @@ def test_a_sweep_that_gets_sigterm_again_and_again_ends_the_same(place, tmp_path
     config.write_text(
         SWEEP.format(
             tests=str(root / "tests"),
-            sizes=vit.VARIANTS["small"],
+            sizes=vit.VARIANTS["little"],
             values=values(place, "svhn"),
         )
     )

@@ -316,13 +316,13 @@ def test_split_sizes_types_and_classes(name):
 @pytest.mark.parametrize("name", MADE_HERE)
 def test_no_picture_is_in_two_splits(name):
     task = tasks.load_task(name)
-    pictures = [x.tobytes() for split in task[2:] for x in split.images]
+    pictures = [x.tobytes() for split in task[2:5] for x in split.images]
     assert len(pictures) >= 1797 and len(set(pictures)) == len(pictures)
 
 
 def checksum(task):
     value = 0
-    for split in task[2:]:
+    for split in task[2:5]:
         value = zlib.crc32(split.images.tobytes(), value)
         value = zlib.crc32(split.labels.astype("<i4").tobytes(), value)
     return f"{value:08x}"
@@ -345,7 +345,7 @@ def test_splits_are_the_same_on_every_machine(name, expected):
 def test_image_size_changes_the_pictures_only(name):
     plain, large = tasks.load_task(name), tasks.load_task(name, image_size=48)
     assert large.class_names == plain.class_names
-    for a, b in zip(plain[2:], large[2:], strict=True):
+    for a, b in zip(plain[2:5], large[2:5], strict=True):
         np.testing.assert_array_equal(a.labels, b.labels)
         assert b.images.shape == (len(a.labels), 48, 48, 3)
         # Enlarging keeps the mean brightness, up to the edges.
@@ -364,12 +364,12 @@ def test_digits_are_the_asset_in_another_order():
     # The counts per digit that UCI gives for this part of the data set.
     expected = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert np.bincount(labels).tolist() == expected
-    images = np.concatenate([s.images for s in task[2:]])
+    images = np.concatenate([s.images for s in task[2:5]])
     assert (images == images[..., :1]).all()
     back = np.rint(images[..., 0] / 255 * 16).astype(np.uint8)
     found = zip(
         back.reshape(1797, -1).tolist(),
-        np.concatenate([s.labels for s in task[2:]]).tolist(),
+        np.concatenate([s.labels for s in task[2:5]]).tolist(),
         strict=True,
     )
     source = zip(cells.reshape(1797, -1).tolist(), labels.tolist(), strict=True)
@@ -378,7 +378,7 @@ def test_digits_are_the_asset_in_another_order():
 
 def test_the_two_shape_tasks_label_what_they_say():
     task = tasks.load_task("shapes_location")
-    for split in task[2:]:
+    for split in task[2:5]:
         x = np.rint((centroids(split.images)[:, 0] - 8.25) / 0.5)
         np.testing.assert_array_equal(split.labels, x // 2)
     # Three orientations in even classes, two in odd ones: 60 % even.

@@ -273,7 +273,7 @@ class Spy(files.Log):
 
 
 def settings(**changes):
-    values = {"epochs": 4, "warmup_epochs": 0, "base_lr": 0.5, "weight_decay": 1e-3}
+    values = {"epochs": 4, "warmup_epochs": 0.0, "base_lr": 0.5, "weight_decay": 1e-3}
     return configs.TrainConfig(**{**values, "batch_size": 2, **changes})
 
 

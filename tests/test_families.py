@@ -156,6 +156,7 @@ def test_what_is_assumed_is_said_in_one_line(file, caplog):
 
 def vit(**attributes):
     plain = {"width": 768, "class_token": True, "layer_scale": False}
+    plain["norm"] = "before"
     return types.SimpleNamespace(**plain | attributes)
 
 
@@ -165,6 +166,7 @@ def vit(**attributes):
         (vit(), ()),
         (vit(width=384), ("num_heads",)),
         (vit(width=384, layer_scale=True), ()),
+        (vit(width=384, norm="after"), ()),  # fine-tuned MAE
         (vit(class_token=False), ("num_heads", "activation")),
         (vit(class_token=False, width=1152), ("activation",)),
     ],

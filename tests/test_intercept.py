@@ -450,10 +450,105 @@ def test_a_function_compiled_earlier_is_an_error():
     module, params, *_ = setting("vit_jax")
     compiled = jax.jit(lambda x: module.apply({"params": params}, x, train=False))
     before = compiled(IMAGES)
-    with pytest.raises(ValueError, match="compiled earlier is not traced again"):
+    with pytest.raises(ValueError, match="inside the function that jax.jit compiles"):
         with prompted(make_prompts()):
             compiled(IMAGES)
     np.testing.assert_array_equal(compiled(IMAGES), before)
+
+
+def loss_of(x):
+    module, params, *_ = setting("vit_jax")
+    return jnp.sin(plain(module, params, x)).sum()
+
+
+def scanned(body):
+    return lambda x: jax.lax.scan(lambda c, y: (c, body(y)), 0.0, x[None])[1][0]
+
+
+compiled_loss = jax.jit(loss_of)
+# Functions that call the model, kept by JAX as they were traced first.
+TRACED = {
+    "jit": compiled_loss,
+    "vmap of jit": lambda x: jax.vmap(compiled_loss)(x[:, None]),
+    "jit of vmap": jax.jit(lambda x: jax.vmap(loss_of)(x[:, None])),
+    "grad of jit": jax.grad(compiled_loss),
+    "jit of grad": jax.jit(jax.grad(loss_of)),
+    "remat": jax.checkpoint(loss_of),
+    "grad of remat": jax.grad(jax.checkpoint(loss_of)),
+    "scan": scanned(loss_of),
+    "map": lambda x: jax.lax.map(loss_of, x[:, None]),
+    "loop": lambda x: jax.lax.fori_loop(0, 2, lambda i, y: y + loss_of(x), 0.0),
+    "cond": lambda x: jax.lax.cond(x.sum() > 1e6, jnp.sum, loss_of, x),
+    "linearize": lambda x: jax.linearize(compiled_loss, x)[0],
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_compiled_call_beside_an_eager_one_is_an_error(name):
+    """That the eager call was prompted says nothing about the other."""
+    function = TRACED[name]
+    before = function(IMAGES)
+    for seed in (1, 2):  # what was refused once is refused again
+        prompts = make_prompts(seed=seed)
+        with pytest.raises(ValueError, match="inside the function that jax.jit"):
+            with prompted(prompts):
+                loss_of(IMAGES)
+                function(IMAGES)
+    np.testing.assert_array_equal(function(IMAGES), before)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_one_compiled_function_is_right_for_all_prompts(name):
+    """In a context within a compiled function, whatever was traced before."""
+    function = TRACED[name]
+    before = function(IMAGES)
+
+    @jax.jit
+    def run(prompts, x):
+        with prompted(prompts):
+            return function(x)
+
+    for seed in (1, 2):
+        prompts = make_prompts(seed=seed)
+
+        def alone(x, prompts=prompts):
+            module, params, *_ = setting("vit_jax")
+            return jnp.sin(features(module, params, x, prompts=prompts)).sum()
+
+        expected = alone(IMAGES)
+        if "grad" in name:
+            expected = jax.grad(alone)(IMAGES)
+        elif "vmap" in name or name == "map":
+            expected = jnp.stack([alone(x) for x in IMAGES[:, None]])
+        elif name == "loop":
+            expected = 2 * expected
+        got = run(prompts, IMAGES)
+        assert relative(got, expected) < 1e-4
+        assert relative(got, before) > 1e-2
+    np.testing.assert_array_equal(function(IMAGES), before)
+
+
+def test_what_calls_no_model_may_be_compiled_in_the_context():
+    module, params, *_ = setting("vit_jax")
+    double = jax.jit(lambda x: 2 * x)
+    with prompted(make_prompts()):
+        got = double(plain(module, params))
+    expected = 2 * features(module, params, prompts=make_prompts())
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_another_transformer_beside_the_model_is_an_error():
+    module, params, *_ = setting("vit_jax")
+    other = OtherNames()
+    head = nn.Dense(2)
+    variables = {"params": random_params(other, TOKENS)}
+    with prompted(make_prompts()):
+        plain(module, params)
+        head.init(jax.random.key(0), TOKENS)  # no transformer
+    with pytest.raises(ValueError, match="no block was reached.*layer0"):
+        with prompted(make_prompts()):
+            plain(module, params)
+            other.apply(variables, TOKENS)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda x: jax.lax.map(f, x)])

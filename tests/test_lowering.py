@@ -21,7 +21,7 @@ from jax import export
 from jax.sharding import AxisType
 
 import vpt_jax
-from vpt_jax import parallel, together, train
+from vpt_jax import parallel, train
 from vpt_jax.condense import DEFAULT_REDUCTION, SCORES, _batch_values
 from vpt_jax.data import strips
 from vpt_jax.models.swin import Swin
@@ -159,7 +159,6 @@ RECIPES = {
     "AdamW": {"optimizer": "adamw"},
     "one mask a step": {"shared_dropout": True},
     "prompts alone": {"train_head": False},
-    "head alone": {"train_prompts": False},
     "shallow": {"deep": False},
 }
 
@@ -200,8 +199,6 @@ def test_evaluation_of_one_run_and_of_many_and_a_probes_features(tiny):
     static = {"model": model, "recipe": recipe}
     rest = (backbone, BATCH["image"], BATCH["label"], BATCH["mask"])
     lowered(train.eval_step, {**trainable, "prompts": ready}, *rest, **static)
-    many = together.stack([trainable] * 2)
-    lowered(together.eval_step, many, *rest, **static)
     images = BATCH["image"]
     lowered(train._features, backbone, images, model=model, normalisation="imagenet")
     prefill = jax.jit(functools.partial(vpt_jax.prefill, model))

@@ -242,7 +242,7 @@ def test_every_pixel_counts_once_whatever_the_batch(problem):
 # --- training -------------------------------------------------------------------------
 
 SETTINGS = TrainConfig(
-    epochs=2, warmup_epochs=0, base_lr=8.0, weight_decay=0.0, batch_size=3
+    epochs=2, warmup_epochs=0.0, base_lr=8.0, weight_decay=0.0, batch_size=3
 )
 
 

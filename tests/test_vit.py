@@ -443,7 +443,7 @@ def test_half_pixel_resize_by_two_is_quarters():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: vpt_jax.ViT("B16"), "unknown variant 'B16'; known: Ti/16"),
+        (lambda: vpt_jax.ViT("Q16"), "unknown variant 'Q16'"),
         (lambda: vpt_jax.ViT("XL/16"), "unknown variant 'XL/16'"),
         (lambda: vpt_jax.ViT(width=8), "needs depth, num_heads, mlp_dim, patch"),
         (lambda: vpt_jax.ViT("B/16", image_size=230), "not a multiple of patch 16"),

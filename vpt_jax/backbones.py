@@ -197,7 +197,10 @@ class Question(NamedTuple):
 AMBIGUOUS = (
     Question(
         "num_heads",
-        lambda vit: vit.width == 384 and vit.class_token and not vit.layer_scale,
+        lambda vit: (
+            (vit.width, vit.class_token, vit.layer_scale, vit.norm)
+            == (384, True, False, "before")
+        ),
         "6 (DeiT, DINO, timm) or 12 (MoCo v3)",
     ),
     Question(

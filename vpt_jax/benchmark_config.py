@@ -154,10 +154,12 @@ def complete(values: ConfigDict) -> None:
     """As `configs.complete`, for the config of a run or of a benchmark."""
     if "benchmark" not in values:
         configs.complete(values)
-        if "search" not in values and values.tune.base_lr is None:
-            values.search = ConfigDict()
-        if "search" in values:
-            configs.complete(values.search, SearchConfig)
+        tune: Any = values.tune
+        if isinstance(tune, ConfigDict) and tune.base_lr is None:
+            values.search = values.get("search", ConfigDict())
+        found: Any = values.get("search")
+        if isinstance(found, ConfigDict):
+            configs.complete(found, SearchConfig)
         return
     kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **configs.GROUPS}
     groups: dict[str, ConfigDict] = {}

@@ -38,8 +38,13 @@ ATTENTION = "prompt_attention"
 FIRST = 1  # Prompts stand after the class token; attention does not see where.
 
 # Part of the key under which JAX caches what it has traced: nothing that was traced
-# with prompts is used without them, or the other way round.
+# with prompts is used without them, or the other way round. In a context that stands
+# inside a compiled function the value is an object of its own. Around one it is the
+# same for all, or every operation would compile again in each: what was traced before
+# is traced anew there, so that `_Run` meets the model in it and refuses it, and what is
+# refused is not kept.
 _traced_with = jax.make_user_context(default_value=None)
+_EAGER = "eager"
 
 
 @contextlib.contextmanager
@@ -59,9 +64,11 @@ def prompted(
     times, each time through all its blocks. What a block returns beside its tokens
     passes as it is; where that has a row per token, rows `1 : 1 + n` are the prompts'.
 
-    Under `jax.jit`, write the context inside the compiled function. JAX traces a
-    function once: around a compiled function the context either does nothing or stays
-    in it for ever, so both are errors.
+    Under `jax.jit`, write the context inside the compiled function, with the prompts
+    among its arguments. JAX traces a function once: what is traced around the model
+    would keep these prompts for ever, so a compiled function that calls the model is an
+    error inside the context, whether it was compiled before or not. (Not seen: other
+    threads, and programs without Python left to run, `lower().compile()` or `export`.)
 
     Masks and gates need blocks whose attention is a
     `flax.linen.MultiHeadDotProductAttention` (or a subclass) with an `attention_fn`
@@ -83,9 +90,9 @@ def prompted(
         `r"img/Transformer/encoderblock_(\d+)"`.
 
     Raises:
-      ValueError: If a layer was not reached, a block has no prompts, the encoder is
-        scanned, the context stands around a compiled function, or something does not
-        fit, with got, expected and what to do.
+      ValueError: If a layer was not reached in some call of a transformer, a block has
+        no prompts, the encoder is scanned, the context stands around a compiled
+        function, or something does not fit, with got, expected and what to do.
 
     Example:
       >>> class Model(nn.Module):
@@ -111,9 +118,7 @@ def prompted(
         dtype=jnp.result_type(float),
     )
     run = _Run(given, _compiled(block), _under_jit())
-    # Within a trace a key of its own costs nothing; outside, every operation would
-    # compile again, and `_Run` refuses compiled functions instead.
-    key = object() if run.traced else None
+    key = object() if run.traced else _EAGER
     with _traced_with(key), nn.intercept_methods(run.intercept):
         yield
     run.finish()
@@ -276,6 +281,8 @@ class _Run:
     running: bool = False  # inside `apply`
     done: int = 0  # blocks of this pass that have run
     complete: bool = False  # some pass has run all of them
+    reached: bool = False  # this pass has reached a block
+    attended: bool = False  # ... or an attention outside of one
     layer: int | None = None  # the block that is running
     num_tokens: int = 0  # ... and its tokens, prompts included
     weighted: bool = False  # ... and whether its attention was reached
@@ -290,12 +297,13 @@ class _Run:
             return self._dispatch(call, args, kwargs, context)
         if not self.traced and _under_jit():
             raise ValueError(_around_compiled("The model"))
-        self.running, self.done = True, 0
+        self.running, self.done, self.reached, self.attended = True, 0, False, False
         try:
             result = self._dispatch(call, args, kwargs, context)
         finally:
             self.running = False
-        if self.done:
+        # A head may run beside the model, another transformer may not: is it the one?
+        if self.done or (self.attended and not self.reached):
             raise ValueError(self._missed())
         return result
 
@@ -311,7 +319,9 @@ class _Run:
         if self.layer is None:
             layer = self._layer_of(module)
             if layer is not None:
+                self.reached = True
                 return self._block(layer, module, call, args, kwargs)
+            self.attended |= isinstance(module, nn.MultiHeadDotProductAttention)
         elif isinstance(module, nn.MultiHeadDotProductAttention):
             return self._attention(module, call, args, kwargs)
         return call(*args, **kwargs)
@@ -495,16 +505,16 @@ class _Run:
         return (
             f"the prompts have {len(self.given.prompts)} layers but {got} reached, by"
             f" paths that end in {self.pattern.pattern!r}; other modules that ran:"
-            f" {others or 'none'}. If the blocks have other names, pass block=. A"
-            " function that jax.jit compiled earlier is not traced again and sees no"
-            " prompts: write `with prompted` inside the compiled function. Blocks made"
-            " by nn.jit are traced once for all layers: build the model without."
+            f" {others or 'none'}. If the blocks have other names, pass block=; another"
+            " transformer runs outside of the context. Blocks made by nn.jit are traced"
+            " once for all layers: build the model without."
         )
 
 
 def _around_compiled(what: str) -> str:
     return (
-        f"{what} is being compiled inside `with prompted`, and the compiled function"
-        " would keep these prompts after it. Write `with prompted` inside the function"
-        " that jax.jit compiles (jax.lax.map, scan and eval_shape likewise)."
+        f"{what} is called by a compiled function inside `with prompted`; compiled"
+        " before, it has no prompts, compiled now, it would keep them. Write `with"
+        " prompted` inside the function that jax.jit compiles (jax.lax.map, scan and"
+        " eval_shape likewise)."
     )

@@ -68,7 +68,7 @@ def case(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("parity") / "vit.safetensors"
     safetensors.torch.save_file(state, path)
-    model, backbone = vpt_jax.load_backbone("S/16", path)
+    model, backbone = vpt_jax.load_backbone("S/16", path, num_heads=6)
     keys = jax.random.split(jax.random.key(0), 4)
     trainable = {
         "prompts": vpt_jax.init_prompts(keys[0], model, NUM),

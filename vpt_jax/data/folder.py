@@ -50,7 +50,7 @@ _MAX_NOTES = 2000  # letters of what is shown with an error
 
 
 class Loaded(NamedTuple):
-    """Class names; per split, uint8 `[n, side, side, 3]` and int32 `[n]`; and more."""
+    """What was loaded; per split, uint8 `[n, side, side, 3]` and int32 `[n]`."""
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[np.ndarray, np.ndarray]]

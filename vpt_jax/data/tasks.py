@@ -195,11 +195,8 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
     found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
     train, val, test = (Split(*found.splits[k]) for k in folder.SPLITS)
-    return Task(
-        *(printable(name), found.class_names, train, val, test),
-        doubts=found.doubts,
-        resize=found.rule,
-    )
+    parts = train, val, test, found.doubts, found.rule
+    return Task(printable(name), found.class_names, *parts)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
@@ -212,7 +209,7 @@ def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> 
 
     train, val = read("train800"), read("val200")
     test = None if splits == "select" else read("test")
-    return Task(name, _numbers(row.classes), train, val, test, resize=rule)
+    return Task(name, _numbers(row.classes), train, val, test, rule)
 
 
 def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
@@ -230,7 +227,7 @@ def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
     # To be trained on, val needs room for crops as well.
     val = strip("val") if splits == "final" else centres("val")
     test = None if splits == "select" else centres("test")
-    return Task(name, _numbers(row.classes), train, val, test, resize="crop")
+    return Task(name, _numbers(row.classes), train, val, test, "crop")
 
 
 def _numbers(classes: int) -> tuple[str, ...]:
