@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax import experiment
+from vpt_jax import search
 from vpt_jax.data import cache, folder, found, npz, pictures, tasks
 
 ROOT = Path(__file__).parent.parent
@@ -588,12 +587,12 @@ def folder_config(arg):
     return module["get_config"](arg)
 
 
-def test_the_config_is_the_reference_recipe():
-    config = configs.parse(folder_config("some/where"))
-    assert config.task.name == "folder" and config.task.data_dir == "some/where"
-    assert config.tune.epochs == 100 and config.tune.warmup_epochs == 10
-    assert config.tune.batch_size == 64 and config.prompts.num_prompts == 50
-    assert (config.tune.optimizer, config.tune.schedule) == ("sgd", "epoch")
+def test_the_config_leaves_rate_and_epochs_to_be_found():
+    values = folder_config("some/where")
+    assert values.task.name == "folder" and values.task.data_dir == "some/where"
+    assert search.wanted(values)
+    assert values.tune.base_lr is values.tune.epochs is values.finetune.base_lr is None
+    assert (values.tune.optimizer, values.tune.schedule) == ("adamw", "step")
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -610,11 +609,11 @@ def test_a_whole_run_on_a_folder(tmp_path):
     values["backbone"].update(variant=SMALL, checkpoint=str(weights))
     values["prompts"]["num_prompts"] = 4
     values["condense"].update(keep_ratios=())
-    values["baselines"] = ()
+    values["baselines"] = ("linear",)
     for stage in ("linear", "tune", "finetune"):
         values[stage].update(epochs=2, warmup_epochs=0, batch_size=9)
-    config = configs.parse(values)
-    report = experiment.run(config, tmp_path / "out")
+    report = search.run(values, tmp_path / "out")
+    assert len(report["search"]["trials"]) == 4  # of one epoch: there is no longer rung
     assert report["task"] == "zoo"
     data = report["data"]
     assert [data[k] for k in ("train", "val", "test", "classes")] == [18, 6, 6, 3]

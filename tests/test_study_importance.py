@@ -150,7 +150,7 @@ def make_lab(workdir):
     task = Task("noise", ("a", "b"), split, None, split)
     values = load_config("configs/demo.py", "smoke,seeds=2")
     values.prompts.num_prompts = 2
-    values.tune.update(optimizer="sgd", batch_size=5)
+    values.tune.update(optimizer="sgd", head_lr=0.0, batch_size=5)
     values.score.batch_size = 5
     info = {
         "name": "tiny",

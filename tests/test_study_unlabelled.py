@@ -287,7 +287,9 @@ def test_a_small_lab(tmp_path):
     """What was trained is found again, and the result is plain."""
     lab = make_lab(tmp_path)
     task = lab.pictures.task
-    settings = dataclasses.replace(lab.config.finetune, optimizer="sgd", batch_size=5)
+    settings = dataclasses.replace(
+        lab.config.finetune, optimizer="sgd", head_lr=0.0, batch_size=5
+    )
     lab = lab._replace(
         config=dataclasses.replace(lab.config, finetune=settings),
         pictures=lab.pictures._replace(task=task._replace(val=task.test)),

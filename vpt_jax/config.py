@@ -197,8 +197,8 @@ class TrainConfig:
             raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
         if self.head_lr and self.optimizer != "adamw":
             raise ValueError(
-                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; only"
-                " 'adamw' has it. Leave it out."
+                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it must"
+                " be 0 but for 'adamw'. Set head_lr to 0."
             )
         check_choice("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.warmup_epochs < self.epochs:

@@ -31,7 +31,8 @@ Values = ConfigDict | Mapping[str, Any]
 
 def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
-    stages = [values.get(name) for name in ("tune", "finetune")]
+    plain = configs.plain_dict(values)
+    stages = [plain.get(name) for name in ("tune", "finetune")]
     return any(
         isinstance(stage, Mapping) and stage.get(key, 0) is None
         for stage in stages

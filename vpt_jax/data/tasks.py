@@ -209,7 +209,7 @@ def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> 
 
     train, val = read("train800"), read("val200")
     test = None if splits == "select" else read("test")
-    return Task(name, _numbers(row.classes), train, val, test, rule)
+    return Task(name, _numbers(row.classes), train, val, test, resize=rule)
 
 
 def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
@@ -227,7 +227,7 @@ def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
     # To be trained on, val needs room for crops as well.
     val = strip("val") if splits == "final" else centres("val")
     test = None if splits == "select" else centres("test")
-    return Task(name, _numbers(row.classes), train, val, test, "crop")
+    return Task(name, _numbers(row.classes), train, val, test, resize="crop")
 
 
 def _numbers(classes: int) -> tuple[str, ...]:
