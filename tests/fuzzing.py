@@ -350,6 +350,10 @@ def prompt_header() -> dict[str, Any]:
         "class_names": ["a", "b", "c"],
         "counts": [2, 1],
         "deep": True,
+        "model": {"depth": 2},
+        "load": {"norm": "before", "skip": ["head"]},
+        "source": "hf://org/name/tiny.npz",
+        "resize": "crop",
     }
 
 

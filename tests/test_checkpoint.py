@@ -9,7 +9,7 @@ from conftest import randomised
 from safetensors.numpy import save_file
 
 import vpt_jax
-from vpt_jax import states
+from vpt_jax import release, states
 from vpt_jax import workdir as files
 from vpt_jax.checkpoint import flatten, save_backbone
 from vpt_jax.naming import unflatten
@@ -128,6 +128,10 @@ def test_prompts_come_back_bit_for_bit_with_their_header(small, tmp_path):
         "class_names": ["cat", "dog"],
         "counts": [3, 0, 2, 0, 0, 1],
         "deep": True,
+        "model": release.fields_of(small[0]),
+        "load": {},
+        "source": "",
+        "resize": "",
     }
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 

@@ -2,10 +2,13 @@
 """A released file answers as the run that wrote it did, with its backbone alone."""
 
 import csv
+import hashlib
+import http.server
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -17,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from test_main import load_config
 
 import vpt_jax
-from vpt_jax import checkpoint, experiment, predict, release, train
+from vpt_jax import checkpoint, experiment, predict, release, share, train
 from vpt_jax import config as configs
 from vpt_jax.data.pictures import read_picture
 from vpt_jax.data.tasks import load_task
@@ -318,6 +321,117 @@ def test_where_a_backbone_came_from():
     assert release.source_of("/home/me/c.npz") == "c.npz"
     cache = "/x/hub/models--timm--vit.a/snapshots/1f/model.safetensors"
     assert release.source_of(cache) == "hf://timm/vit.a@1f/model.safetensors"
+
+
+# --- share and serve ------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server on this machine that speaks the hub's protocol for one repository."""
+    from huggingface_hub import constants
+
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, body):
+            prefix = "/org/name/resolve/main/"
+            data = files.get(self.path.removeprefix(prefix))
+            if data is None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "1" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data if body else b"")
+
+        def do_HEAD(self):
+            self.answer(False)
+
+        def do_GET(self):
+            self.answer(True)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield files
+        server.shutdown()
+        thread.join()
+
+
+def test_a_shared_folder_is_read_back_from_the_hub(finished, zoo, tmp_path, hub):
+    config, workdir = finished
+    folder = share.share(workdir, tmp_path / "shared", licence="apache-2.0")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "prompts.safetensors",
+    ]
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: vpt_jax\n")
+    assert "license: apache-2.0" in card and "ant, bee, cow" in card
+    assert "18 training, 6 validation and 6 test pictures" in card
+    row = json.loads((folder / "config.json").read_text())["result"]
+    assert f"{100 * row['test_accuracy']:.1f} % on test (95 % interval" in card
+    assert str(workdir.parent) not in card  # nor where the backbone lay
+    hub |= {p.name: p.read_bytes() for p in folder.iterdir()}
+    weights = config.backbone.checkpoint
+    expected = vpt_jax.load_classifier(workdir).predict(zoo / "bee" / "4.png")
+    for place in (folder, "hf://org/name", "hf://org/name/prompts.safetensors"):
+        got = vpt_jax.load_classifier(place, backbone=weights)
+        found = got.predict(zoo / "bee" / "4.png")
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    loaded = vpt_jax.load_prompts("hf://org/name")
+    assert loaded.header == vpt_jax.load_prompts(best_file(workdir)).header
+    with pytest.raises(ValueError, match="--backbone for the command"):
+        vpt_jax.load_classifier("hf://org/name")
+
+
+def test_an_exported_program_answers_with_jax_alone(classifier, zoo, tmp_path):
+    vpt_jax.export(classifier, tmp_path / "zoo.stablehlo")
+    about = json.loads((tmp_path / "zoo.stablehlo.json").read_text())
+    assert about == {
+        "class_names": ["ant", "bee", "cow"],
+        "image_size": 48,
+        "resize": "squash",
+    }
+    paths = sorted((zoo / "ant").iterdir())
+    squares = np.stack([read_picture(p, 48, "squash") for p in paths])
+    np.save(tmp_path / "squares.npy", squares)
+    code = (
+        "import sys, jax, numpy as np\n"
+        "from jax import export\n"
+        "program = export.deserialize(bytearray(open('zoo.stablehlo', 'rb').read()))\n"
+        "x = np.load('squares.npy')\n"
+        "out = [np.asarray(program.call(x[:n])) for n in (1, 10)]\n"
+        "assert program.platforms == ('cpu', 'cuda', 'tpu')\n"
+        "assert not [m for m in sys.modules if m.startswith(('vpt_jax', 'flax'))]\n"
+        "np.save('out.npy', np.concatenate(out))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PATH": "", "HOME": str(tmp_path)},
+        check=True,
+    )
+    expected = classifier.predict(paths).probabilities
+    found = np.load(tmp_path / "out.npy")
+    np.testing.assert_allclose(found[1:], expected, atol=1e-6)
+    np.testing.assert_allclose(found[:1], expected[:1], atol=1e-6)
 
 
 # --- the command ----------------------------------------------------------------------

@@ -23,6 +23,8 @@ HEAVY = (
 # Arrows of import point down this list only. The library comes last.
 ORDER = (
     "predict",
+    "share",
+    "serving",
     "pretrain",
     "studies.all",
     "studies.unlabelled",
@@ -106,6 +108,7 @@ ORDER = (
     "states",
     "workdir",
     "checkpoint",
+    "release",
     "facts",
     "matching",
     "families",
@@ -114,7 +117,6 @@ ORDER = (
     "shards",
     "remote",
     "durable",
-    "release",
     "readers",
     "torch_files",
     "backbones",

@@ -31,6 +31,7 @@ from vpt_jax.tokens import block_tokens
 
 if TYPE_CHECKING:
     from vpt_jax.classifier import Classifier, load_classifier
+    from vpt_jax.serving import export
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "condense",
     "counts",
     "cross_entropy",
+    "export",
     "importance",
     "init_head",
     "init_prompts",
@@ -68,8 +70,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs Pillow and optax is imported when it is asked for."""
-    if name not in ("Classifier", "load_classifier"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vpt_jax import classifier
+    if name in ("Classifier", "load_classifier"):
+        from vpt_jax import classifier
 
-    return getattr(classifier, name)
+        return getattr(classifier, name)
+    if name == "export":
+        from vpt_jax import serving
+
+        return serving.export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

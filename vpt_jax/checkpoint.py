@@ -35,7 +35,7 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.naming import Named, named_leaves, read_names
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.readers import CheckpointError, read_arrays
-from vpt_jax.release import check_header, fields_of, source_of
+from vpt_jax.release import check_header, fields_of, file_of, source_of
 from vpt_jax.remote import local_path
 from vpt_jax.shards import open_weights
 from vpt_jax.sidecar import NAMES
@@ -368,7 +368,7 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     """Reads what `save_prompts` wrote.
 
     Args:
-      path: The file.
+      path: The file, its address, or a shared folder: `hf://ORG/NAME`, see `share`.
       backbone: The parameters that the prompts will be used with (or their hash). If
         given, it must be the backbone that the prompts were trained on.
 
@@ -379,6 +379,7 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
       CheckpointError: If the file is damaged, of another kind or version, has values
         that are not finite, or belongs to another backbone (both hashes are shown).
     """
+    path = file_of(path)
     arrays, metadata = read_arrays(path)
     if "vpt_jax" not in metadata:
         raise CheckpointError(

@@ -28,7 +28,6 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import check_choice
 
 BEST = "best.json"
-FOLDER = "prompts.safetensors"  # of a folder that is shared
 
 
 class Answers(NamedTuple):
@@ -45,6 +44,8 @@ class Classifier:
       model: The network; `image_size` is the side that pictures get.
       class_names: Of the columns of probabilities.
       header: What the released file says.
+      resize: How a picture becomes a square, one of `data.pictures.RULES`.
+      recipe, parameters: What `train.predict` takes.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class Classifier:
         self.model, self.header = model, file.header
         self.class_names: tuple[str, ...] = tuple(file.header["class_names"])
         self.resize = resize
-        self._recipe = train.Recipe(
+        self.recipe = train.Recipe(
             deep=self.header["deep"], normalisation=self.header["normalisation"]
         )
         prompts = file.prompts
-        if self._recipe.deep:  # their keys and values do not depend on the picture
+        if self.recipe.deep:  # their keys and values do not depend on the picture
             prompts = prefill(model, backbone, prompts)
-        self._parameters = parallel.put_whole(
+        self.parameters = parallel.put_whole(
             ({"prompts": prompts, "head": file.head}, backbone), parallel.all_devices()
         )
 
@@ -151,10 +152,10 @@ class Classifier:
         batch = np.zeros((size, *good[0].shape), np.uint8)
         batch[: len(good)] = good
         return _probabilities(
-            *self._parameters,
+            *self.parameters,
             parallel.feed(batch),
             model=self.model,
-            recipe=self._recipe,
+            recipe=self.recipe,
         )
 
 
@@ -212,8 +213,9 @@ def load_classifier(
     """Loads a released file, with its backbone, ready to answer for pictures.
 
     Args:
-      path: A file that `save_prompts` wrote, or the folder of a finished run: then the
-        model that was best on its validation set, see `best.json` there.
+      path: A file that `save_prompts` wrote; or the folder of a finished run: then the
+        model that was best on its validation set, see `best.json` there; or a shared
+        folder, here or on the hub: `hf://ORG/NAME`.
       backbone: Path or address of the backbone's file. Default: where the file says it
         came from, or a file of that name beside it or in the current folder.
       resize: How pictures become squares, one of `data.pictures.RULES`; for files of
@@ -255,7 +257,7 @@ def find(path: str | os.PathLike) -> tuple[Path, str]:
     Raises:
       ValueError: If there is none; it says what was expected.
     """
-    path = Path(path).expanduser()
+    path = release.file_of(path)
     if not path.is_dir():
         if not path.exists():
             raise ValueError(
@@ -264,8 +266,6 @@ def find(path: str | os.PathLike) -> tuple[Path, str]:
             )
         note = path.parent.parent / BEST  # of the run that it is still part of
         return path, _note(note).get("backbone", "") if note.is_file() else ""
-    if (path / FOLDER).is_file():
-        return path / FOLDER, ""
     if not (path / BEST).is_file():
         raise ValueError(
             f"{path} has no {BEST}, which names a run's best model; expected the folder"

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vpt_jax.readers import CheckpointError
+from vpt_jax.remote import local_path
+
+FOLDER = "prompts.safetensors"  # of a folder that is shared
 
 # Of a model: not what it computes, but how, and Linen's own.
 _HOW = ("parent", "name", "dtype", "param_dtype", "remat", "attention")
@@ -31,6 +34,7 @@ ARGUMENTS = {
 }
 _WORDS = ("variant", "readout", "normalisation", "resize", "source")
 _MAX_SIDE = 4096  # px
+_REPOSITORY = re.compile(r"hf://[\w.-]+/[\w.-]+(@[^/@]+)?/?")
 # Where Hugging Face keeps its downloads.
 _HUB = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([^/]+)/(.+)$")
 
@@ -84,6 +88,21 @@ def source_of(path: str | os.PathLike) -> str:
 def is_address(path: str) -> bool:
     """Whether a path is an address, such as `hf://ORG/NAME/FILE`."""
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path))
+
+
+def file_of(path: str | os.PathLike) -> Path:
+    """The file of released prompts: itself, of an address, or in a shared folder.
+
+    `hf://ORG/NAME`, or with `@REVISION`, is such a folder on the hub.
+
+    Raises:
+      CheckpointError: If an address cannot be had, see `remote.local_path`.
+    """
+    text = os.fspath(path)
+    if _REPOSITORY.fullmatch(text):
+        text = f"{text.rstrip('/')}/{FOLDER}"
+    local = local_path(text)
+    return local / FOLDER if (local / FOLDER).is_file() else local
 
 
 def check_header(path: Any, header: Mapping[str, Any], again: str) -> None:

@@ -145,7 +145,11 @@ def _finish(picture: Image.Image, data: bytes, side: int, rule: str) -> np.ndarr
 def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a picture that Pillow has opened; it stays as it is."""
     check_choice("rule", rule, RULES)
-    return fit(colours.to_rgb(picture.copy()), side, rule)
+    try:
+        return fit(colours.to_rgb(picture.copy()), side, rule)
+    except (colours.OddError, OSError) as e:  # OSError: its file is damaged
+        why = messages.reason(e)
+        raise ValueError(f"got a picture that cannot be used ({why}).") from e
 
 
 def _check_bomb(picture: Image.Image, data: bytes) -> None:
