@@ -115,6 +115,7 @@ ORDER = (
     "models.attention",
     "models.posemb",
     "prompts",
+    "models.xla",
     "messages",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]
