@@ -121,11 +121,11 @@ def renamed(body):
     return re.sub(r"%[\w.-]+", lambda m: seen.setdefault(m[0], f"%{len(seen)}"), body)
 
 
-@pytest.mark.parametrize(("dropout", "most"), [(0.0, 17), (0.1, 19)])
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 17), (0.1, 20)])
 def test_what_another_count_costs_to_compile(dropout, most):
     """Each further count makes attention of another shape, and little else.
 
-    Before layers shared the drawing of dropout it was 25 kernels instead of 19 (XLA of
+    Before layers shared the drawing of dropout it was 25 kernels instead of 20 (XLA of
     jaxlib 0.10.2).
     """
     sizes = {"width": 64, "depth": 6, "num_heads": 4, "mlp_dim": 128, "patch": 8}
