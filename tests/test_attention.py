@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vpt_jax.models import attention
-from vpt_jax.models.attention import attend, blocks
+from vpt_jax.models.attention import attend
+from vpt_jax.models.xla import blocks
 
 B, H, Q, T, C = 4, 3, 201, 340, 256  # two blocks, of 101 and 100 queries
-at_once = attention._at_once
+at_once = attend.__wrapped__
 
 
 @pytest.fixture(params=["plain", "by key", "by key and query"])

@@ -150,7 +150,9 @@ class Interrupted(BaseException):
     """As Ctrl-C: nothing catches it."""
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))]
+)
 def test_interrupted_anywhere_the_leaderboard_is_the_same(
     undisturbed, place, tmp_path, monkeypatch, seed
 ):

@@ -14,13 +14,13 @@ from vpt_jax import cli, messages, protocol
 from vpt_jax import config as configs
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(edited("demo.py:smoke"))
 def test_a_config_is_accepted_or_refused_by_one_error(values):
     try_config(values, ROOT)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(edited("vtab.py:task=svhn,smoke"))
 def test_a_benchmark_is_accepted_or_refused_by_one_error(values):
     try_protocol(values, ROOT)

@@ -36,7 +36,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("prompts")
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(PROMPT_FILES)
 def test_a_file_is_accepted_or_refused_by_one_error(scratch, data):
     try_prompts(data, scratch)

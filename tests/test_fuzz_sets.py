@@ -18,7 +18,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("sets")
 
 
-@settings(max_examples=250)
+@settings(max_examples=80)
 @given(SETS)
 def test_a_set_is_accepted_or_refused_by_one_error(scratch, data):
     try_set(data, scratch)

@@ -135,6 +135,7 @@ ORDER = (
     "models.variants",
     "prompts",
     "checks",
+    "models.xla",
     "messages",
 )
 LIBRARY = ORDER[ORDER.index("checkpoint") :]

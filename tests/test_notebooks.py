@@ -204,7 +204,14 @@ CHECKS = {
 }
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "name",
+    [  # a minute and a half each: one at every push, the others weekly
+        "prompt_your_vit",
+        pytest.param("prompt_a_foreign_model", marks=pytest.mark.slow),
+        pytest.param("condense_and_look", marks=pytest.mark.slow),
+    ],
+)
 def test_a_notebook_runs_and_shows_what_it_says(name, tmp_path):
     notebook = renderer.read(name)
     ask = f"import json\nprint(json.dumps({FACTS[name]}))"

@@ -13,8 +13,8 @@ from jax.test_util import check_grads
 from reference import features as reference_features
 
 import vpt_jax
-from vpt_jax.models.attention import attend, weighted_exp
-from vpt_jax.models.layers import gelu, standardise, swiglu
+from vpt_jax.models.attention import attend
+from vpt_jax.models.xla import gelu, swiglu, weighted_exp
 
 RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
 # Float32 sums in another order: 1e-5 relative to the largest value.
@@ -536,22 +536,6 @@ def test_prefilled_prompts_are_not_tokens(tiny):
 def test_wrong_arguments(tiny, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny[0])
-
-
-# --- layer normalisation --------------------------------------------------------------
-
-
-def test_standardise_has_the_derivatives_of_its_formula():
-    """Against central differences, forward and backward, to second order."""
-    x = np.random.default_rng(0).normal(3.0, 2.0, (2, 3, 5))
-    with jax.enable_x64(True):
-        check_grads(
-            lambda x: standardise(jnp.asarray(x), 1e-6), (jnp.asarray(x),), order=2
-        )
-        y = np.asarray(standardise(jnp.asarray(x), 1e-2))
-    centred = x - x.mean(-1, keepdims=True)
-    variance = (centred**2).mean(-1, keepdims=True)
-    np.testing.assert_allclose(y, centred / np.sqrt(variance + 1e-2), rtol=1e-12)
 
 
 def test_weighted_exp_has_the_derivatives_of_its_formula():

@@ -27,7 +27,7 @@ from vpt_jax.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.messages import shown
 from vpt_jax.models.attention import wide
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
-from vpt_jax.models.layers import ACTIVATIONS
+from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.variants import canonical

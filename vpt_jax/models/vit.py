@@ -22,22 +22,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vpt_jax.models.attention import ATTENTIONS, wide
+from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.inputs import Inputs, check_images, check_prompts, prepare
 from vpt_jax.models.layers import (
-    ACTIVATIONS,
     AddPositionEmbs,
     Block,
     LayerNorm,
     PatchEmbedding,
-    Standard,
     mean_tokens,
-    standardise,
 )
 from vpt_jax.models.variants import canonical, similar
-from vpt_jax.prompts import check_choice, per_example
+from vpt_jax.models.xla import ACTIVATIONS, per_example
+from vpt_jax.prompts import check_choice
 
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.
@@ -139,34 +136,11 @@ class Encoder(nn.Module):
         return int(self.class_token) + self.registers
 
     def prefill(self, prompts: Sequence[jax.Array]) -> tuple[Any, ...]:
-        ready: list[Any] = self._standard(prompts)
-        for i in range(self._keyed):
-            ready[i] = self.encoderblock[i].prefill(ready[i])
+        ready: list[Any] = list(prompts)
+        # Where the read-out averages over prompts, those of the last layer are tokens.
+        for i in range(self.depth - (self.readout == "mean_with_prompts")):
+            ready[i] = self.encoderblock[i].prefill(prompts[i])
         return tuple(ready)
-
-    @property
-    def _keyed(self) -> int:
-        """Layers whose prompts are keys and values, not tokens that are read."""
-        return self.depth - (self.readout == "mean_with_prompts")
-
-    def _standard(self, prompts: Sequence[Any]) -> list[Any]:
-        """Standardises the prompts `[n, d]` that all examples share, in one step.
-
-        XLA then compiles less for every count (`docs/performance.md`). Others stay as
-        they are: prompts of each example, `[b, n, d]`, of all layers together would not
-        fit into a CPU's cache. So do all where memory is to be spared: XLA would hold
-        gradients of all layers for the one step backward (of ViT-B/16 120 MB).
-        """
-        ready = list(prompts)
-        shared = [i for i in range(self._keyed) if getattr(ready[i], "ndim", 0) == 2]
-        if not shared or self.remat != "none":
-            return ready
-        rows = jnp.concatenate([ready[i] for i in shared])
-        rows = standardise(rows.astype(wide(rows.dtype)), self.epsilon)
-        ends = np.cumsum([len(ready[i]) for i in shared])
-        for i, own in zip(shared, jnp.split(rows, ends[:-1]), strict=True):
-            ready[i] = Standard(own)
-        return ready
 
     def __call__(
         self, x: jax.Array, registers: jax.Array | None, given: Inputs
@@ -201,9 +175,8 @@ class Encoder(nn.Module):
         self, x: jax.Array, given: Inputs, out: list[Any]
     ) -> tuple[jax.Array, int]:
         t, num = x.shape[1], 0
-        prompts = self._standard(given.prompts)
         for i, (block, p, w) in enumerate(
-            zip(self.encoderblock, prompts, given.weights, strict=True)
+            zip(self.encoderblock, given.prompts, given.weights, strict=True)
         ):
             last = i == self.depth - 1
             read = self._last if last else slice(None)
