@@ -17,8 +17,8 @@ from vpt_jax import facts, torch_files
 from vpt_jax.backbones import known_backbone
 from vpt_jax.checkpoint import flatten
 from vpt_jax.families import FAMILIES, refuse_families
-from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.models.variants import canonical
+from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.naming import Entry, Named
 
 

@@ -158,6 +158,7 @@ def make_lab(workdir):
         "hash": vpt_jax.backbone_hash(backbone),
         "parameters": 1,
         "normalisation": "half",
+        "load": {},
     }
     pictures = Pictures(task, jnp.asarray(split.images), jnp.asarray(split.labels))
     return study.Lab(

@@ -373,7 +373,7 @@ def small_lab(tmp_path, tiny):
     model, backbone = tiny
     values = load("demo", "digits,smoke,seeds=2").to_dict()
     values["prompts"] |= {"num_prompts": 3}
-    info = {"name": "tiny", "normalisation": "half"}
+    info = {"name": "tiny", "normalisation": "half", "load": {}}
     info["hash"] = vpt_jax.backbone_hash(backbone)
     loaded = experiment.Model(model, backbone, info)
     # The study draws its own pictures.

@@ -235,7 +235,8 @@ def test_the_next_batch_is_started_before_a_result_is_read(monkeypatch):
             return np.array([True, False])
 
     monkeypatch.setattr(train, "eval_step", lambda *args, **kwargs: Result(len(events)))
-    args = {}, {}, np.zeros((5, 4, 4, 3), np.uint8), np.zeros(5, np.int32)
+    trainable = {"head": {"kernel": np.zeros((4, 2)), "bias": np.zeros(2)}}
+    args = trainable, {}, np.zeros((5, 4, 4, 3), np.uint8), np.zeros(5, np.int32)
     train.evaluate(*args, model=None, recipe=train.Recipe(), batch_size=2)
     kinds = [event.split()[0] for event in events]
     assert kinds == ["start", "start", "read", "start", "read", "read"]

@@ -27,11 +27,11 @@ from vpt_jax.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.messages import shown
 from vpt_jax.models.attention import wide
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
-from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.variants import canonical
 from vpt_jax.models.vit import ViT
+from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.naming import Named, named_leaves, read_names
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.readers import CheckpointError, read_arrays

@@ -22,9 +22,9 @@ from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.messages import did_you_mean, shown
 from vpt_jax.models.attention import ATTENTIONS
-from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
+from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import INITS, check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
 

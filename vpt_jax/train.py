@@ -290,7 +290,12 @@ def scaled_lr(base_lr: float, batch_size: int, optimizer: str = "sgd") -> float:
 
 
 def learning_rates(
-    lr: float, epochs: int, warmup_epochs: float, steps: int, *, per: str = "epoch"
+    lr: float,
+    epochs: int,
+    warmup_epochs: float | int,
+    steps: int,
+    *,
+    per: str = "epoch",
 ) -> np.ndarray:
     """Linear warm-up from 0, then cosine to 0.
 
