@@ -52,7 +52,7 @@ from accelerator_rows import (
 )
 
 import vpt_jax
-from vpt_jax import durable
+from vpt_jax.files import durable
 
 MEASURE: dict[str, Callable[[Row, Context], dict[str, Any]]] = {
     "card": rows.card,

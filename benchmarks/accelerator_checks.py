@@ -38,8 +38,10 @@ from accelerator_rows import (
 )
 
 import vpt_jax
-from vpt_jax import experiment, protocol, train
-from vpt_jax.data.vtab import BENCHMARKS, NUM_TRAIN, NUM_VAL, part_runs
+from vpt_jax import train
+from vpt_jax.bench import protocol
+from vpt_jax.data.public.vtab import BENCHMARKS, NUM_TRAIN, NUM_VAL, part_runs
+from vpt_jax.run import experiment
 
 ROOT = Path(__file__).parent.parent
 # dtype, precision of products, formulation, option; how far logits and gradients may be

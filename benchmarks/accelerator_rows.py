@@ -17,7 +17,7 @@ import roofline
 
 import vpt_jax
 from vpt_jax import train
-from vpt_jax.data.vtab import NUM_TRAIN
+from vpt_jax.data.public.vtab import NUM_TRAIN
 from vpt_jax.models import vit
 from vpt_jax.models.attention import attend, attend_fused
 

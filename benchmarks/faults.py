@@ -157,7 +157,7 @@ def prepare(folder: Path) -> None:
     import jax.numpy as jnp
 
     import vpt_jax
-    from vpt_jax.checkpoint import save_backbone
+    from vpt_jax.weights.checkpoint import save_backbone
 
     model = vpt_jax.ViT(patch=16, **SIZES)
     rng = np.random.default_rng(0)

@@ -42,7 +42,7 @@ def write_files(variant, folder):
     import safetensors.numpy
 
     import vpt_jax
-    from vpt_jax.naming import named_leaves
+    from vpt_jax.weights.naming import named_leaves
 
     model = vpt_jax.ViT(variant)
     images = jnp.zeros((1, model.image_size, model.image_size, 3))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax import rows as names
+from vpt_jax.report import rows as names
 
 # VPT's own recipe at one sensible rate of its grid, as long as ours.
 REFERENCE = {

@@ -31,8 +31,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import vpt_jax
-from vpt_jax import cli, train
+from vpt_jax import train
 from vpt_jax.condense import _batch_values as score_step  # what `importance` compiles
+from vpt_jax.files import cli
 from vpt_jax.models.vit import REMATS
 
 CLASSES = 100

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax import config, fitting, train
-from vpt_jax import workdir as files
+from vpt_jax import train
+from vpt_jax.files import workdirs
+from vpt_jax.run import config, fitting
 
 # That the fitted line may rise over the whole run; larger falls do not count.
 MEMORY_MB = 8.0
@@ -37,7 +38,7 @@ EPOCH_STEPS, BATCH = 50, 8
 SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "patch": 4}
 
 
-class Sampler(files.Log):
+class Sampler(workdirs.Log):
     """A log that notes memory and step time about once a second."""
 
     def __init__(self, folder: Path) -> None:

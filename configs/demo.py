@@ -7,14 +7,14 @@ python -m vpt_jax.main --config=configs/demo.py:shapes_location,seeds=5
 
 The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`),
 `seeds=N`, and `smoke` (two epochs at a given rate, for tests). What is not set here has
-its default from vpt_jax/config.py; any key can be set on the command line.
+its default from vpt_jax/run/config.py; any key can be set on the command line.
 """
 
 from ml_collections import ConfigDict
 
-from vpt_jax.benchmark_config import recipe
-from vpt_jax.config import defaults
+from vpt_jax.bench.benchmark_config import recipe
 from vpt_jax.prompts import check_choice
+from vpt_jax.run.config import defaults
 
 TASKS = ("shapes_location", "shapes_orientation", "digits")
 

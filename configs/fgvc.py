@@ -29,8 +29,8 @@ $TFDS_DATA_DIR or --config.task.data_dir: `python -m vpt_jax.data list`.
 
 from ml_collections import ConfigDict
 
-from vpt_jax.benchmark_config import shorten, vpt, words
-from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.bench.benchmark_config import shorten, vpt, words
+from vpt_jax.data.public.vtab import BENCHMARKS
 
 TASKS = tuple(name for name, row in BENCHMARKS.items() if row.group == "fgvc")
 

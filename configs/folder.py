@@ -30,15 +30,15 @@ The rate, and the epochs for so many pictures, are chosen by training on train a
 looking at val, for 1.2 times the price of one full training.
 `--config.tune.base_lr=0.03` skips that; `--config.search.rates` tries others.
 
-What is not set here has its default from vpt_jax/config.py, and any key can be set on
+What is not set here has its default from vpt_jax/run/config.py; any key can be set on
 the command line: `--config.task.resize=squash` (crop for class folders otherwise),
 `--config.task.skip_broken=true` (leaves out what cannot be read).
 """
 
 from ml_collections import ConfigDict
 
-from vpt_jax.benchmark_config import recipe
-from vpt_jax.config import defaults
+from vpt_jax.bench.benchmark_config import recipe
+from vpt_jax.run.config import defaults
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Pretrains the demo backbone: ViT demo/4 (1.2 M parameters, 32 x 32 pictures).
 
-python -m vpt_jax.pretrain --config=configs/pretrain_demo.py --workdir=out/pretrain \
+python -m scripts.pretrain --config=configs/pretrain_demo.py --workdir=out/pretrain \
     --config.data=cifar10_jpeg.zip
 
 `data` is a zip of `train/<class>/*.jpg` and `test/<class>/*.jpg`. The picture side

@@ -15,8 +15,8 @@ were not published. In mode `published` all tasks have 10. After the file's name
 
 from ml_collections import ConfigDict
 
-from vpt_jax.benchmark_config import vpt, words
-from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.bench.benchmark_config import vpt, words
+from vpt_jax.data.public.vtab import BENCHMARKS
 
 VTAB = tuple(name for name, row in BENCHMARKS.items() if row.group != "fgvc")
 FGVC = tuple(name for name, row in BENCHMARKS.items() if row.group == "fgvc")

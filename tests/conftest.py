@@ -14,8 +14,8 @@ import pytest
 
 import vpt_jax
 from vpt_jax import parallel
-from vpt_jax.checkpoint import save_backbone
 from vpt_jax.models import vit
+from vpt_jax.weights.checkpoint import save_backbone
 
 # Of this process alone: commands that tests start have one device, as users' CPUs do.
 del os.environ["JAX_NUM_CPU_DEVICES"]

@@ -46,7 +46,7 @@ class Reader(NamedTuple):
 
 def check_error(error: Exception, path: Any = "") -> None:
     """One error of our own types: with what was wrong, where, and what to do."""
-    from vpt_jax.readers import CheckpointError
+    from vpt_jax.weights.readers import CheckpointError
 
     text = str(error)
     # UnicodeError and JSONDecodeError are ValueErrors that nobody meant for a user.
@@ -200,7 +200,7 @@ def edited(name: str) -> st.SearchStrategy:
 
 def try_config(values: dict[str, Any], folder: Path) -> str:
     """`config.parse`: what it accepts can be written down and read again."""
-    from vpt_jax import config
+    from vpt_jax.run import config
 
     with or_refused() as outcome:
         parsed = config.parse(values)
@@ -212,7 +212,7 @@ def try_config(values: dict[str, Any], folder: Path) -> str:
 
 def try_protocol(values: dict[str, Any], folder: Path) -> str:
     """`protocol.parse`: every run has a folder of its own under the workdir."""
-    from vpt_jax import protocol
+    from vpt_jax.bench import protocol
 
     with or_refused() as outcome:
         bench = protocol.parse(values)
@@ -274,7 +274,7 @@ def try_flags(arguments: list[str], folder: Path) -> str:
 
     Only for a process that has not started JAX: the child is a fork.
     """
-    from vpt_jax import config, main  # noqa: F401
+    from vpt_jax import main  # noqa: F401
 
     # They are imported before the fork, else it would be done in each.
     errors = folder / "stderr"
@@ -313,7 +313,9 @@ def try_flags(arguments: list[str], folder: Path) -> str:
 
 
 def _command_line(arguments: list[str]) -> None:
-    from vpt_jax import cli, config, main
+    from vpt_jax import main
+    from vpt_jax.files import cli
+    from vpt_jax.run import config
 
     def only_parse(values: Any, workdir: Path, command: str) -> None:
         # What run_experiment does before it loads anything.
@@ -471,7 +473,7 @@ def _weights() -> st.SearchStrategy:
 
 def try_weights(data: bytes, folder: Path) -> str:
     """`read_arrays` of all formats."""
-    from vpt_jax.readers import read_arrays
+    from vpt_jax.weights.readers import read_arrays
 
     path = folder / "weights"
     path.write_bytes(data)

@@ -16,21 +16,12 @@ from test_protocol import load
 from test_vtab import toy
 
 import vpt_jax
-from vpt_jax import (
-    benchmark,
-    cli,
-    experiment,
-    jobs,
-    launch,
-    preemption,
-    protocol,
-    stages,
-    states,
-    train,
-)
-from vpt_jax import workdir as files
-from vpt_jax.data import vtab
+from vpt_jax import train
+from vpt_jax.bench import benchmark, jobs, launch, protocol
+from vpt_jax.data.public import vtab
+from vpt_jax.files import cli, preemption, states, workdirs
 from vpt_jax.models import vit
+from vpt_jax.run import experiment, stages
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 BOARD = [f"leaderboard.{suffix}" for suffix in ("json", "md", "csv", "tex", "html")]
@@ -171,7 +162,7 @@ def test_interrupted_anywhere_the_leaderboard_is_the_same(
 
     for owner, name in (
         (states, "save_checkpoint"),
-        (files, "write_json"),
+        (workdirs, "write_json"),
         (vpt_jax, "save_prompts"),
         (jobs, "publish"),
         (stages, "evaluated"),
@@ -314,7 +305,7 @@ def test_a_job_that_another_process_finished_is_not_done_again(undisturbed, plac
     path = jobs.folder(workdir, job.name) / jobs.RESULT
     before = path.stat().st_mtime_ns
     result = jobs.perform(job, workdir)
-    assert result == files.read_record(path)
+    assert result == workdirs.read_record(path)
     assert path.stat().st_mtime_ns == before
 
 
@@ -364,7 +355,7 @@ def test_status_of_a_benchmark_on_its_way(place, tmp_path, capsys):
     first, second = bench.trials["dtd"]["linear"][:2]
     jobs.perform(first, tmp_path)
     log = jobs.partial_folder(tmp_path, second.name) / "log.txt"
-    files.write_text(log, "epoch 1")
+    workdirs.write_text(log, "epoch 1")
     row = benchmark.status(bench, tmp_path)[0]
     assert row.grid == (1, 8)
     assert row.running == (second.name,)
@@ -396,7 +387,7 @@ def test_a_workdir_of_another_config_is_not_touched(undisturbed, place):
 
 def test_two_commands_on_one_workdir(place, tmp_path):
     with (
-        files.locked(tmp_path / ".lock"),
+        workdirs.locked(tmp_path / ".lock"),
         pytest.raises(ValueError, match="another process works on"),
     ):
         benchmark.run(values(place), tmp_path, launch.Here(tmp_path))

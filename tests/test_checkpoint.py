@@ -9,11 +9,11 @@ from conftest import randomised
 from safetensors.numpy import save_file
 
 import vpt_jax
-from vpt_jax import release, states
-from vpt_jax import workdir as files
-from vpt_jax.checkpoint import flatten, save_backbone
-from vpt_jax.naming import unflatten
-from vpt_jax.readers import read_arrays
+from vpt_jax.files import states, workdirs
+from vpt_jax.weights import release
+from vpt_jax.weights.checkpoint import flatten, save_backbone
+from vpt_jax.weights.naming import unflatten
+from vpt_jax.weights.readers import read_arrays
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_backbones_load_exactly(small, tmp_path, kind):
         np.savez(path, **flat)
     else:
         save_backbone(path, backbone, {"normalisation": "half"})
-        assert vpt_jax.checkpoint.read_card(path) == {"normalisation": "half"}
+        assert vpt_jax.weights.checkpoint.read_card(path) == {"normalisation": "half"}
     loaded, params = vpt_jax.load_backbone("demo/16", path)
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, params, backbone)
@@ -74,11 +74,11 @@ def test_the_position_table_is_resized_for_another_image_size(small, tmp_path):
 
 def test_the_shipped_backbone_is_the_one_of_its_model_card():
     model, backbone = vpt_jax.load_backbone("demo/4")
-    card = vpt_jax.checkpoint.read_card()
+    card = vpt_jax.weights.checkpoint.read_card()
     assert card["hash"] == vpt_jax.backbone_hash(backbone)
     assert card["parameters"] == sum(x.size for x in jax.tree.leaves(backbone))
     assert card["image_size"] == model.image_size == 32
-    assert vpt_jax.checkpoint.DEMO_BACKBONE.stat().st_size < 4e6
+    assert vpt_jax.weights.checkpoint.DEMO_BACKBONE.stat().st_size < 4e6
 
 
 def test_the_hash_sees_every_value_name_and_shape(small):
@@ -240,10 +240,10 @@ def test_checkpoints_keep_ragged_trees_bit_for_bit(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"x": 1})
+    workdirs.write_json(path, {"x": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        files.write_json(path, {"x": float("nan")})
-    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        workdirs.write_json(path, {"x": float("nan")})
+    with pytest.raises(RuntimeError), workdirs.atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"x": 1}

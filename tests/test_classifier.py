@@ -20,10 +20,13 @@ from safetensors.numpy import load_file, save_file
 from test_main import load_config
 
 import vpt_jax
-from vpt_jax import checkpoint, experiment, predict, release, share, train
-from vpt_jax import config as configs
+from vpt_jax import predict, train
 from vpt_jax.data.pictures import read_picture
 from vpt_jax.data.tasks import load_task
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment
+from vpt_jax.serve import share
+from vpt_jax.weights import checkpoint, release
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -440,7 +443,7 @@ def test_an_exported_program_answers_with_jax_alone(classifier, zoo, tmp_path):
 def test_the_command_writes_rows_and_names_what_it_cannot_read(
     finished, zoo, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("vpt_jax.cli.keep_compiled", lambda: None)
+    monkeypatch.setattr("vpt_jax.files.cli.keep_compiled", lambda: None)
     (tmp_path / "in" / "deep").mkdir(parents=True)
     shutil.copy(zoo / "ant" / "1.png", tmp_path / "in" / "deep" / "a.png")
     (tmp_path / "in" / "bad\n.jpg").write_bytes(b"nothing")
@@ -472,7 +475,7 @@ def test_the_command_writes_rows_and_names_what_it_cannot_read(
 
 
 def test_the_command_ends_with_0_if_all_was_read(finished, zoo, capsys, monkeypatch):
-    monkeypatch.setattr("vpt_jax.cli.keep_compiled", lambda: None)
+    monkeypatch.setattr("vpt_jax.files.cli.keep_compiled", lambda: None)
     assert predict.main([str(finished[1]), str(zoo)]) == 0
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 30 and "30 pictures in" in shown.err
@@ -487,7 +490,7 @@ def test_the_command_ends_with_0_if_all_was_read(finished, zoo, capsys, monkeypa
     ],
 )
 def test_bad_usage_is_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("vpt_jax.cli.keep_compiled", lambda: None)
+    monkeypatch.setattr("vpt_jax.files.cli.keep_compiled", lambda: None)
     with pytest.raises(SystemExit) as end:
         predict.main(arguments)
     shown = capsys.readouterr().err

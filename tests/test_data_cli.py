@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tfds_files
 
-from vpt_jax.data import builders, check, listing, vtab
 from vpt_jax.data.__main__ import main
+from vpt_jax.data.public import builders, check, listing, vtab
 
 SIZES = {"train": 40, "test": 12}
 FEATURES = tfds_files.features_dict(

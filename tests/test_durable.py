@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax import durable, fitting, jobs, preemption, states, train
-from vpt_jax import workdir as files
+from vpt_jax import train
+from vpt_jax.bench import jobs
 from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Split
+from vpt_jax.files import durable, preemption, states, workdirs
+from vpt_jax.run import config as configs
+from vpt_jax.run import fitting
 
 ROOT = Path(__file__).parent.parent
 TREE = {"a": np.arange(5000, dtype=np.float32), "n": np.zeros((), np.int32)}
@@ -55,8 +57,8 @@ def write_prompts(path):
 
 WRITERS = {
     "a checkpoint": lambda path: states.save_checkpoint(path, TREE),
-    "a record": lambda path: files.write_record(path, {"x": 1.5}),
-    "a page": lambda path: files.write_text(path, "text"),
+    "a record": lambda path: workdirs.write_record(path, {"x": 1.5}),
+    "a page": lambda path: workdirs.write_text(path, "text"),
     "prompts": write_prompts,
 }
 
@@ -115,7 +117,7 @@ def test_a_disk_that_is_really_full(small_disk, capsys):
     big = {"a": np.random.default_rng(0).normal(size=300_000), "n": TREE["n"]}
     for writer in (
         lambda: states.save_checkpoint(directory / "2", big),
-        lambda: files.write_text(small_disk / "page.html", "x" * 2_000_000),
+        lambda: workdirs.write_text(small_disk / "page.html", "x" * 2_000_000),
     ):
         with pytest.raises(OSError) as error:
             writer()
@@ -128,7 +130,7 @@ def test_a_disk_that_is_really_full(small_disk, capsys):
 
 
 def test_a_log_on_a_full_disk_says_so_and_does_not_wait(small_disk):
-    log = files.Log(small_disk / "log.txt", small_disk / "events", echo=False)
+    log = workdirs.Log(small_disk / "log.txt", small_disk / "events", echo=False)
     (small_disk / "filler").write_bytes(b"x" * (1 << 20 - 1))
     with pytest.raises(OSError) as error:
         for _ in range(100_000):
@@ -188,8 +190,8 @@ def test_without_a_sound_checkpoint_there_is_none(tmp_path):
 def test_every_flipped_bit_of_a_record_is_found(tmp_path):
     path = tmp_path / "a.json"
     value = {"row": {"test_accuracy": 0.8125, "score": None}, "seconds": 12.5}
-    files.write_record(path, value)
-    assert files.read_record(path) == value
+    workdirs.write_record(path, value)
+    assert workdirs.read_record(path) == value
     good = path.read_bytes()
     for at in range(len(good)):
         for bit in range(8):
@@ -197,8 +199,8 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path):
             bad[at] ^= 1 << bit
             path.write_bytes(bad)
             try:
-                assert files.read_record(path) == value  # white space
-            except files.Damaged as error:
+                assert workdirs.read_record(path) == value  # white space
+            except workdirs.Damaged as error:
                 assert str(path) in str(error)
 
 
@@ -206,7 +208,7 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path):
 def test_records_that_are_none(tmp_path, text):
     path, said = tmp_path / "a.json", []
     path.write_text(text)
-    assert files.sound_record(path, said.append) is None
+    assert workdirs.sound_record(path, said.append) is None
     assert (tmp_path / "a.json.damaged").read_text() == text
     assert len(said) == 1 and not path.exists()
 
@@ -215,7 +217,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     (tmp_path / "kept").mkdir()
     for name in (".lock", ".job.lock", "a.json", ".a.json.k3_xyz90"):
         (tmp_path / name).touch()
-    files.remove_leftovers(tmp_path, tmp_path / "kept", tmp_path / "absent")
+    workdirs.remove_leftovers(tmp_path, tmp_path / "kept", tmp_path / "absent")
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == [".job.lock", ".lock", "a.json", "kept"]
 
@@ -255,7 +257,7 @@ def problem():
     return model, backbone, images, labels, trainable
 
 
-class Spy(files.Log):
+class Spy(workdirs.Log):
     """A log that keeps what it is told and calls `hook` after each epoch."""
 
     def __init__(self, hook=lambda epoch: None):
@@ -440,7 +442,7 @@ def test_a_second_command_on_a_workdir_refuses_and_sigterm_ends_with_75(tmp_path
 
 SIGNALLED = """
 import os, signal, sys, time
-from vpt_jax import preemption
+from vpt_jax.files import preemption
 preemption.watch()
 try:
     with preemption.deferred():
@@ -459,7 +461,7 @@ except preemption.Preempted:
 
 SWALLOWED = """
 import os, signal, sys
-from vpt_jax import preemption
+from vpt_jax.files import preemption
 
 class Garbage:
     def __del__(self):
@@ -557,5 +559,5 @@ def test_of_strips_the_centres_are_compared():
 
 def test_json_stays_json(tmp_path):
     """Others may read records too."""
-    files.write_record(tmp_path / "a.json", {"x": 1})
+    workdirs.write_record(tmp_path / "a.json", {"x": 1})
     assert json.loads((tmp_path / "a.json").read_bytes())["x"] == 1

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 from test_naming import NAMES, flat_vit, pytorch
 
 import vpt_jax
-from vpt_jax import facts, torch_files
-from vpt_jax.backbones import known_backbone
-from vpt_jax.checkpoint import flatten
-from vpt_jax.families import FAMILIES, refuse_families
 from vpt_jax.models.variants import canonical
 from vpt_jax.models.xla import ACTIVATIONS
-from vpt_jax.naming import Entry, Named
+from vpt_jax.weights import facts, torch_files
+from vpt_jax.weights.backbones import known_backbone
+from vpt_jax.weights.checkpoint import flatten
+from vpt_jax.weights.families import FAMILIES, refuse_families
+from vpt_jax.weights.naming import Entry, Named
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tfds_files
 
-from vpt_jax.data import pictures, records, vtab
+from vpt_jax.data import pictures
+from vpt_jax.data.public import records, vtab
 
 ROWS = tuple(vtab.BENCHMARKS.values())
 # Sizes of train, val and test by the rule, and of VTAB's small parts.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vpt_jax
-from vpt_jax import search
+from vpt_jax.bench import search
 from vpt_jax.data import cache, folder, found, npz, pictures, tasks
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,9 @@ import pytest
 from fuzzing import ROOT, edited, load_config, try_config, try_protocol
 from hypothesis import given, settings
 
-from vpt_jax import cli, messages, protocol
-from vpt_jax import config as configs
+from vpt_jax.bench import protocol
+from vpt_jax.files import cli, messages
+from vpt_jax.run import config as configs
 
 
 @settings(max_examples=100)

@@ -26,8 +26,9 @@ from fuzzing import (
 from hypothesis import given, settings
 from PIL import Image
 
-from vpt_jax.data import bounds, colours, folder, pictures, records
-from vpt_jax.messages import printable
+from vpt_jax.data import bounds, colours, folder, pictures
+from vpt_jax.data.public import records
+from vpt_jax.files.messages import printable
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from fuzzing import (
 from hypothesis import given, settings
 
 import vpt_jax
-from vpt_jax.readers import CheckpointError
+from vpt_jax.weights.readers import CheckpointError
 
 
 def written(arrays=None, **header):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from test_vtab import DEEP_GROUP_MEANS, DEEP_MEAN_OVER_GROUPS, MEANS_OVER_TASKS
 
-from vpt_jax import leaderboard as lb
-from vpt_jax import report as rp
-from vpt_jax.board import figures as board_figures
-from vpt_jax.board import published, standings, tables
-from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.data.public.vtab import BENCHMARKS
+from vpt_jax.report import board_figures, published, standings
+from vpt_jax.report import board_tables as tables
+from vpt_jax.report import document as rp
+from vpt_jax.report import leaderboard as lb
 
 NATURAL = tuple(n for n in published.VTAB if BENCHMARKS[n].group == "natural")
 CHOSEN = ("base_lr", "weight_decay", "num_prompts", "val_accuracy")
@@ -99,7 +99,7 @@ def make_board(names=published.VTAB, benchmark="vtab", seeds=(42, 44, 82), **mor
     rng = np.random.default_rng(0)
     return {
         "benchmark": benchmark,
-        "command": "python -m vpt_jax.benchmark --config=configs/vtab.py",
+        "command": "python -m vpt_jax.bench.benchmark --config=configs/vtab.py",
         "versions": {"vpt_jax": "0.1.0", "jax": "0.9.0"},
         "backbone": {
             "name": "ViT-B_16.npz",

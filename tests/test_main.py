@@ -15,10 +15,12 @@ import pytest
 from conftest import SMALL, randomised, save_small_backbone
 
 import vpt_jax
-from vpt_jax import cli, experiment, protocol, search, train
-from vpt_jax import config as configs
-from vpt_jax import workdir as files
+from vpt_jax import train
+from vpt_jax.bench import protocol, search
 from vpt_jax.data.tasks import load_task
+from vpt_jax.files import cli, workdirs
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -183,7 +185,7 @@ def test_an_interrupted_run_ends_the_same_bit_for_bit(
 ):
     """Stopped in the linear probe, in tuning, between units and in the last one."""
     config, workdir, _ = finished
-    log_epoch, seen = files.Log.epoch, []
+    log_epoch, seen = workdirs.Log.epoch, []
 
     def epoch(self, *args):
         log_epoch(self, *args)
@@ -191,7 +193,7 @@ def test_an_interrupted_run_ends_the_same_bit_for_bit(
         if len(seen) == at:
             raise Killed
 
-    monkeypatch.setattr(files.Log, "epoch", epoch)
+    monkeypatch.setattr(workdirs.Log, "epoch", epoch)
     with pytest.raises(Killed):
         experiment.run(config, tmp_path)
     assert not (tmp_path / "report.json").exists()
@@ -525,7 +527,9 @@ def flags_of(tmp_path, *args):
     (tmp_path / "own.py").write_text(OWN)
     code = (
         "import json, sys\n"
-        "from vpt_jax import cli, main, config\n"
+        "from vpt_jax import main\n"
+        "from vpt_jax.files import cli\n"
+        "from vpt_jax.run import config\n"
         "def show(values, workdir, command):\n"
         "    print(json.dumps(config.plain(values.to_dict())))\n"
         f"sys.argv[1:] = {[f'--config={tmp_path}/own.py', *args]!r}\n"
@@ -627,7 +631,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
 
 def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
     weights = vpt_jax.load_backbone(SMALL, checkpoint)[1]
-    np.savez(tmp_path / "mine.npz", **vpt_jax.checkpoint.flatten(weights))
+    np.savez(tmp_path / "mine.npz", **vpt_jax.weights.checkpoint.flatten(weights))
     config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
     with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):
         experiment.run(config, tmp_path / "run")

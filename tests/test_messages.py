@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpt_jax import messages
+from vpt_jax.files import messages
 
 
 @given(st.text() | st.integers() | st.floats() | st.lists(st.text()))

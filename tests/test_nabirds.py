@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpt_jax.data import nabirds, records, vtab
 from vpt_jax.data.__main__ import main
+from vpt_jax.data.public import nabirds, records, vtab
 
 ROW = vtab.BENCHMARKS["nabirds"]
 # Gaps, and numbers of one to four digits: sorted as text they would be in other order.

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import vpt_jax
-from vpt_jax.backbones import BACKBONES, known_backbone
-from vpt_jax.checkpoint import flatten
 from vpt_jax.data.augment import NORMALISATIONS
-from vpt_jax.matching import match_swin, match_vit, parameters
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
-from vpt_jax.naming import read_names
-from vpt_jax.readers import Lazy
+from vpt_jax.weights.backbones import BACKBONES, known_backbone
+from vpt_jax.weights.checkpoint import flatten
+from vpt_jax.weights.matching import match_swin, match_vit, parameters
+from vpt_jax.weights.naming import read_names
+from vpt_jax.weights.readers import Lazy
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 

@@ -10,7 +10,8 @@ import test_records
 from PIL import Image
 from test_vtab import toy
 
-from vpt_jax.data import pictures, prepared, strips, tasks, vtab
+from vpt_jax.data import pictures, strips, tasks
+from vpt_jax.data.public import prepared, vtab
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

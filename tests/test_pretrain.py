@@ -13,7 +13,7 @@ from PIL import Image
 from test_main import load_config
 
 import vpt_jax
-from vpt_jax import pretrain
+from scripts import pretrain
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

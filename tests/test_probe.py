@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpt_jax import probe
+from vpt_jax.run import probe
 
 
 @pytest.fixture

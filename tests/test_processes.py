@@ -16,7 +16,7 @@ import pytest
 from conftest import save_small_backbone
 
 import vpt_jax
-from vpt_jax import cli
+from vpt_jax.files import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,9 +33,9 @@ def get_config():
 # vpt_jax.main, in a process that kills itself after DIE_AT epochs.
 PROGRAM = """
 import os, runpy, signal
-from vpt_jax import workdir
+from vpt_jax.files import workdirs
 
-log_epoch, left = workdir.Log.epoch, [int(os.environ["DIE_AT"])]
+log_epoch, left = workdirs.Log.epoch, [int(os.environ["DIE_AT"])]
 
 def epoch(*args):
     log_epoch(*args)
@@ -43,7 +43,7 @@ def epoch(*args):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 
-workdir.Log.epoch = epoch
+workdirs.Log.epoch = epoch
 runpy.run_module("vpt_jax.main", run_name="__main__", alter_sys=True)
 """
 

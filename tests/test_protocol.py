@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpt_jax import config as configs
-from vpt_jax import protocol
-from vpt_jax.data.vtab import BENCHMARKS
+from vpt_jax.bench import protocol
+from vpt_jax.data.public.vtab import BENCHMARKS
+from vpt_jax.run import config as configs
 
 VTAB = [name for name, row in BENCHMARKS.items() if row.group != "fgvc"]
 FGVC = [name for name, row in BENCHMARKS.items() if row.group == "fgvc"]

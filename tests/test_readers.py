@@ -18,8 +18,8 @@ import pytest
 from fuzzing import changed
 from safetensors.numpy import save as save_safetensors
 
-from vpt_jax import readers, torch_files
-from vpt_jax.readers import CheckpointError, open_arrays, read_arrays
+from vpt_jax.weights import readers, torch_files
+from vpt_jax.weights.readers import CheckpointError, open_arrays, read_arrays
 
 RNG = np.random.default_rng(0)
 BF16 = np.dtype(jnp.bfloat16)

@@ -26,7 +26,7 @@ from tfds_files import (
     write_version,
 )
 
-from vpt_jax.data import records
+from vpt_jax.data.public import records
 
 SIZES = {"train": (5, 4, 3), "test": (2, 2)}  # examples in each shard
 FORMATS = tuple(WRITERS)

@@ -15,9 +15,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from vpt_jax import remote
-from vpt_jax.readers import CheckpointError
-from vpt_jax.remote import local_path
+from vpt_jax.weights import remote
+from vpt_jax.weights.readers import CheckpointError
+from vpt_jax.weights.remote import local_path
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +252,7 @@ def test_malformed_addresses(hub, rest):
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_the_real_hub_out_of_reach(offline, tmp_path):
     code = (
-        "from vpt_jax.remote import local_path\n"
+        "from vpt_jax.weights.remote import local_path\n"
         "try: local_path('hf://org/name/w.npz')\n"
         "except ValueError as error: print(error)"
     )

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from vpt_jax import figures
-from vpt_jax import report as rp
-from vpt_jax.rows import label, summarise
+from vpt_jax.report import document as rp
+from vpt_jax.report import figures
+from vpt_jax.report.rows import label, summarise
 
 
 def make_row(stage, score, scope, ratio, counts, test, seed, **more):

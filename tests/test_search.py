@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_main import load_config
 
-from vpt_jax import cautions, experiment, jobs, protocol, search, stages
-from vpt_jax import config as configs
-from vpt_jax import workdir as files
-from vpt_jax.benchmark_config import SearchConfig
+from vpt_jax.bench import jobs, protocol, search
+from vpt_jax.bench.benchmark_config import SearchConfig
+from vpt_jax.files import workdirs
+from vpt_jax.report import cautions
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment, stages
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -264,4 +266,4 @@ def test_a_fixed_rate_needs_no_search():
     config = search.fixed(plain(tune__epochs=None))
     assert config.tune.base_lr == config.finetune.base_lr == 0.03
     assert isinstance(config, configs.Config)
-    assert experiment.plan(config) and files.writes()
+    assert experiment.plan(config) and workdirs.writes()

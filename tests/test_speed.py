@@ -14,9 +14,10 @@ from conftest import SMALL
 from ml_collections import ConfigDict
 
 import vpt_jax
-from vpt_jax import cli, train
+from vpt_jax import train
+from vpt_jax.files import cli
 from vpt_jax.models.vit import REMATS
-from vpt_jax.models.xla import per_example
+from vpt_jax.prompts import per_example
 
 path = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
 spec = importlib.util.spec_from_file_location("roofline", path)

@@ -10,10 +10,10 @@ import pytest
 from test_main import load_config
 
 import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax import experiment
-from vpt_jax.studies import cost, cost_page, cost_result, inference, study
-from vpt_jax.studies.inference import HOW, Ratio
+from studies import cost, cost_page, cost_result, inference, study
+from studies.inference import HOW, Ratio
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment
 
 B16 = vpt_jax.ViT("B/16")
 VIT = vpt_jax.ViT(width=16, depth=3, num_heads=2, mlp_dim=24, patch=4, image_size=8)

@@ -9,10 +9,10 @@ from conftest import make_tiny
 from test_main import load_config
 
 import vpt_jax
-from vpt_jax import config as configs
+from studies import importance, planted, ranks, removal, study
 from vpt_jax.data.tasks import Split, Task
-from vpt_jax.experiment import Model, Pictures
-from vpt_jax.studies import importance, planted, ranks, removal, study
+from vpt_jax.run import config as configs
+from vpt_jax.run.experiment import Model, Pictures
 
 NUM = (2, 2, 2)
 

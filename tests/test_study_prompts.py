@@ -9,8 +9,8 @@ import pytest
 from conftest import SMALL, save_small_backbone
 from test_protocol import load
 
-from vpt_jax import config as configs
-from vpt_jax.studies import prompts, study
+from studies import prompts, study
+from vpt_jax.run import config as configs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 COUNTS = (1, 2, 5, 10, 20, 40)

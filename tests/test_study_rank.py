@@ -13,9 +13,9 @@ from conftest import SMALL, save_small_backbone
 from test_protocol import load
 
 import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax.studies import growth, rank, rank_page, spectra, study
-from vpt_jax.studies.spectra import energy_rank, entropy_rank
+from studies import growth, rank, rank_page, spectra, study
+from studies.spectra import energy_rank, entropy_rank
+from vpt_jax.run import config as configs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 DOC = (Path(__file__).parent.parent / "docs" / "rank_bound.md").read_text()

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_study_importance import make_lab
 
 import vpt_jax
-from vpt_jax import stages, train
-from vpt_jax.studies import masked, selection, study
-from vpt_jax.studies.selection import fewest, lost_at_most, merged
+from studies import masked, selection, study
+from studies.selection import fewest, lost_at_most, merged
+from vpt_jax import train
+from vpt_jax.run import stages
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -12,11 +12,12 @@ import pytest
 from test_protocol import load
 
 import vpt_jax
-from vpt_jax import config as configs
-from vpt_jax import experiment, train
-from vpt_jax.config import TrainConfig
+from studies import dense, study, transfer, transfer_page
+from vpt_jax import train
 from vpt_jax.data import scenes
-from vpt_jax.studies import dense, study, transfer, transfer_page
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment
+from vpt_jax.run.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NUM = (3, 0, 4)

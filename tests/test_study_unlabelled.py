@@ -11,7 +11,7 @@ import pytest
 from test_study_importance import make_lab
 
 import vpt_jax
-from vpt_jax.studies import gates, removal, study, unlabelled
+from studies import gates, removal, study, unlabelled
 
 NUM = (2, 2, 2)
 DRAWS = 1000  # for each of four times the same picture

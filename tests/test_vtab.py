@@ -12,7 +12,7 @@ import test_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpt_jax.data import labels, records, vtab
+from vpt_jax.data.public import labels, records, vtab
 
 ROWS = tuple(vtab.BENCHMARKS.values())
 VTAB = tuple(row for row in ROWS if row.group != "fgvc")
@@ -190,7 +190,7 @@ def test_published_means_follow_from_the_tasks():
 def test_tfds_builds_an_accepted_version(source):
     import tensorflow_datasets as tfds
 
-    import vpt_jax.data.nabirds  # noqa: F401  registers our own
+    import vpt_jax.data.public.nabirds  # noqa: F401  registers our own
 
     builder = tfds.builder(source.name, data_dir="none")
     version = str(builder.version)
@@ -415,7 +415,7 @@ def test_a_version_that_is_not_accepted_is_named(tmp_path):
 
 def test_importing_the_table_loads_nothing_heavy():
     code = (
-        "import sys, vpt_jax.data.vtab\n"
+        "import sys, vpt_jax.data.public.vtab\n"
         "print([m for m in ('tensorflow', 'tensorflow_datasets', 'PIL',"
         " 'array_record') if m in sys.modules])"
     )

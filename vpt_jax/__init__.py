@@ -3,14 +3,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vpt_jax.checkpoint import (
-    PromptFile,
-    backbone_hash,
-    load_backbone,
-    load_prompts,
-    read_card,
-    save_prompts,
-)
 from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
 from vpt_jax.intercept import PromptedModel, prompted
 from vpt_jax.macs import macs
@@ -18,6 +10,7 @@ from vpt_jax.models.inputs import normalise, prefill
 from vpt_jax.models.layers import KeyValue
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
+from vpt_jax.models.tokens import block_tokens
 from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import (
     apply_head,
@@ -26,12 +19,19 @@ from vpt_jax.prompts import (
     init_prompts,
     prompt_dropout,
 )
-from vpt_jax.readers import CheckpointError
-from vpt_jax.tokens import block_tokens
+from vpt_jax.weights.checkpoint import (
+    PromptFile,
+    backbone_hash,
+    load_backbone,
+    load_prompts,
+    read_card,
+    save_prompts,
+)
+from vpt_jax.weights.readers import CheckpointError
 
 if TYPE_CHECKING:
-    from vpt_jax.classifier import Classifier, load_classifier
-    from vpt_jax.serving import export
+    from vpt_jax.serve.classifier import Classifier, load_classifier
+    from vpt_jax.serve.export import export
 
 __version__ = "0.1.0"
 
@@ -71,11 +71,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What needs Pillow and optax is imported when it is asked for."""
     if name in ("Classifier", "load_classifier"):
-        from vpt_jax import classifier
+        from vpt_jax.serve import classifier
 
         return getattr(classifier, name)
     if name == "export":
-        from vpt_jax import serving
+        from vpt_jax.serve import export as serving
 
         return serving.export
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

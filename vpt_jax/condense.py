@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from vpt_jax import parallel
-from vpt_jax.checks import (
+from vpt_jax.files.checks import (
     BATCH,
     TRAINABLE,
     check_batch,
@@ -62,6 +62,7 @@ SCOPES = ("global", "layer")
 Batch = dict[str, Any]
 
 # What each score does with its examples when the caller does not say.
+DEFAULT_SCORE = "removal"
 DEFAULT_REDUCTION = {
     "removal": "mean_abs",
     "key_gate": "mean_abs",
@@ -118,7 +119,7 @@ def importance(
     trainable: dict[str, Any],
     batches: Iterable[Batch],
     *,
-    score: str = "removal",
+    score: str = DEFAULT_SCORE,
     reduction: str | None = None,
     deep: bool = True,
     prompt_mask: Mask | None = None,

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from vpt_jax.checks import check_layers
+from vpt_jax.files.checks import check_layers
 from vpt_jax.models.inputs import Inputs, check_normalised, check_prompts, prepare
 from vpt_jax.models.vit import drop, insert, with_rows
 

@@ -9,7 +9,7 @@ these as "GFLOPs"; one multiply-accumulate is two FLOP.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vpt_jax.checks import check_integer, said
+from vpt_jax.files.checks import check_integer, said
 from vpt_jax.models.inputs import FORMULATIONS
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT

@@ -23,10 +23,12 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from vpt_jax import cli
+from vpt_jax.files import cli
 
 LAUNCHER = flags.DEFINE_string(
-    "launcher", "here", "Of a benchmark: here, ray or slurm, see vpt_jax/launch.py."
+    "launcher",
+    "here",
+    "Of a benchmark: here, ray or slurm, see vpt_jax/bench/launch.py.",
 )
 ADDRESS = flags.DEFINE_string(
     "address", "", "Ray: auto or ray://host:10001. Slurm: local runs processes here."
@@ -52,14 +54,15 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
             "--launcher, --address and --resources are for benchmarks; this config is"
             " one run. Leave them out."
         )
-    from vpt_jax import report, search  # after the flags: they are heavy
-    from vpt_jax import workdir as files
+    from vpt_jax.bench import search  # after the flags: they are heavy
+    from vpt_jax.files import workdirs
+    from vpt_jax.report import document as report
 
     if LIST.value:
         search.print_status(values, workdir)
         return
     content = search.run(values, workdir, command)
-    if files.writes():
+    if workdirs.writes():
         report.print_table(content)
         print(f"report: {workdir / 'report.html'}")
         print(f"answers: python -m vpt_jax.predict {workdir} PICTURES")
@@ -67,7 +70,8 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
 
 def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
     """Many tasks."""
-    from vpt_jax import benchmark, launch, leaderboard, protocol
+    from vpt_jax.bench import benchmark, launch, protocol
+    from vpt_jax.report import leaderboard
 
     cli.alone("a benchmark (--launcher spreads its runs)")
     if LIST.value:
@@ -81,7 +85,7 @@ def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
 
 def complete(values: ConfigDict) -> None:
     """Adds the keys of the schema that a config file leaves out."""
-    from vpt_jax import benchmark_config
+    from vpt_jax.bench import benchmark_config
 
     benchmark_config.complete(values)
 

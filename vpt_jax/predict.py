@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             raise
-        from vpt_jax import cli
+        from vpt_jax.files import cli
 
         cli.fail(error)
 
@@ -93,7 +93,8 @@ def _run(args: argparse.Namespace) -> int:
         )
     if args.out and Path(args.out).suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out is {args.out!r}; expected a name in .csv or .jsonl.")
-    from vpt_jax import classifier, cli, durable
+    from vpt_jax.files import cli, durable
+    from vpt_jax.serve import classifier
 
     cli.keep_compiled()
     model = classifier.load_classifier(
@@ -118,7 +119,7 @@ def _answer(
     write: Callable[[str, list[tuple[str, float]], str], None],
 ) -> int:
     """Goes through the pictures; the exit code."""
-    from vpt_jax.messages import printable
+    from vpt_jax.files.messages import printable
 
     names = model.class_names
     top, width = min(args.top, len(names)), min(max(map(len, names)), 40)

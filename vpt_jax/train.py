@@ -22,10 +22,10 @@ import numpy as np
 import optax
 
 from vpt_jax import parallel
-from vpt_jax.checks import check_labels
 from vpt_jax.condense import cross_entropy
 from vpt_jax.data import cache, strips
 from vpt_jax.data.augment import normalise
+from vpt_jax.files.checks import check_labels
 from vpt_jax.prompts import Mask, apply_head, check_choice, prompt_dropout
 
 OPTIMIZERS = ("sgd", "adamw")

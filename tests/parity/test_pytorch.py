@@ -249,9 +249,9 @@ def test_giant_dinov2s_swiglu(tmp_path):
         )
     )
     path = save(torch_model.state_dict(), tmp_path / "mine.safetensors")
-    from vpt_jax.matching import match_vit, parameters
-    from vpt_jax.naming import read_names
-    from vpt_jax.readers import open_arrays
+    from vpt_jax.weights.matching import match_vit, parameters
+    from vpt_jax.weights.naming import read_names
+    from vpt_jax.weights.readers import open_arrays
 
     with open_arrays(path) as file:
         named = read_names(file.arrays, path, ())

@@ -256,7 +256,9 @@ def test_dinov2s_table_as_timm_resizes_it():
     """timm's own function; Meta's offset is in `test_position_tables`."""
     table = torch.randn(1, 1 + 37 * 37, 8)
     expected = timm.layers.resample_abs_pos_embed(table, [16, 16])
-    known = vpt_jax.backbones.known_backbone("vit_small_patch14_dinov2.lvd142m/w")
+    known = vpt_jax.weights.backbones.known_backbone(
+        "vit_small_patch14_dinov2.lvd142m/w"
+    )
     got = vpt_jax.resize_pos_embedding(jax.numpy.asarray(table), 16, known.resize)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 

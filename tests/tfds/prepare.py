@@ -17,11 +17,11 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 import raw_fixtures
 
-# First, as in vpt_jax/data/builders.py, which says why.
+# First, as in vpt_jax/data/public/builders.py, which says why.
 import tensorflow  # noqa: F401
 import tensorflow_datasets as tfds
 
-import vpt_jax.data.nabirds  # noqa: F401  registers our own builder
+import vpt_jax.data.public.nabirds  # noqa: F401  registers our own builder
 
 SHARDS = 3
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpt_jax.data import records, vtab
+from vpt_jax.data.public import records, vtab
 
 
 def digest(picture):

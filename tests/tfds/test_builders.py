@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vpt_jax.data import vtab
+from vpt_jax.data.public import vtab
 
 HERE = Path(__file__).parent
 FORMATS = ("array_record", "tfrecord")

@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from vpt_jax import messages
-from vpt_jax.data import builders, check, listing, vtab
+from vpt_jax.data.public import builders, check, listing, vtab
+from vpt_jax.files import messages
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from vpt_jax.durable import atomic_path, make_folder
+from vpt_jax.files.durable import atomic_path, make_folder
 
 _END = b"vptcache"  # the last bytes of every file
 _TAIL = len(_END) + 8

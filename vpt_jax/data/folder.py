@@ -40,7 +40,7 @@ import PIL
 from vpt_jax.data import cache, doubts, layouts, lists, npz, pictures
 from vpt_jax.data.found import SPLITS, Example, Found, shown
 from vpt_jax.data.layouts import LAYOUTS
-from vpt_jax.messages import printable
+from vpt_jax.files.messages import printable
 from vpt_jax.prompts import check_choice
 
 VERSION = 3  # to be raised when the same files give other pixels

@@ -13,7 +13,7 @@ import numpy as np
 
 from vpt_jax.data import pictures
 from vpt_jax.data.bounds import MAX_TEXT, opened
-from vpt_jax.messages import printable
+from vpt_jax.files.messages import printable
 
 SPLITS = ("train", "val", "test")
 SEED = 1401  # of the cut: another one gives other splits

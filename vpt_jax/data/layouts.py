@@ -21,7 +21,7 @@ from vpt_jax.data.found import (
     shown,
     split_of,
 )
-from vpt_jax.messages import printable
+from vpt_jax.files.messages import printable
 
 LAYOUTS = (
     "expected DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, "

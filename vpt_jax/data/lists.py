@@ -27,7 +27,7 @@ from vpt_jax.data.found import (
     relative,
     text,
 )
-from vpt_jax.messages import printable
+from vpt_jax.files.messages import printable
 
 _FIRST = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",)}
 _DIGITS = 20  # of a label; a longer one is a mistake

@@ -16,8 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.data import found, pictures
-from vpt_jax.messages import printable, shown
-from vpt_jax.readers import MAX_GROWTH, MAX_SMALL, CheckpointError, Lazy, open_arrays
+from vpt_jax.files.messages import printable, shown
+from vpt_jax.weights.readers import (
+    MAX_GROWTH,
+    MAX_SMALL,
+    CheckpointError,
+    Lazy,
+    open_arrays,
+)
 
 _SAVE = "save it again with `np.savez`"
 

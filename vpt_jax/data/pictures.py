@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vpt_jax import messages
 from vpt_jax.data import bounds, colours
+from vpt_jax.files import messages
 from vpt_jax.prompts import check_choice
 
 RULES = ("crop", "squash", "half_pixel", "corner")

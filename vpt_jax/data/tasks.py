@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.data import folder, prepared, shapes, strips, vtab
+from vpt_jax.data import folder, shapes, strips
 from vpt_jax.data.pictures import resize_bilinear
-from vpt_jax.messages import printable
+from vpt_jax.data.public import prepared, vtab
+from vpt_jax.files.messages import printable
 from vpt_jax.prompts import check_choice
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000

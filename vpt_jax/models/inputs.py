@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.checks import check_layers, check_model, is_array, said
+from vpt_jax.files.checks import check_layers, check_model, is_array, said
 from vpt_jax.models.attention import wide
 from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice

@@ -15,7 +15,8 @@ from jax import lax
 
 from vpt_jax.models.attention import attend, attend_fused, wide
 from vpt_jax.models.posemb import grid_side, sincos_table
-from vpt_jax.models.xla import ACTIVATIONS, per_example, swiglu
+from vpt_jax.models.xla import ACTIVATIONS, swiglu
+from vpt_jax.prompts import per_example
 
 
 class KeyValue(NamedTuple):

@@ -46,8 +46,7 @@ from vpt_jax.models.layers import (
 )
 from vpt_jax.models.variants import canonical, similar
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
-from vpt_jax.models.xla import per_example
-from vpt_jax.prompts import check_choice
+from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
     # Liu et al., section 3.3.

@@ -33,8 +33,8 @@ from vpt_jax.models.layers import (
     mean_tokens,
 )
 from vpt_jax.models.variants import canonical, similar
-from vpt_jax.models.xla import ACTIVATIONS, per_example
-from vpt_jax.prompts import check_choice
+from vpt_jax.models.xla import ACTIVATIONS
+from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense task for prompted ViTs: a class for every pixel, by a linear head on patches.
+
+The features are all patch tokens after the last block and the final norm, the head is
+the usual `{kernel, bias}`, applied to every patch, and its logits are resized
+bilinearly to the picture ("linear" of Strudel et al., Segmenter, arXiv 2105.05633).
+Everything else is the library's: `DensePatches` looks like a model to `importance`, and
+the optimiser, rates and order of pictures are those of `vpt_jax.train`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vpt_jax
+from vpt_jax import parallel, train
+from vpt_jax.condense import pad_batch
+from vpt_jax.data.augment import normalise
+from vpt_jax.models.layers import LayerNorm
+from vpt_jax.prompts import Mask, prompt_dropout
+from vpt_jax.run.config import TrainConfig
+
+Data = tuple[Any, Any]  # images (or features) and labels, of all examples
+
+
+@dataclasses.dataclass(frozen=True)
+class DensePatches:
+    """A ViT whose features are its patches' tokens, `[b * patches, d]`.
+
+    `apply` takes what the ViT's takes, so that this stands for a model in `importance`.
+    """
+
+    model: vpt_jax.ViT
+
+    def apply(
+        self, variables: dict[str, Any], images: jax.Array, **kwargs: Any
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Features and the model's named intermediates."""
+        model: Any = self.model
+        _, out = model.apply(variables, images, **kwargs)
+        # Shallow prompts leave the class token in; patches always come last.
+        num = (model.image_size // model.patch) ** 2
+        tokens = out["blocks"][-1]["tokens"][:, -num:]
+        norm = LayerNorm(model.dtype, model.param_dtype, model.epsilon)
+        params = variables["params"]["Transformer"]["encoder_norm"]
+        x = jnp.asarray(norm.apply({"params": params}, tokens))
+        return x.reshape(-1, model.width), out
+
+
+def dense_patches(model: Any) -> DensePatches:
+    """The dense view of a model.
+
+    Raises:
+      ValueError: If it is not a ViT, whose last block keeps every patch's token.
+    """
+    if not isinstance(model, vpt_jax.ViT):
+        raise ValueError(
+            f"got {type(model).__name__}; the dense task reads the patch tokens of a"
+            " ViT: Swin has merged its patches by then. Pass a config whose backbone"
+            " is a ViT, such as configs/demo.py."
+        )
+    # With this read-out the last block computes the patches, not the class token.
+    return DensePatches(model.clone(readout="mean"))
+
+
+def pixel_logits(logits: jax.Array, num: int, side: int) -> jax.Array:
+    """Logits of patches `[num * patches, k]` as `[num, side, side, k]`, bilinear."""
+    grid = math.isqrt(logits.shape[0] // num)
+    by_place = logits.reshape(num, grid, grid, -1)
+    return jax.image.resize(by_place, (num, side, side, logits.shape[1]), "bilinear")
+
+
+def pixel_losses(logits: jax.Array, batch: dict[str, Any]) -> jax.Array:
+    """Softmax cross entropy `[b]`, the mean over pixels, of `logits [b * patches, k]`.
+
+    `batch["label"]` is `[b, s, s]`. A `loss_fn` of `importance`.
+    """
+    label = batch["label"]
+    log_p = jax.nn.log_softmax(pixel_logits(logits, label.shape[0], label.shape[1]))
+    picked = jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0]
+    return -picked.mean(axis=(1, 2))
+
+
+def patch_logits(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: jax.Array,
+    prompt_mask: Mask | None,
+    key: jax.Array | None,
+    *,
+    patches: DensePatches | None,
+    recipe: train.Recipe,
+) -> jax.Array:
+    """Logits `[b * patches, k]` of uint8 `images [b, s, s, 3]`; dropout with a key.
+
+    Without a model, `images` are features `[b, patches, d]` already (a linear probe).
+    """
+    if patches is None:
+        features = images.reshape(-1, images.shape[-1])
+        return vpt_jax.apply_head(trainable["head"], features)
+    prompts = trainable["prompts"]
+    if key is not None and recipe.dropout:
+        size = None if recipe.shared_dropout else images.shape[0]
+        prompts = prompt_dropout(key, prompts, recipe.dropout, size)
+    features, _ = patches.apply(
+        {"params": backbone},
+        normalise(images, recipe.normalisation),
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        deep=recipe.deep,
+    )
+    return vpt_jax.apply_head(trainable["head"], features)
+
+
+@functools.partial(jax.jit, static_argnames=("patches", "recipe"), donate_argnums=0)
+def train_epoch(
+    state: train.TrainState,
+    backbone: Any,
+    data: Data,
+    order: jax.Array,
+    mask: jax.Array,
+    learning_rates: jax.Array,
+    weight_decay: jax.Array,
+    key: jax.Array,
+    prompt_mask: Mask | None,
+    *,
+    patches: DensePatches | None,
+    recipe: train.Recipe,
+) -> tuple[train.TrainState, jax.Array]:
+    """One epoch on the device, as `train.train_epoch`, and its mean loss.
+
+    Prompts that `prompt_mask` takes out get no gradient: what is trained is the
+    condensed model, in the shapes of the whole one, compiled once for all selections.
+    """
+    images, labels = data
+
+    def step(state: train.TrainState, xs: tuple) -> tuple[train.TrainState, tuple]:
+        index, real, rate = xs
+        step_key = jax.random.fold_in(key, state.step)
+
+        def loss_fn(trainable: dict[str, Any]) -> tuple[jax.Array, tuple]:
+            logits = patch_logits(
+                trainable,
+                backbone,
+                parallel.spread(images[index]),
+                prompt_mask,
+                step_key,
+                patches=patches,
+                recipe=recipe,
+            )
+            losses = pixel_losses(logits, {"label": labels[index]})
+            total = jnp.where(real, losses, 0.0).sum()
+            num = real.sum(dtype=losses.dtype)
+            # The mean over the real examples of a partial last batch.
+            return total / num, (total, num)
+
+        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable)
+        optimizer = train.make_optimizer(recipe, rate, weight_decay)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = jax.tree.map(jnp.add, state.trainable, updates)
+        return train.TrainState(state.step + 1, trainable, opt_state), sums
+
+    state, (losses, num) = jax.lax.scan(step, state, (order, mask, learning_rates))
+    return state, losses.sum() / num.sum()
+
+
+@parallel.everywhere()
+def fit(
+    trainable: dict[str, Any],
+    backbone: Any,
+    data: Data,
+    settings: TrainConfig,
+    seed: int,
+    prompt_mask: Mask | None,
+    *,
+    patches: DensePatches | None,
+    recipe: train.Recipe,
+) -> dict[str, Any]:
+    """Prompts and head after `settings.epochs`; order and dropout follow `seed`.
+
+    Raises:
+      FloatingPointError: If the loss is not finite.
+    """
+    num = len(data[1])
+    data = jax.tree.map(jnp.asarray, data)
+    rates = train.learning_rates(
+        train.scaled_lr(settings.base_lr, settings.batch_size, settings.optimizer),
+        settings.epochs,
+        settings.warmup_epochs,
+        math.ceil(num / settings.batch_size),
+        per=settings.schedule,
+    )
+    # A copy: the state is donated, and the caller's arrays must live on.
+    state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
+    for epoch, rate in enumerate(rates):
+        order, mask = train.epoch_order(seed, epoch, num, settings.batch_size)
+        state, loss = train_epoch(
+            state,
+            backbone,
+            data,
+            jnp.asarray(order),
+            jnp.asarray(mask),
+            jnp.asarray(rate),
+            jnp.float32(settings.weight_decay),
+            jax.random.key(seed),
+            prompt_mask,
+            patches=patches,
+            recipe=recipe,
+        )
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(
+                f"the loss is {float(loss)} after epoch {epoch + 1} at rate"
+                f" {rate.max():g}; lower base_lr ({settings.base_lr})."
+            )
+    return state.trainable
+
+
+@functools.partial(jax.jit, static_argnames=("side", "patches", "recipe"))
+def predict(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: jax.Array,
+    prompt_mask: Mask | None,
+    *,
+    side: int,
+    patches: DensePatches | None,
+    recipe: train.Recipe,
+) -> jax.Array:
+    """The likeliest class of every pixel, int32 `[b, side, side]`."""
+    images = parallel.spread(images)
+    logits = patch_logits(
+        trainable, backbone, images, prompt_mask, None, patches=patches, recipe=recipe
+    )
+    return pixel_logits(logits, len(images), side).argmax(-1).astype(jnp.int32)
+
+
+@parallel.everywhere()
+def confusion(
+    trainable: dict[str, Any],
+    backbone: Any,
+    data: Data,
+    batch_size: int,
+    prompt_mask: Mask | None,
+    *,
+    patches: DensePatches | None,
+    recipe: train.Recipe,
+) -> np.ndarray:
+    """How many pixels of each class (rows) get which answer: int64 `[k, k]`."""
+    k = trainable["head"]["bias"].shape[0]
+    total = np.zeros((k, k), np.int64)
+    for start in range(0, len(data[1]), batch_size):
+        images, labels = (x[start : start + batch_size] for x in data)
+        batch = pad_batch({"image": images, "label": labels}, batch_size)
+        found = predict(
+            trainable,
+            backbone,
+            batch["image"],
+            prompt_mask,
+            side=labels.shape[1],
+            patches=patches,
+            recipe=recipe,
+        )
+        pairs = k * np.asarray(labels) + np.asarray(found)[: len(labels)]
+        total += np.bincount(pairs.ravel(), minlength=k * k).reshape(k, k)
+    return total
+
+
+def metrics(confusion: np.ndarray) -> dict[str, float]:
+    """Per-pixel `accuracy` and mean intersection over union `iou`, in per cent.
+
+    Intersection and union are of all pictures together, and a class without a pixel in
+    truth and answers does not count (as Pascal VOC and ADE20K are evaluated).
+
+    Args:
+      confusion: `[k, k]`, rows are the truth; at least one pixel.
+    """
+    right = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - right
+    iou = right[union > 0] / union[union > 0]
+    accuracy = right.sum() / confusion.sum()
+    return {"accuracy": 100 * float(accuracy), "iou": 100 * float(iou.mean())}
+
+
+def features(
+    backbone: Any,
+    images: np.ndarray,
+    batch_size: int,
+    *,
+    patches: DensePatches,
+    normalisation: str,
+) -> np.ndarray:
+    """Features without prompts, `[n, patches, d]`, for a linear probe."""
+    num, found = len(images), []
+    for start in range(0, num, batch_size):
+        # The last batch is padded, so that nothing compiles again.
+        index = np.minimum(np.arange(start, start + batch_size), num - 1)
+        batch = _features(
+            backbone, images[index], patches=patches, normalisation=normalisation
+        )
+        found.append(np.asarray(batch))
+    return np.concatenate(found)[:num]
+
+
+@functools.partial(jax.jit, static_argnames=("patches", "normalisation"))
+def _features(
+    backbone: Any, images: jax.Array, *, patches: DensePatches, normalisation: str
+) -> jax.Array:
+    images = normalise(images, normalisation)
+    found, _ = patches.apply({"params": backbone}, images)
+    return found.reshape(len(images), -1, found.shape[-1])

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning under masks: every selection of prompts runs the same compiled program.
+
+A mask takes prompts out of attention exactly, so training under it is training what
+`condense` would leave (but for which random numbers dropout draws). Shapes do not
+depend on the selection: a study of hundreds of selections compiles once.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpt_jax import parallel, train
+from vpt_jax.files import workdirs
+from vpt_jax.prompts import Mask
+from vpt_jax.run import fitting, stages
+from vpt_jax.run.stages import Run
+
+# The mask of an epoch: `(epoch, {'prompts', 'head'} so far) -> mask`.
+MaskOf = Callable[[int, dict[str, Any]], Mask]
+
+
+class Outcome(NamedTuple):
+    """What is known of a selection: accuracies in per cent, prompts kept per layer.
+
+    `right` says which validation pictures are classified right, one `0` or `1` each.
+    """
+
+    val: float
+    test: float
+    counts: list[int]
+    right: str
+
+
+def outcome(
+    run: Run,
+    seed: int,
+    name: str,
+    trainable: dict[str, Any],
+    mask_of: MaskOf,
+    *,
+    tune: bool,
+) -> Outcome:
+    """Evaluates a selection, fine-tuned or not; from disk if it is there.
+
+    Args:
+      run: The run (`study.running`) in whose folder it is kept.
+      seed: Of the training; part of the name.
+      name: Stands for one way to select in this run.
+      trainable: `{'prompts', 'head'}` to start from.
+      mask_of: The mask of every epoch.
+      tune: Whether to fine-tune with the config's recipe; else epoch 0's mask counts.
+
+    Raises:
+      ValueError: If the task has no validation or no test pictures.
+    """
+    path = run.workdir / "masked" / f"seed{seed}-{name}{'-tuned' if tune else ''}.json"
+    if path.exists():
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    if tune:
+        trainable, mask = finetuned(run, seed, trainable, mask_of)
+    else:
+        mask = mask_of(0, trainable)
+    found = evaluated(run, trainable, mask)
+    if workdirs.writes():
+        workdirs.write_json(path, found._asdict())
+    # What is not trained takes a second; there are hundreds.
+    (run.log.line if tune else run.log.note)(
+        f"{path.stem}: {sum(found.counts)} prompts, val {found.val:.2f} %, test"
+        f" {found.test:.2f} %"
+    )
+    return found
+
+
+@parallel.everywhere()
+def finetuned(
+    run: Run, seed: int, trainable: dict[str, Any], mask_of: MaskOf
+) -> tuple[dict[str, Any], Mask]:
+    """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
+    settings, num = run.config.finetune, len(run.labels)
+    recipe = stages.make_recipe(run, settings, "finetune")
+    rates = fitting.rates_of(settings, num)
+    head_rates = stages.head_rates_of(run, settings)
+    # A copy: the state is donated.
+    state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
+    mask: Mask = ()
+    for epoch in range(settings.epochs):
+        mask = mask_of(epoch, state.trainable)
+        order, real = train.epoch_order(seed, epoch, num, settings.batch_size)
+        state, metrics = train.train_epoch(
+            state,
+            run.backbone,
+            run.images,
+            run.labels,
+            order,
+            real,
+            rates[epoch],
+            jnp.float32(settings.weight_decay),
+            jax.random.key(seed),
+            mask,
+            head_rates=head_rates and tuple(map(jnp.float32, head_rates)),
+            model=run.model,
+            recipe=recipe,
+        )
+        if not math.isfinite(float(metrics["loss"])):
+            raise FloatingPointError(
+                f"seed {seed}: loss is {float(metrics['loss'])} in epoch {epoch + 1} of"
+                f" fine-tuning; lower config.finetune.base_lr ({settings.base_lr})."
+            )
+    return state.trainable, mask
+
+
+@parallel.everywhere()
+def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
+    """The outcome of prompts and head under a mask."""
+    recipe = train.Recipe(
+        deep=run.config.prompts.deep, normalisation=run.backbone_info["normalisation"]
+    )
+    right = {}
+    for name, split in (("val", run.task.val), ("test", run.task.test)):
+        if split is None:
+            raise ValueError(
+                f"the study chooses on val and reports on test, and {run.task.name} was"
+                f" loaded without {name}; use config.task.splits 'all'."
+            )
+        right[name] = train.answers(
+            trainable,
+            run.backbone,
+            split.images,
+            split.labels,
+            model=run.model,
+            recipe=recipe,
+            batch_size=run.config.eval_batch_size,
+            prompt_mask=mask,
+        )
+    return Outcome(
+        100 * float(right["val"].mean()),
+        100 * float(right["test"].mean()),
+        [int(np.sum(m)) for m in mask],
+        "".join("01"[int(x)] for x in right["val"]),
+    )

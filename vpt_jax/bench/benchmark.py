@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a benchmark: hands its jobs to a launcher, collects results, writes the board.
+
+In the workdir: `runs/TASK/NAME/` of every finished run, and the leaderboard, written
+whenever a task is complete. A job is done when its folder is there, so the same command
+goes on with what is missing. `status` is what `--list` shows.
+"""
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vpt_jax.bench import jobs, protocol
+from vpt_jax.bench.launch import Launcher
+from vpt_jax.bench.protocol import Benchmark, Job
+from vpt_jax.data.public import vtab
+from vpt_jax.files import workdirs
+from vpt_jax.files.messages import advised
+from vpt_jax.report import leaderboard
+from vpt_jax.run import experiment
+
+_PENDING = "submitted.json"
+_FRESH_S = 600.0  # a run whose files moved within this time is running
+_FORWARD = 1 / 3  # of the work of a training step
+
+
+def run(
+    values: ConfigDict | Mapping[str, Any],
+    workdir: Path,
+    launcher: Launcher,
+    command: str = "",
+) -> dict[str, Any]:
+    """Performs all jobs that are not done and writes the leaderboard.
+
+    Returns:
+      The content of leaderboard.json.
+
+    Raises:
+      ValueError: If the config or a data set cannot work, before anything is written;
+        or if jobs failed on a cluster, after the others are done.
+    """
+    bench = protocol.parse(values)
+    if launcher.sees_files:
+        check_data(bench)
+    results = finished(bench, workdir)
+    pending: dict[str, Job] = {}
+    failed: dict[str, str] = {}
+    start = time.monotonic()
+    with workdirs.locked(workdir / ".lock"):
+        while True:
+            taken = {*results, *failed, *pending}
+            ready = [j for j in protocol.jobs(bench, results) if j.name not in taken]
+            if ready := ready[: launcher.slots - len(pending)]:
+                launcher.submit(ready)
+                pending |= {job.name: job for job in ready}
+            if not pending:
+                break
+            workdirs.write_record(workdir / _PENDING, {"names": sorted(pending)})
+            for job, error in launcher.wait():
+                del pending[job.name]
+                if error:
+                    failed[job.name] = error
+                    print(f"{job.name} failed: {error}", flush=True)
+                    continue
+                results[job.name] = _result(workdir, job)
+                _tell(bench, results, job, start)
+                if not _left(bench, job.task, results):
+                    leaderboard.write(board(bench, results, command), workdir)
+        content = board(bench, results, command)
+        leaderboard.write(content, workdir)
+        workdirs.write_record(workdir / _PENDING, {"names": []})
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise ValueError(
+            f"{len(failed)} of {len(protocol.planned(bench))} runs failed, the first"
+            f" is {name}: {error}. The same command tries them again."
+        )
+    return content
+
+
+def check_data(bench: Benchmark) -> None:
+    """Raises one ValueError if data sets of a benchmark are not prepared."""
+    data_dir = bench.base.get("task", {}).get("data_dir", "")
+    missing, error = [], None
+    for task in bench.tasks:
+        if task in vtab.BENCHMARKS:
+            try:
+                vtab.find(vtab.BENCHMARKS[task], data_dir)
+            except ValueError as found:
+                missing, error = [*missing, task], found
+    if error is not None and len(missing) == 1:
+        raise error
+    if missing:
+        where = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
+        raise advised(
+            f"{len(missing)} of {len(bench.tasks)} data sets are not prepared:"
+            f" {', '.join(missing)}.",
+            "Prepare them once, in any environment; only this needs TensorFlow:",
+            "  pip install 'vpt_jax[prepare]'",
+            f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}",
+            "`python -m vpt_jax.data list` shows sizes, and what is fetched by hand. Or"
+            " run those that are there: task=NAME after the config's file name.",
+        )
+
+
+def finished(bench: Benchmark, workdir: Path) -> dict[str, dict[str, Any]]:
+    """Results of all jobs whose folders are there."""
+    results: dict[str, dict[str, Any]] = {}
+    while True:  # finals can be named, and found, once their grid is read
+        new = {
+            job.name: result
+            for job in protocol.jobs(bench, results)
+            if job.name not in results
+            and (result := jobs.result_of(workdir, job)) is not None
+        }
+        if not new:
+            return results
+        results |= new
+
+
+def board(
+    bench: Benchmark, results: Mapping[str, Mapping[str, Any]], command: str
+) -> dict[str, Any]:
+    """The content of leaderboard.json: nothing in it depends on the clock."""
+    known = [
+        results[j.name] for j in protocol.jobs(bench, results) if j.name in results
+    ]
+    versions: dict[str, set[str]] = {}
+    for result in known:
+        for name, value in result["versions"].items():
+            versions.setdefault(name, set()).add(value)
+    return {
+        "benchmark": bench.settings.name,
+        "command": command,
+        "versions": {k: ", ".join(sorted(v)) for k, v in versions.items()},
+        "backbone": known[0]["backbone"] if known else {},
+        "config": protocol.to_dict(bench),
+        "tasks": protocol.board(bench, results),
+    }
+
+
+class TaskStatus(NamedTuple):
+    """Of one task: jobs done and in all, names of those running, seconds left."""
+
+    task: str
+    grid: tuple[int, int]
+    final: tuple[int, int]
+    running: tuple[str, ...]
+    seconds_left: float | None  # None: nothing was measured yet
+
+
+def status(bench: Benchmark, workdir: Path) -> list[TaskStatus]:
+    """What is done, running and left, without touching anything."""
+    results = finished(bench, workdir)
+    planned = protocol.planned(bench)
+    speed = _speed(planned, results)
+    pending = _fresh_pending(workdir)
+    found = []
+    for task in bench.tasks:
+        own = [job for job in planned if job.task == task]
+        final = [job for job in own if job.kind == "final"]
+        grid = [job for job in own if job.kind != "final"]
+        left = [job for job in own if job.name not in results]
+        running = [j.name for j in left if j.name in pending or _is_moving(workdir, j)]
+        found.append(
+            TaskStatus(
+                task,
+                (sum(j.name in results for j in grid), len(grid)),
+                (sum(j.name in results for j in final), len(final)),
+                tuple(running),
+                None if speed is None else sum(map(_work, left)) / speed,
+            )
+        )
+    return found
+
+
+def print_status(bench: Benchmark, workdir: Path) -> None:
+    """Prints `status` as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("task")
+    for name in ("grid", "final runs", "running", "time left"):
+        table.add_column(name, justify="right")
+    rows = status(bench, workdir)
+    for row in rows:
+        table.add_row(
+            row.task,
+            "{}/{}".format(*row.grid) if row.grid[1] else "",
+            "{}/{}".format(*row.final),
+            str(len(row.running) or ""),
+            _duration(row.seconds_left),
+        )
+    console.print(table)
+    done = sum(row.grid[0] + row.final[0] for row in rows)
+    total = sum(row.grid[1] + row.final[1] for row in rows)
+    running = [name for row in rows for name in row.running]
+    for name in running[:10]:
+        console.print(f"running: {name}")
+    if len(running) > 10:
+        console.print(f"running: {len(running) - 10} more")
+    known = [row.seconds_left for row in rows if row.seconds_left is not None]
+    left = f"{_duration(sum(known))} left on one device" if known else "not yet timed"
+    if done == total:
+        left = "all done"
+    console.print(f"{done} of {total} runs done, {len(running)} running; {left}.")
+
+
+def _result(workdir: Path, job: Job) -> dict[str, Any]:
+    result = jobs.result_of(workdir, job)
+    if result is None:
+        raise ValueError(
+            f"{job.name} ended without a result in {jobs.folder(workdir, job.name)};"
+            " expected the engine's nodes to share --workdir (Slurm)."
+        )
+    return result
+
+
+def _left(bench: Benchmark, task: str, results: Mapping[str, Any]) -> int:
+    return sum(
+        job.name not in results for job in protocol.planned(bench) if job.task == task
+    )
+
+
+def _tell(bench: Benchmark, results: Mapping[str, Any], job: Job, start: float) -> None:
+    """One line about a job that ended."""
+    planned = protocol.planned(bench)
+    rows = results[job.name]["rows"]
+    split = "val" if job.kind != "final" else "test"
+    best = [r for r in rows if r["stage"] == "tune"] or rows
+    text = f"{split} {100 * best[0][f'{split}_accuracy']:.1f} %"
+    if seconds := results[job.name]["seconds"]:
+        text += f", {seconds:.0f} s"
+    speed = _speed(planned, results)
+    if speed is not None:
+        left = sum(_work(j) for j in planned if j.name not in results) / speed
+        text += f"; {_duration(left)} left on one device"
+    elapsed = time.monotonic() - start
+    done = sum(j.name in results for j in planned)
+    print(f"{elapsed:7.0f} s  [{done}/{len(planned)}] {job.name}: {text}", flush=True)
+
+
+def _speed(planned: Sequence[Job], results: Mapping[str, Any]) -> float | None:
+    """Work per second of the jobs that were timed."""
+    timed = [j for j in planned if results.get(j.name, {}).get("seconds")]
+    seconds = sum(results[job.name]["seconds"] for job in timed)
+    return sum(map(_work, timed)) / seconds if seconds else None
+
+
+def _work(job: Job) -> float:
+    """Pictures that a job trains on, times epochs; those it only looks at for less.
+
+    The number of prompts hardly counts: 200 cost a tenth more than none.
+    """
+    train, test = _sizes(job)
+    if job.kind == "linear":
+        return train * _FORWARD
+    work = 0.0
+    for unit in experiment.plan(job.config):
+        stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
+        epochs = getattr(job.config, stage).epochs if stage != "condense" else 0
+        if stage == "linear":
+            epochs = _FORWARD  # features once
+        work += epochs * train + _FORWARD * test
+    return work
+
+
+def _sizes(job: Job) -> tuple[int, int]:
+    """Training and evaluated pictures, by the published sizes."""
+    row, splits = vtab.BENCHMARKS.get(job.task), job.config.task.splits
+    if row is None:  # tasks of tasks.py
+        return 1000, 2000
+    parts = vtab.split_expressions(row)
+    short = {"train800": "train", "val200": "val", "train800val200": "trainval"}
+    sizes = {short.get(n, n): _length(e) for n, e in parts.items()}  # short ones win
+    train = sizes["trainval" if splits == "final" else "train"]
+    return train, sizes["val" if splits == "select" else "test"]
+
+
+def _length(expression: str) -> int:
+    """Examples in `train[0:800]+validation[0:200]`."""
+    runs = [run.partition("[")[2].rstrip("]") for run in expression.split("+")]
+    pairs = [run.split(":") for run in runs]
+    return sum(int(stop) - int(start) for start, stop in pairs)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _fresh_pending(workdir: Path) -> set[str]:
+    """Jobs that a running command has given to an engine."""
+    path = workdir / _PENDING
+    if not path.exists() or time.time() - path.stat().st_mtime > _FRESH_S:
+        return set()
+    return set(workdirs.read_record(path)["names"])
+
+
+def _is_moving(workdir: Path, job: Job) -> bool:
+    log = jobs.partial_folder(workdir, job.name) / "log.txt"
+    return log.exists() and time.time() - log.stat().st_mtime < _FRESH_S

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark's config has beside a run's, checked; see `protocol.py`.
+
+`vpt` is what the configs of VTAB-1k, FGVC and Swin share: VPT's protocol.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from vpt_jax.files.messages import did_you_mean, shown
+from vpt_jax.prompts import check_choice
+from vpt_jax.run import config as configs
+
+PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
+MODES = ("sweep", "published", "search")
+# A task's name is a folder's too.
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
+# Keys of `tune` that may be None, and what they are otherwise.
+_OWN = {"base_lr": (int, float), "weight_decay": (int, float), "batch_size": (int,)}
+# Keys of a run that the protocol fills in.
+_FILLED = {
+    "task": ("name", "splits"),
+    "linear": tuple(_OWN),
+    "finetune": tuple(_OWN),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Which rates and decays are tried, and what follows.
+
+    `rates` are base rates (times batch / 256). `num_prompts` are numbers of prompts per
+    layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
+    rate of the task. `final_splits` is what the last runs train and report on.
+    In mode `search`, `shares` are the lengths of the trials as shares of a whole
+    training: all rates at the first, the better half at the next; every rate is tried
+    with a head from each of `head_inits`.
+    """
+
+    name: str
+    mode: str
+    rates: tuple[float, ...]
+    decays: tuple[float, ...]
+    num_prompts: tuple[int, ...] = ()
+    finetune_rate: float = 0.1
+    final_splits: str = "final"
+    shares: tuple[float, ...] = ()
+    head_inits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
+        check_choice("final_splits", self.final_splits, ("final", "all"))
+        configs.positive(finetune_rate=self.finetune_rate)
+        for rate in self.rates:
+            configs.positive(rates=rate)
+        if self.mode == "published" and self.num_prompts:
+            raise ValueError(
+                f"num_prompts is {self.num_prompts} in mode 'published', which tries"
+                " none; set prompts.num_prompts, or mode 'sweep'."
+            )
+        if self.mode != "published" and not (self.rates and self.decays):
+            raise ValueError(
+                f"rates or decays are empty; mode {self.mode!r} needs both."
+            )
+        if (self.mode == "search") != bool(self.shares):
+            raise ValueError(
+                f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
+                " them, the others have none."
+            )
+        if (self.mode == "search") != bool(self.head_inits):
+            raise ValueError(
+                f"head_inits is {self.head_inits} in mode {self.mode!r}; mode 'search'"
+                " needs them, the others have none."
+            )
+        for init in self.head_inits:
+            check_choice("head_inits", init, configs.HEAD_INITS)
+        if not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
+        for decay in self.decays:
+            if not 0 <= decay < math.inf:
+                raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
+        if self.num_prompts and not min(self.num_prompts) > 0:
+            raise ValueError(
+                f"num_prompts is {shown(self.num_prompts)}; each must be"
+                " greater than 0."
+            )
+        if len(set(self.head_inits)) != len(self.head_inits):
+            raise ValueError(f"head_inits is {self.head_inits}; expected each once.")
+        for name in ("rates", "decays", "num_prompts"):
+            values = getattr(self, name)
+            # As the runs' folders are called: two that print alike would be one run.
+            if len({f"{value:g}" for value in values}) != len(values):
+                raise ValueError(
+                    f"{name} is {shown(values)}; a value is there twice (to six"
+                    " digits); expected each once."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
+
+    `rates` are tried, with a head from each of `head_inits`, for the first of `shares`
+    of a whole training, and the better half of them for the next. The rate of
+    fine-tuning is `finetune_rate` times the chosen one.
+    """
+
+    rates: tuple[float, ...] = (0.01, 0.03)
+    head_inits: tuple[str, ...] = ("zeros", "probe")
+    shares: tuple[float, ...] = (0.15, 0.3)
+    finetune_rate: float = 1.0
+
+    def settings(self, decay: float) -> BenchmarkConfig:
+        """The benchmark of one task that the search is."""
+        return BenchmarkConfig(
+            name="search",
+            mode="search",
+            rates=self.rates,
+            decays=(decay,),
+            finetune_rate=self.finetune_rate,
+            final_splits="all",
+            shares=self.shares,
+            head_inits=self.head_inits,
+        )
+
+    def __post_init__(self) -> None:
+        self.settings(0.0)  # checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """What a task has of its own: prompts per layer, rate and decay, and their source.
+
+    `how` is `published` where rate and decay were, else `default`.
+    """
+
+    num_prompts: int | tuple[int, ...]
+    base_lr: float
+    weight_decay: float
+    how: str = "default"
+
+    def __post_init__(self) -> None:
+        check_choice("how", self.how, ("published", "default"))
+        configs.check_prompts(self.num_prompts)
+
+
+def complete(values: ConfigDict) -> None:
+    """As `configs.complete`, for the config of a run or of a benchmark."""
+    if "benchmark" not in values:
+        configs.complete(values)
+        tune: Any = values.tune
+        if isinstance(tune, ConfigDict) and tune.base_lr is None:
+            values.search = values.get("search", ConfigDict())
+        found: Any = values.get("search")
+        if isinstance(found, ConfigDict):
+            configs.complete(found, SearchConfig)
+        return
+    kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **configs.GROUPS}
+    groups: dict[str, ConfigDict] = {}
+    for name in kinds:
+        if name not in values:
+            values[name] = ConfigDict()
+        group = values[name]
+        if isinstance(group, ConfigDict):  # else `parse` says what it is
+            groups[name] = group
+    if "diverged" not in values:  # as in VPT's sweeps
+        values.diverged = "last_finite"
+    # None, whatever the default of a run is: each task's own.
+    for name, keys in {"prompts": ("num_prompts",), "tune": tuple(_OWN)}.items():
+        for key in keys:
+            if name in groups and key not in groups[name]:
+                kind = _OWN.get(key, (object,))[-1]
+                groups[name][key] = config_dict.placeholder(kind)
+    filled = [
+        (groups[name], key)
+        for name, keys in _FILLED.items()
+        for key in keys
+        if name in groups and key not in groups[name]
+    ]
+    for name, group in groups.items():
+        configs.complete(group, kinds[name])
+    configs.complete(values)
+    for group, key in filled:
+        del group[key]
+    tasks = values.get("tasks")
+    for own in tasks.values() if isinstance(tasks, ConfigDict) else ():
+        if isinstance(own, ConfigDict):
+            configs.complete(own, OwnConfig)
+
+
+def words(
+    arg: str, tasks: Sequence[str], known: Sequence[str]
+) -> tuple[list[str], set[str]]:
+    """The argument of a config file: `task=NAME` and single words, by commas.
+
+    Returns:
+      The names of tasks, and the other words.
+
+    Raises:
+      ValueError: For what is not among `tasks` or `known`; names the nearest.
+    """
+    names: list[str] = []
+    found: set[str] = set()
+    for word in filter(None, arg.split(",")):
+        key, _, value = word.partition("=")
+        if word in known:
+            found.add(word)
+        elif key == "task" and value in tasks:
+            names.append(value)
+        else:
+            near = did_you_mean(word, [*known, *(f"task={name}" for name in tasks)])
+            raise ValueError(
+                f"unknown argument {word!r}; {near}use task=NAME, {', '.join(known)};"
+                f" tasks are {', '.join(tasks)}."
+            )
+    return names, found
+
+
+def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
+    """VPT's protocol, which the configs of VTAB-1k, FGVC and Swin share.
+
+    A grid of base rates (times batch_size / 256) and decays, 100 epochs of SGD, five
+    seeds with the best pair. Rates, decays and batch sizes of all stages come from the
+    grid, or from the tasks in mode published.
+
+    Args:
+      name: Of the leaderboard.
+      mode: One of `MODES`.
+      tasks: What each task has of its own, see `OwnConfig`.
+    """
+    c: Any = ConfigDict()
+    c.benchmark = ConfigDict(
+        {
+            "name": name,
+            "mode": mode,
+            "rates": (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+            "decays": (0.01, 0.001, 0.0001, 0.0),
+        }
+    )
+    c.tasks = ConfigDict({task: dict(own) for task, own in tasks.items()})
+    complete(c)
+    c.seeds = (42, 44, 82, 100, 800)
+    c.backbone.update(variant="B/16", image_size=224)
+    sgd = {"optimizer": "sgd", "schedule": "epoch"}
+    c.tune.update(sgd, epochs=100, warmup_epochs=10)
+    c.linear.update(sgd, epochs=100, warmup_epochs=10)
+    # Prompts that are tuned already need fewer epochs, and `finetune_rate` of the rate.
+    c.finetune.update(sgd, epochs=20, warmup_epochs=0, head=False)
+    c.condense.update(keep_ratios=(0.5, 0.3, 0.2, 0.1), scopes=("global",))
+    c.eval_batch_size = 64
+    return c
+
+
+def recipe(c: Any) -> None:
+    """Sets the recipe that finds its rate by itself; docs/real.md has what it is worth.
+
+    AdamW with a rate per step, the same for every batch size; the head from zeros, with
+    a rate of its own for features at unit scale; a regularised linear probe. Lengths
+    and rate of a run are left open, see `search.py`; a benchmark's stay its own.
+    """
+    adam = {"optimizer": "adamw", "schedule": "step", "head_lr": 0.003}
+    c.prompts.update(head_init="zeros", dropout=0.0)  # the start is searched too
+    c.tune.update(adam, batch_size=32)
+    c.finetune.update(adam, head=True, warmup_epochs=0)
+    c.linear.update(optimizer="lbfgs", epochs=1, warmup_epochs=0)
+    if "benchmark" in c:
+        found = SearchConfig()
+        c.benchmark.update(mode="search", rates=found.rates, decays=(0.0,))
+        c.benchmark.update(shares=found.shares, head_inits=found.head_inits)
+        c.benchmark.finetune_rate = found.finetune_rate
+        return
+    c.tune.weight_decay = 0.0
+    c.finetune.update(batch_size=32, weight_decay=0.0)
+    c.finetune.warmup_epochs = 0
+    # Of the probe only the decay is used, and that where there is no val to choose it.
+    c.linear.update(batch_size=32, base_lr=1.0, weight_decay=PROBE_DECAY)
+    complete(c)
+
+
+def shorten(c: Any, *, image_size: int) -> None:
+    """A trial of the whole way: the package's small backbone, two of everything."""
+    if c.benchmark.mode == "sweep":
+        c.benchmark.update(rates=(2.5, 0.5), decays=(1e-4, 0.0))
+    c.seeds = (42, 44)
+    c.backbone.update(variant="demo/4", image_size=image_size)
+    c.prompts.num_prompts = 2
+    c.tune.update(epochs=2, warmup_epochs=1)
+    c.linear.update(epochs=2, warmup_epochs=1)
+    c.finetune.update(epochs=1, warmup_epochs=0)
+    c.condense.keep_ratios = (0.3,)
+    c.checkpoint_every = 1
+
+
+def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
+    """Raises ValueError for what `configs.parse` cannot tell, as tasks fill it in."""
+    for name, kind in configs.GROUPS.items():
+        configs.check_keys(kind, plain.get(name, {}), f"config.{name}.")
+    for name, keys in _FILLED.items():
+        for key in keys:
+            if plain.get(name, {}).get(key) is not None:
+                raise ValueError(
+                    f"config.{name}.{key} is {shown(plain[name][key])}; a"
+                    " benchmark fills it in from config.tasks and its grid. Leave it"
+                    " out."
+                )
+    if not isinstance(tasks, Mapping):
+        got = shown(tasks)
+        raise ValueError(f"config.tasks is {got}; expected a group of keys.")
+    if not tasks:
+        raise ValueError("config.tasks is empty; expected at least one task.")
+    for name in tasks:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"config.tasks has {shown(name)}; expected names of letters,"
+                " digits, '_', '.' and '-'."
+            )
+    for name, kind in (("seeds", int), ("baselines", str)):
+        got = plain.get(name, ())
+        if not isinstance(got, tuple | list) or not all(type(x) is kind for x in got):
+            raise ValueError(
+                f"config.{name} is {shown(got)}; expected tuple[{kind.__name__}, ...]."
+            )
+    tune = plain.get("tune", {})
+    for key, kinds in _OWN.items():
+        value = tune.get(key)
+        if value is None:
+            continue
+        if type(value) not in kinds or not 0 <= value <= sys.float_info.max:
+            raise ValueError(
+                f"config.tune.{key} is {shown(value)}; expected"
+                f" {kinds[-1].__name__} from 0, or None for each task's own."
+            )
+    if plain.get("prompts", {}).get("num_prompts") is not None:
+        configs.build(configs.PromptConfig, plain["prompts"], "config.prompts.")

@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' protocol: which runs there are, and what is made of their results.
+
+A benchmark is a list of tasks. In mode `sweep`, every task's rate and decay are chosen
+as VPT's are: one training per pair of a grid, each on the smaller training set, judged
+on the validation set after its last epoch. Then every seed trains with the chosen pair
+and is tested once. In mode `published`, the pairs come from the config. In mode
+`search`, many short trainings and few longer ones find the rate (successive halving,
+Jamieson and Talwalkar, AISTATS 2016): own pictures are a benchmark of one task.
+
+All is pure. A `Job` is one run, a function of its config alone; `jobs` names those that
+can be named from the results there are; `board` is what a leaderboard shows. Nothing
+here reads a clock or a file, so results in any order, from any machine, give one board.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from vpt_jax.bench.benchmark_config import (
+    PROBE_DECAY,
+    BenchmarkConfig,
+    OwnConfig,
+    check_groups,
+)
+from vpt_jax.data.public.vtab import BENCHMARKS
+from vpt_jax.files.messages import shown
+from vpt_jax.run import config as configs
+
+TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
+GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
+Results = Mapping[str, Mapping[str, Any]]  # name of a finished job to its result
+
+
+class Benchmark(NamedTuple):
+    """A checked benchmark; `base` lacks what each task fills in.
+
+    `trials` are the runs that need no others' results, by task and kind.
+    """
+
+    settings: BenchmarkConfig
+    tasks: dict[str, OwnConfig]
+    seeds: tuple[int, ...]
+    base: dict[str, Any]
+    trials: dict[str, dict[str, tuple["Job", ...]]]
+
+
+class Job(NamedTuple):
+    """One run: `name` is also its folder, `kind` one of `TRIALS` or "final"."""
+
+    name: str
+    kind: str
+    config: configs.Config
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.config.task.name
+
+
+def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
+    """Checks a benchmark's config: `benchmark`, `tasks`, and a run's keys.
+
+    In the latter, `prompts.num_prompts`, `tune.base_lr`, `tune.weight_decay` and
+    `tune.batch_size` may be None: each task's own, and the reference's batch size.
+
+    Raises:
+      ValueError: If a key is wrong, of the benchmark or of any task's runs.
+    """
+    plain = configs.plain_dict(values)
+    if "benchmark" not in plain:
+        raise ValueError("config key config.benchmark is missing; set it.")
+    settings = configs.build(
+        BenchmarkConfig, plain.pop("benchmark"), "config.benchmark."
+    )
+    tasks = plain.pop("tasks", {})
+    check_groups(plain, tasks)
+    # A ConfigDict sorts by name.
+    order = [name for name in BENCHMARKS if name in tasks]
+    order += [name for name in tasks if name not in BENCHMARKS]
+    own = {n: configs.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
+    tune = plain.get("tune", {})
+    if settings.mode != "published":
+        for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
+            if tune.get(key) is not None:
+                raise ValueError(
+                    f"config.tune.{key} is {tune[key]} in mode {settings.mode!r}, which"
+                    f" chooses it; set benchmark.{instead}, or mode 'published'."
+                )
+    seeds = tuple(plain.get("seeds", ()))
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(
+            f"config.seeds is {shown(seeds)}; pass at least one seed, no repeats."
+        )
+    return make(settings, own, seeds, plain)
+
+
+def make(
+    settings: BenchmarkConfig,
+    own: dict[str, OwnConfig],
+    seeds: tuple[int, ...],
+    base: dict[str, Any],
+) -> Benchmark:
+    """The benchmark of checked parts; what cannot work fails now, not after a task."""
+    bench = Benchmark(settings, own, seeds, base, {})
+    for task in own:
+        bench.trials[task] = {kind: _trials(bench, task, kind) for kind in TRIALS}
+    planned(bench)
+    return bench
+
+
+def to_dict(bench: Benchmark) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return configs.plain(
+        {
+            **bench.base,
+            "benchmark": dataclasses.asdict(bench.settings),
+            "tasks": {n: dataclasses.asdict(own) for n, own in bench.tasks.items()},
+        }
+    )
+
+
+def batch_size(num_prompts: int | Sequence[int]) -> int:
+    """The reference's: 64 from 100 prompts per layer on, else 128."""
+    most = num_prompts if isinstance(num_prompts, int) else max(num_prompts)
+    return 64 if most >= 100 else 128
+
+
+def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
+    """The values that are tried for a task: the order breaks exact ties.
+
+    The reference takes the strictly smaller rate on a tie. We go on where it leaves
+    the order to the file system: fewer prompts, smaller rate, smaller decay.
+    """
+    settings, own, base = bench.settings, bench.tasks[task], bench.base
+    fixed = base.get("prompts", {}).get("num_prompts")
+    counts = settings.num_prompts or (own.num_prompts if fixed is None else fixed,)
+    tune = base.get("tune", {})
+    rates, decays = sorted(settings.rates), sorted(settings.decays)
+    if settings.mode == "published":
+        given = tune.get("base_lr"), tune.get("weight_decay")
+        rates = [own.base_lr if given[0] is None else given[0]]
+        decays = [own.weight_decay if given[1] is None else given[1]]
+    size = tune.get("batch_size")
+    starts = [{"head_init": start} for start in settings.head_inits] or [{}]
+    return [
+        {
+            "num_prompts": count,
+            "base_lr": rate,
+            "weight_decay": decay,
+            "batch_size": batch_size(count) if size is None else size,
+        }
+        | start
+        for count, rate, decay, start in itertools.product(
+            sorted(counts) if settings.num_prompts else counts, rates, decays, starts
+        )
+    ]
+
+
+def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
+    """All runs that can be named now, task by task; the last ones need a grid's end."""
+    for task in bench.tasks:
+        trials = [job for kind in TRIALS for job in _named(bench, task, kind, results)]
+        yield from trials
+        ended = bench.settings.mode != "search" or _ended(bench, task, results)
+        if ended and all(job.name in results for job in trials):
+            yield from _final(
+                bench,
+                task,
+                chosen(bench, task, "grid", results),
+                chosen(bench, task, "linear", results),
+            )
+
+
+def single(bench: Benchmark, task: str, results: Results) -> configs.Config:
+    """The config of one run of all seeds with the chosen values.
+
+    It stops where training diverges, if its config says so.
+    """
+    best = chosen(bench, task, "grid", results)
+    return run_with(bench, task, best)
+
+
+def run_with(bench: Benchmark, task: str, best: Mapping[str, Any]) -> configs.Config:
+    """As `single`, with one of `choices`."""
+    splits = bench.base.get("task", {}).get("splits") or bench.settings.final_splits
+    config = _config(bench, task, best, best, splits, bench.seeds)
+    return dataclasses.replace(config, diverged=bench.base.get("diverged", "error"))
+
+
+def planned(bench: Benchmark) -> list[Job]:
+    """All runs there will be; the configs of last ones are not final before a grid."""
+    found = []
+    for task in bench.tasks:
+        first = choices(bench, task)[0]
+        for kind in TRIALS:
+            found += bench.trials[task][kind]
+        if bench.settings.mode == "search":
+            rung = rungs(bench, task, {}, all_of=True)
+            found += {job.name: job for jobs in rung for job in jobs}.values()
+        found += _final(bench, task, first, first)
+    return found
+
+
+def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str, Any]:
+    """The best values of a task: highest validation accuracy after the last epoch.
+
+    A run that diverged counts with its last finite epoch. See `choices` for ties.
+
+    Returns:
+      As `choices`, with `how` they were found and their `val_accuracy`.
+    """
+    tried = choices(bench, task)
+    if kind == "linear" and bench.settings.mode == "search":
+        return _chosen_probe(bench, task, results)
+    if not _named(bench, task, kind, {}):
+        how = bench.tasks[task].how if kind == "grid" else "default"
+        tune = bench.base.get("tune", {})
+        if tune.get("base_lr") is not None or tune.get("weight_decay") is not None:
+            how = "given"
+        return {**tried[0], "how": how, "val_accuracy": None}
+    rows = grid(bench, task, kind, results)
+    if bench.settings.mode == "search":  # of the longest trials
+        rows = [
+            row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]
+        ]
+    # max keeps the first of equals, and choices are in the order of preference. A run
+    # that was never finite has learnt nothing: the reference skips it.
+    best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
+    return {key: best[key] for key in tried[0]} | {
+        "how": bench.settings.mode,
+        "val_accuracy": best["val_accuracy"],
+    }
+
+
+def grid(
+    bench: Benchmark, task: str, kind: str, results: Results
+) -> list[dict[str, Any]]:
+    """What was tried for a task, each with its validation accuracy and epochs."""
+    found = []
+    for job in _named(bench, task, kind, results):
+        if job.name not in results:
+            continue
+        row = results[job.name]["rows"][0]
+        stage = getattr(job.config, "tune" if kind == "grid" else "linear")
+        searched = bench.settings.mode == "search"
+        start = {"head_init": job.config.prompts.head_init} if searched else {}
+        found.append(
+            {
+                **start,
+                "num_prompts": job.config.prompts.num_prompts,
+                "base_lr": stage.base_lr,
+                "weight_decay": stage.weight_decay,
+                "batch_size": stage.batch_size,
+                "val_accuracy": row["val_accuracy"],
+                "epochs": row.get("epochs", stage.epochs),
+                "planned_epochs": stage.epochs,
+            }
+        )
+    return found
+
+
+def board(bench: Benchmark, results: Results) -> dict[str, dict[str, Any]]:
+    """What a leaderboard shows of every task; see `leaderboard.py`."""
+    shown = {}
+    for task in bench.tasks:
+        own = bench._replace(tasks={task: bench.tasks[task]})
+        final = [job for job in jobs(own, results) if job.kind == "final"]
+        rows = [r for job in final for r in results.get(job.name, {}).get("rows", ())]
+        missing = sum(job.name not in results for job in planned(own))
+        known = BENCHMARKS.get(task)
+        shown[task] = {
+            "group": known.group if known else "other",
+            "classes": known.classes if known else None,
+            "chosen": chosen(bench, task, "grid", results) if final else None,
+            "chosen_linear": chosen(bench, task, "linear", results) if final else None,
+            "grid": grid(bench, task, "grid", results),
+            "rows": [{k: v for k, v in r.items() if k != "latency_ms"} for r in rows],
+            "missing": missing,
+        }
+    return shown
+
+
+def rungs(
+    bench: Benchmark, task: str, results: Results, *, all_of: bool = False
+) -> Iterator[list[Job]]:
+    """The trials of mode `search`, shortest first; a rung when the one before ended.
+
+    Each next rung has the better half, by validation accuracy; of equals, the smaller
+    rate. With `all_of`, rungs that are not known yet too, as if the smallest were best.
+    """
+    left = choices(bench, task)
+    for share in bench.settings.shares:
+        rung = [_short(bench, task, choice, share) for choice in left]
+        yield rung
+        known = all(job.name in results for job in rung)
+        if not known and not all_of:
+            return
+        order = list(range(len(left)))
+        if known:
+            order.sort(key=lambda i: -results[rung[i].name]["rows"][0]["val_accuracy"])
+        left = [left[i] for i in sorted(order[: math.ceil(len(left) / 2)])]
+
+
+def _ended(bench: Benchmark, task: str, results: Results) -> bool:
+    """Whether the last rung is known; it may have results or not."""
+    found = list(rungs(bench, task, results))
+    return len(found) == len(bench.settings.shares)
+
+
+def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float) -> Job:
+    """A trial of a share of the epochs, warm-up and fall of the rate included."""
+    config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+    tune = config.tune
+    epochs = max(1, round(share * tune.epochs))
+    warmup = tune.warmup_epochs * epochs / tune.epochs
+    tune = dataclasses.replace(tune, epochs=epochs, warmup_epochs=warmup)
+    name = f"{task}/search-{epochs}epochs-lr{choice['base_lr']:g}"
+    name += f"-{choice['head_init']}"
+    if len(bench.settings.decays) > 1:
+        name += f"-wd{choice['weight_decay']:g}"
+    return Job(name, "grid", dataclasses.replace(config, tune=tune))
+
+
+def _chosen_probe(bench: Benchmark, task: str, results: Results) -> dict[str, Any]:
+    """The regularised probe's decay, which it chose itself; the rate is unused."""
+    first = choices(bench, task)[0]
+    jobs_of_probe = bench.trials[task]["linear"]
+    if not jobs_of_probe or jobs_of_probe[0].name not in results:
+        return {**first, "how": "default", "val_accuracy": None}
+    row = results[jobs_of_probe[0].name]["rows"][0]
+    how = {"how": "search", "val_accuracy": row["val_accuracy"]}
+    return {**first, "weight_decay": row["decay"], **how}
+
+
+def _named(bench: Benchmark, task: str, kind: str, results: Results) -> tuple[Job, ...]:
+    """The trials of a kind that can be named now."""
+    if kind == "grid" and bench.settings.mode == "search":
+        found = rungs(bench, task, results)
+        # Of very few epochs the next rung is as long as the one before: its trials.
+        return tuple({job.name: job for rung in found for job in rung}.values())
+    return bench.trials[task][kind]
+
+
+def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
+    """The runs among which rate and decay of the prompts, or of the probe, are chosen.
+
+    They never see the test set. The linear probe has a grid of its own, as published.
+    """
+    if bench.settings.mode == "published":
+        return ()
+    if kind == "linear" and "linear" not in bench.base.get("baselines", ()):
+        return ()
+    if bench.settings.mode == "search":
+        return _probe_trial(bench, task) if kind == "linear" else ()
+    found = {}
+    for choice in choices(bench, task):
+        config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+        name = f"{task}/{kind}"
+        if kind == "grid":
+            name += f"-{_count(choice['num_prompts'])}"
+        name += f"-lr{choice['base_lr']:g}-wd{choice['weight_decay']:g}"
+        # The probe has no prompts: other counts would be the same run again.
+        found.setdefault(name, Job(name, kind, config))
+    return tuple(found.values())
+
+
+def _probe_trial(bench: Benchmark, task: str) -> tuple[Job, ...]:
+    """The probe that chooses its decay, where the last runs have no val to do so."""
+    if bench.settings.final_splits == "all":
+        return ()
+    choice = choices(bench, task)[0]
+    config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+    return (Job(f"{task}/linear", "linear", config),)
+
+
+def _final(
+    bench: Benchmark, task: str, best: Mapping[str, Any], linear: Mapping[str, Any]
+) -> list[Job]:
+    splits = bench.settings.final_splits
+    return [
+        Job(
+            f"{task}/final-seed{seed}",
+            "final",
+            _config(bench, task, best, linear, splits, (seed,)),
+        )
+        for seed in bench.seeds
+    ]
+
+
+def _count(num_prompts: int | Sequence[int]) -> str:
+    counts = [num_prompts] if isinstance(num_prompts, int) else num_prompts
+    return f"{'+'.join(map(str, counts))}prompts"
+
+
+def _config(
+    bench: Benchmark,
+    task: str,
+    best: Mapping[str, Any],
+    linear: Mapping[str, Any],
+    splits: str,
+    seeds: tuple[int, ...],
+) -> configs.Config:
+    """A run's config: the base with a task, its prompts, rates and decays filled in."""
+    base, less = bench.base, bench.settings.finetune_rate
+    values = dict(base)
+    values["task"] = {**base.get("task", {}), "name": task, "splits": splits}
+    values["prompts"] = {**base.get("prompts", {}), "num_prompts": best["num_prompts"]}
+    if bench.settings.mode == "search":
+        values["prompts"]["head_init"] = best["head_init"]
+    values["tune"] = _stage(base, "tune", best)
+    values["linear"] = _stage(base, "linear", linear)
+    values["finetune"] = _stage(base, "finetune", best, less)
+    if bench.settings.mode == "search":
+        for name in ("linear", "finetune"):  # what a config gives stands
+            values[name] |= {k: v for k, v in base[name].items() if v is not None}
+        found = linear.get("how") == "search" and splits == "final"
+        if found or not values["linear"]["weight_decay"]:
+            decay = linear["weight_decay"] if found else PROBE_DECAY
+            values["linear"]["weight_decay"] = decay
+    values |= {"seeds": seeds, "diverged": base.get("diverged", "last_finite")}
+    if splits == "select":
+        values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}
+        values["baselines"] = ()
+    return configs.parse(values)
+
+
+def _stage(
+    base: Mapping[str, Any], name: str, best: Mapping[str, Any], factor: float = 1.0
+) -> dict[str, Any]:
+    """A stage's values with the chosen rate, times a factor, decay and batch size."""
+    filled = {
+        "base_lr": factor * best["base_lr"],
+        "weight_decay": best["weight_decay"],
+        "batch_size": best["batch_size"],
+    }
+    return {k: v for k, v in base.get(name, {}).items() if v is not None} | filled

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run that finds its rate by itself: a benchmark of one task, then the run.
+
+A config whose `tune.base_lr` is None has its rate chosen on the validation set, by
+successive halving (`protocol.rungs`): many short trainings, few longer ones. The trials
+are jobs of `jobs.py` under `WORKDIR/runs`, so an interrupted search goes on. What the
+search chose fills in the config of the run, which is then like any other. Lengths that
+are None too are chosen for the number of pictures.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vpt_jax.bench import jobs, protocol
+from vpt_jax.bench.benchmark_config import OwnConfig, SearchConfig
+from vpt_jax.files import workdirs
+from vpt_jax.files.messages import shown
+from vpt_jax.run import config as configs
+from vpt_jax.run import experiment
+
+STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
+EPOCHS = (12, 100)  # at least and at most
+_FORWARD = 1 / 3  # of the work of a training step
+
+
+Values = ConfigDict | Mapping[str, Any]
+
+
+def wanted(values: Values) -> bool:
+    """Whether a config leaves a rate or a length open."""
+    plain = configs.plain_dict(values)
+    stages = [plain.get(name) for name in ("tune", "finetune")]
+    return any(
+        isinstance(stage, Mapping) and stage.get(key, 0) is None
+        for stage in stages
+        for key in ("base_lr", "epochs", "warmup_epochs")
+    )
+
+
+def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
+    """Searches what is open, then runs; the content of report.json.
+
+    Raises:
+      ValueError: If the config or the workdir cannot work.
+    """
+    plain = configs.plain_dict(values)
+    settings = configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
+    if not wanted(plain):
+        return experiment.run(configs.parse(plain), workdir, command)
+    fill_lengths(plain)
+    rate = plain["tune"].get("base_lr")
+    if rate is not None:
+        if plain["finetune"].get("base_lr") is None:
+            plain["finetune"]["base_lr"] = settings.finetune_rate * rate
+        return experiment.run(configs.parse(plain), workdir, command)
+    bench = benchmark_of(settings, plain)
+    (task,) = bench.tasks
+    check_same(bench, task, workdir)
+    results = perform_trials(bench, workdir)
+    found = summary(bench, task, results)
+    print(found["sentence"], flush=True)
+    return experiment.run(
+        protocol.single(bench, task, results), workdir, command, found
+    )
+
+
+def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
+    """Prints the units of a run, and which of them are done; touches nothing."""
+    plain = configs.plain_dict(values)
+    plain.pop("search", None)
+    searched = wanted(plain)
+    if searched:
+        print("first, trials that choose the rate on val")
+        for name in ("tune", "finetune"):  # which units there are does not depend on it
+            some = {"base_lr": 1.0, "epochs": 1, "warmup_epochs": 0}
+            plain[name] |= {k: v for k, v in some.items() if plain[name].get(k) is None}
+    config = configs.parse(plain)
+    if not searched:
+        experiment.check_same_config(config, workdir)
+    units = experiment.plan(config)
+    done = [(workdir / "results" / f"{u.name}.json").exists() for u in units]
+    for unit, there in zip(units, done, strict=True):
+        print(f"{'done' if there else 'left'}  {unit.name}")
+    print(f"{sum(done)} of {len(units)} done in {workdir}")
+
+
+def fixed(values: Values, rate: float = 0.03) -> configs.Config:
+    """A checked config without a search: what is open gets a rate that mostly does.
+
+    For studies, which compare selections at one rate.
+    """
+    plain = configs.plain_dict(values)
+    configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
+    if wanted(plain):
+        fill_lengths(plain)
+        for name in ("tune", "finetune"):
+            if plain[name].get("base_lr") is None:
+                plain[name]["base_lr"] = rate
+    return configs.parse(plain)
+
+
+def fill_lengths(plain: dict[str, Any]) -> None:
+    """Epochs that are None: what `STEPS` need, within `EPOCHS`; half to fine-tune."""
+    for name, kind in configs.GROUPS.items():
+        configs.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
+    tune, finetune = plain["tune"], plain["finetune"]
+    if tune.get("epochs") is None:
+        num = jobs.num_train(
+            configs.build(
+                configs.BackboneConfig, plain["backbone"], "config.backbone."
+            ),
+            configs.build(configs.TaskConfig, plain["task"], "config.task."),
+        )
+        size = tune.get("batch_size")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"config.tune.batch_size is {shown(size)}; expected int from 1."
+            )
+        steps = math.ceil(num / size)
+        tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+    if tune.get("warmup_epochs") is None:
+        tune["warmup_epochs"] = tune["epochs"] / 10
+    if finetune.get("epochs") is None:
+        finetune["epochs"] = max(1, tune["epochs"] // 2)
+
+
+def benchmark_of(settings: SearchConfig, plain: dict[str, Any]) -> protocol.Benchmark:
+    """The benchmark of one task that a run's config describes."""
+    decay = plain["tune"].pop("weight_decay", None) or 0.0
+    own = OwnConfig(
+        num_prompts=plain["prompts"]["num_prompts"],
+        base_lr=settings.rates[0],
+        weight_decay=decay,
+    )
+    name = plain["task"]["name"]
+    seeds = tuple(plain.get("seeds", (0,)))
+    return protocol.make(settings.settings(decay), {name: own}, seeds, plain)
+
+
+def perform_trials(bench: protocol.Benchmark, workdir: Path) -> dict[str, Any]:
+    """Results of all trials; those that are done are read."""
+    results: dict[str, Any] = {}
+    total = sum(job.kind == "grid" for job in protocol.planned(bench))
+    while True:
+        ready = [
+            job
+            for job in protocol.jobs(bench, results)
+            if job.kind != "final" and job.name not in results
+        ]
+        if not ready:
+            return results
+        for job in ready:
+            prefix = f"search [{len(results) + 1}/{total}]"
+            results[job.name] = jobs.perform(job, workdir, prefix)
+            row = results[job.name]["rows"][0]
+            if workdirs.writes():
+                tune, start = job.config.tune, job.config.prompts.head_init
+                print(
+                    f"{prefix} rate {tune.base_lr:g}, head from {start},"
+                    f" {tune.epochs} epochs: val {100 * row['val_accuracy']:.1f} %",
+                    flush=True,
+                )
+
+
+def summary(
+    bench: protocol.Benchmark, task: str, results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the report says of a search: its trials, its choice, its price."""
+    best = protocol.chosen(bench, task, "grid", results)
+    trials = protocol.grid(bench, task, "grid", results)
+    whole = protocol.single(bench, task, results).tune.epochs
+    cost = sum(row["planned_epochs"] for row in trials) / whole
+    return {
+        "trials": trials,
+        "chosen": best,
+        "cost": round(cost, 3),
+        "sentence": (
+            f"Rate {best['base_lr']:g} and a head from {best['head_init']} were chosen"
+            f" on val by {len(trials)} short trainings, {cost:.2g} times the pictures"
+            " of a whole one."
+        ),
+    }
+
+
+def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
+    """Raises ValueError if the workdir is another's, whatever a search may choose."""
+    choices = protocol.choices(bench, task)
+    found = [protocol.run_with(bench, task, choice) for choice in choices]
+    # Of what a search may choose, the nearest.
+    near = min(found, key=lambda config: len(experiment.changed_keys(config, workdir)))
+    experiment.check_same_config(near, workdir)

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What a leaderboard shows: lines, averages, published rows, tables, page, figures."""

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of all tasks: how large they are, and which are prepared.
+
+Looks at files only; imports neither tfds nor TensorFlow.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from vpt_jax.data.public import vtab
+
+_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
+class Prepared(NamedTuple):
+    """A prepared copy of a data set."""
+
+    version: str
+    file_format: str
+    size: int  # bytes
+
+
+def in_words(size: int) -> str:
+    """A number of bytes: 0.2 MB, 170 MB, 12.6 GB."""
+    unit = "GB" if size >= 999.5e6 else "MB"
+    number = size / _UNITS[unit]
+    return f"{number:.1f} {unit}" if number < 99.95 else f"{number:,.0f} {unit}"
+
+
+def download_size(source: vtab.Source) -> int | None:
+    """Bytes that tfds downloads; None where it is done by hand."""
+    found = re.fullmatch(r"([\d.]+) (MB|GB)", source.download)
+    if source.manual or not found:
+        return None
+    return round(float(found[1]) * _UNITS[found[2]])
+
+
+def total_download(sources: Iterable[vtab.Source]) -> str:
+    """What tfds downloads for several data sets together, in words."""
+    size = sum(download_size(source) or 0 for source in sources)
+    return in_words(size) if size else "nothing"
+
+
+def find(row: vtab.Benchmark, data_dir: str = "") -> Prepared | None:
+    """The copy that `vtab.find` finds, if there is one."""
+    try:
+        directory = vtab.find(row, data_dir)
+    except ValueError:
+        return None
+    try:
+        info = json.loads((directory / "dataset_info.json").read_text())
+        file_format = str(info.get("fileFormat", "tfrecord"))  # tfds' default
+    except (OSError, ValueError, AttributeError):
+        file_format = "damaged"
+    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    return Prepared(directory.name, file_format, size)
+
+
+def _state(row: vtab.Benchmark, copy: Prepared | None, data_dir: str) -> str:
+    if copy:
+        return f"{copy.version} {copy.file_format} {in_words(copy.size)}"
+    homes = [root / row.source.name for root in vtab.data_dirs(data_dir)]
+    others = [version for home in homes for version in vtab.versions(home)]
+    wanted = " or ".join(row.source.versions)
+    return f"{', '.join(others)}, not {wanted}" if others else "missing"
+
+
+def _sizes(row: vtab.Benchmark) -> list[str]:
+    """Published numbers of examples of train, val and test."""
+    parts = vtab.part_runs(row)
+    return [
+        f"{sum(run.stop - run.start for run in parts[part]):,}"
+        for part in ("train", "val", "test")
+    ]
+
+
+def show(data_dir: str = "", width: int | None = None) -> None:
+    """Prints the table and a summary.
+
+    Args:
+      data_dir: As in `vtab.data_dirs`.
+      width: Columns of text; None for the terminal's.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=width, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column("Task", no_wrap=True)
+    for name in ("Classes", "Train", "Val", "Test", "Download"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Prepared")
+    sources, copies = {}, {}
+    for group in vtab.GROUPS:
+        table.add_section()
+        table.add_row(f"[bold]{group}[/bold]")
+        for row in vtab.BENCHMARKS.values():
+            if row.group != group:
+                continue
+            source = row.source
+            if source.name not in sources:
+                sources[source.name] = source
+                copies[source.name] = find(row, data_dir)
+            copy = copies[source.name]
+            table.add_row(
+                row.name,
+                str(row.classes),
+                *_sizes(row),
+                "by hand" if source.manual else source.download,
+                _state(row, copy, data_dir),
+                style="" if copy else "dim",
+            )
+    console.print(table)
+    console.print()
+    console.print(_summary(sources, copies, data_dir), soft_wrap=True)
+
+
+def _summary(
+    sources: dict[str, vtab.Source], copies: dict[str, Prepared | None], data_dir: str
+) -> str:
+    there = [copy for copy in copies.values() if copy]
+    missing = [source for name, source in sources.items() if not copies[name]]
+    by_hand = sum(bool(source.manual) for source in missing)
+    roots = " or ".join(_home(root) for root in vtab.data_dirs(data_dir))
+    size = in_words(sum(copy.size for copy in there))
+    state = [f"{len(there)} prepared ({size} on disk)"] if there else []
+    if missing:
+        more = f", and {by_hand} by hand" if by_hand else ""
+        state.append(
+            f"{len(missing)} missing (to download {total_download(missing)}{more})"
+        )
+    lines = [
+        f"{len(vtab.BENCHMARKS)} tasks on {len(sources)} data sets, in {roots}",
+        ", ".join(state),
+        f"VTAB-1k trains on {vtab.NUM_TRAIN} of train and {vtab.NUM_VAL} of val.",
+    ]
+    if missing:
+        lines.append("To prepare one: python -m vpt_jax.data prepare TASK")
+    return "\n".join(lines)
+
+
+def _home(path: Path) -> str:
+    return re.sub(f"^{re.escape(str(Path.home()))}(?=/)", "~", str(path))

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line that the package's programs share: flags, errors, exit codes.
+
+Exit codes: 0, done. 2, bad input, or a disk that refuses: one line on stderr. 75,
+SIGTERM (a machine that is taken away): a checkpoint was saved and the same command
+continues; see `preemption.py`. 130, Ctrl-C. 143, a second SIGTERM. 1, a bug of ours,
+with a traceback; `--traceback` shows one for every error.
+"""
+
+import ast
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from vpt_jax.files import durable, preemption
+from vpt_jax.files.messages import did_you_mean, printable, reason
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where results are kept; by default out/ and the config's name."
+)
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: HOST:PORT of process 0."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several processes whose addresses JAX finds (Slurm, TPU)."
+)
+HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "Seconds after which a silent process counts as lost."
+)
+# Names in the errors of what carries sums between processes, and of what watches them.
+_TRANSPORTS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection reset")
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
+_PLACE = ("workdir", "launcher", "address", "resources")
+
+
+class _ConfigFile(config_flags.ConfigFileFlagParser):
+    """A config file's `ConfigDict`, to which `complete` adds the keys it leaves out."""
+
+    def __init__(self, complete: Callable[[ConfigDict], None]):
+        super().__init__("config", lock_config=True)
+        self.complete = complete
+        self.values: Any = None
+
+    def parse(self, path: str) -> Any:
+        name, colon, arg = path.partition(":")
+        values = super().parse(f"{find_config(name)}{colon}{arg}")
+        if isinstance(values, ConfigDict):
+            with values.unlocked():
+                self.complete(values)
+            values.lock()
+        self.values = values
+        return values
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name to path of the configs in the wheel, or in the clone that is in use."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "demo.py").is_file():
+            return {f"configs/{p.name}": p for p in sorted(folder.glob("*.py"))}
+    return {}
+
+
+def find_config(name: str) -> str:
+    """A config file: the one of that name, else a shipped one.
+
+    Raises:
+      flags.Error: If there is neither; names what there is.
+    """
+    shipped = shipped_configs()
+    if Path(name).is_file():
+        return name
+    if name in shipped:
+        return str(shipped[name])
+    near = did_you_mean(name, shipped) or did_you_mean(f"configs/{name}", shipped)
+    raise flags.Error(f"no config file {name!r}; {near}there are {', '.join(shipped)}.")
+
+
+class _Tuple(flags.ArgumentParser):
+    """A tuple on the command line: `(0.3, 0.1)`, or one value.
+
+    Given again it counts anew, as other flags do; ml_collections' own would append.
+    """
+
+    def parse(self, argument: Any) -> tuple:
+        if not isinstance(argument, str):
+            return tuple(argument or ())
+        try:
+            value = ast.literal_eval(argument)
+        except (SyntaxError, ValueError):
+            value = argument  # a word
+        if type(value) is int:
+            raise ValueError(
+                f"{value} could be one value or how many there are; write ({value},)"
+                " for the one value, or all of them, such as (0, 1, 2)."
+            )
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+    def flag_type(self) -> str:
+        return "tuple"
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuple())
+
+
+def start(
+    main: Callable[[ConfigDict, Path, str], None],
+    complete: Callable[[ConfigDict], None] = lambda values: None,
+) -> None:
+    """Parses the flags and calls `main(config, workdir, command)`; does not return.
+
+    Args:
+      main: The program.
+      complete: Adds the keys that a config file leaves out, so that they can be set.
+    """
+    flags.FLAGS["config"].parser = _ConfigFile(complete)
+    program = sys.modules["__main__"].__spec__
+    name = program.name if program else sys.argv[0]
+
+    def run(argv: list[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected arguments: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
+        filename = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = local_folder(WORKDIR.value or default_workdir(filename))
+        command = shlex.join(["python", "-m", name, *sys.argv[1:]])
+        spare_memory(CONFIG.value)
+        keep_compiled()
+        preemption.watch()
+        try:
+            join()
+            main(CONFIG.value, workdir, command)
+        except preemption.Preempted:
+            print("\nSIGTERM; the same command continues here", file=sys.stderr)
+            leave(preemption.EXIT_CODE)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues here", file=sys.stderr)
+            leave(INTERRUPTED)
+        except Exception as error:
+            lost = several() and lost_another(error)
+            ours = isinstance(error, ValueError | FloatingPointError | OSError)
+            if TRACEBACK.value or not (ours or lost):
+                if not several():
+                    raise
+                traceback.print_exc()
+                leave(1)
+            if lost:
+                fail(
+                    "another process of this job was lost; start all of them again,"
+                    f" and they continue here ({reason(error)})",
+                    code=1,
+                )
+            fail(durable.explain(error) if isinstance(error, OSError) else error)
+
+    app.run(run, flags_parser=parse_flags)
+
+
+def join() -> None:
+    """Makes this process one of several, if a flag says so; see docs/devices.md.
+
+    Raises:
+      ValueError: If only some of the flags that name the processes are given.
+    """
+    named = (COORDINATOR.value or None, NUM_PROCESSES.value, PROCESS_ID.value)
+    if named == (None, None, None) and not DISTRIBUTED.value:
+        return
+    if None in named and not DISTRIBUTED.value:
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id belong together; pass all"
+            " three, or --distributed alone where JAX finds them (Slurm, TPU pods)."
+        )
+    import jax
+
+    jax.distributed.initialize(
+        *named,
+        cluster_detection_method=None if None in named else "deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT.value,
+    )
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    jax = sys.modules.get("jax")  # not imported for the sake of a wrong flag
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def alone(what: str) -> None:
+    """Raises ValueError if this process is one of several."""
+    if several():
+        raise ValueError(
+            f"{what} runs in one process, on all of its devices; leave --coordinator"
+            " and --distributed out. Several processes are for one run of main."
+        )
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that a process did not answer.
+
+    JAX has no class for it: it raises what the transport said, also as ValueError.
+    """
+    return any(name in str(error) for name in _TRANSPORTS)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits; at once if something may still be computing.
+
+    Interrupted, the device may be in the middle of a program, and Python's end would
+    take away what it reads. As one of several processes, JAX's own end waits for the
+    others, who may be waiting for this one.
+    """
+    if several() or code in (preemption.EXIT_CODE, INTERRUPTED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept on disk, for the next process with the same shapes.
+
+    In `~/.cache/vpt_jax/xla`, in `VPT_JAX_CACHE`, or where JAX's own variable says.
+    """
+    import jax  # after the flags are read: --help need not wait for it
+
+    root = Path(os.environ.get("VPT_JAX_CACHE") or "~/.cache/vpt_jax").expanduser()
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    # Its list of fonts too: nothing is written outside of the workdir and this cache.
+    os.environ.setdefault("MPLCONFIGDIR", str(root / "matplotlib"))
+    # JAX keeps what took a second; small programs are many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def spare_memory(values: ConfigDict) -> None:
+    """With `backbone.remat`, has XLA's CPU code run what frees memory first.
+
+    In its own order all that is computed a second time would be computed at once (of
+    ViT-B/16, 935 MB instead of 249). A flag of the CPU backend alone, read when it
+    starts; one that the caller has set stays.
+    """
+    backbone = values.get("backbone")
+    remat = backbone.get("remat") if isinstance(backbone, ConfigDict) else None
+    flags_of_xla = os.environ.get("XLA_FLAGS", "")
+    if remat not in (None, "none") and "xla_cpu_scheduler_type" not in flags_of_xla:
+        order = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+        os.environ["XLA_FLAGS"] = f"{flags_of_xla} {order}".strip()
+
+
+def without_place(command: str) -> str:
+    """A command without the flags that say where it runs: what the results are of."""
+    kept, words = [], iter(shlex.split(command))
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if not word.startswith("-") or name not in _PLACE:
+            kept.append(word)
+        elif not equals:  # --workdir DIR
+            next(words, None)
+    return shlex.join(kept)
+
+
+def local_folder(workdir: str) -> Path:
+    """The workdir as a path; exits if it is an address, which a path would mangle."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
+        fail(
+            f"--workdir is {workdir!r}, an address; expected a folder of this machine,"
+            " as checkpoints need its renames and locks. Copy the folder there when"
+            " the run has ended, or mount the bucket."
+        )
+    return Path(workdir)
+
+
+def unknown_key(argv: Sequence[str], values: Any) -> str:
+    """What to say of the first `--config.KEY` that the config does not have, or ''."""
+    for word in argv:
+        found = re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", word)
+        group, prefix = values, "config."
+        for name in found[1].split(".") if found else ():
+            if not isinstance(group, ConfigDict):
+                break
+            if name not in group:
+                near, known = did_you_mean(name, group), ", ".join(map(str, group))
+                key = f"unknown config key {prefix}{name}"
+                return f"{key}; {near}known keys there: {known}."
+            group, prefix = group[name], f"{prefix}{name}."
+    return ""
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses as absl does, but a config key or value that is wrong is one line."""
+    parser = flags.FLAGS["config"].parser
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            shipped = ", ".join(shipped_configs())
+            raise flags.Error(f"no --config; pass --config=FILE: {shipped}.")
+        if not isinstance(CONFIG.value, ConfigDict):
+            # A file that could not be loaded says so when it is looked at.
+            getattr(CONFIG.value, "seeds", None)
+            raise TypeError(
+                f"got {type(CONFIG.value).__name__} from its get_config; expected a"
+                " ConfigDict"
+            )
+        return rest
+    except Exception as error:  # a config file is a program: it raises what it likes
+        if "--traceback" in argv:
+            raise
+        values = parser.values if isinstance(parser, _ConfigFile) else None
+        if message := unknown_key(argv, values):
+            fail(message)
+        text = str(error.args[0] if error.args else error) or type(error).__name__
+        if "Traceback" in text:  # of the config file, within the message: its last line
+            text = text.strip().splitlines()[-1]
+            if text.startswith("ValueError: "):  # says itself what is wrong
+                fail(text.removeprefix("ValueError: "))
+        elif isinstance(error, flags.Error):
+            fail(text)
+        fail(f"cannot read --config: {' '.join(text.split())}")
+
+
+def fail(error: Any, code: int = 2) -> NoReturn:
+    """Prints one line and exits with 2, as command lines do for bad input.
+
+    Notes of the error follow, each on a line of its own: see `messages.advised`.
+    """
+    print(f"error: {printable(str(error))} (--traceback shows where)", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(printable(str(note)), file=sys.stderr)
+    leave(code)
+
+
+def default_workdir(filename: str) -> str:
+    """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`.
+
+    Of a word that is a path, its last part: `folder.py:my/pets` -> `out/folder-pets`.
+    """
+    path, _, arg = filename.partition(":")
+    words = [Path(word).name for word in arg.replace("=", "").split(",")]
+    words.insert(0, Path(path).stem)
+    return "/".join(("out", "-".join(w for w in words if w)))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A leaderboard as one HTML file that loads nothing."""
+
+import html as _html
+from typing import Any
+
+from vpt_jax.report import board_figures, board_tables, page
+from vpt_jax.report.standings import Board, Line, diverged, leaderboard, task_names
+
+LOOKS = ("report.css", "leaderboard.css")
+
+
+def escape(text: str) -> str:
+    """Escaped for HTML; spreads are set smaller than what they belong to."""
+    text = _html.escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    value, sign, deviation = text.partition(" ± ")
+    return f"{value}<small> ± {deviation}</small>" if sign else value
+
+
+def html(board: Board, title: str, notes: list[str]) -> str:
+    """Renders a board.
+
+    Args:
+      board: The content of leaderboard.json.
+      title: Of the page.
+      notes: Sentences for its top.
+    """
+    lines = leaderboard(board)
+    captions = board_figures.captions(board)
+    averages = _table(board_tables.summary(board, lines))
+    hidden = ("tasks", "benchmark")
+    details = {name: value for name, value in board.items() if name not in hidden}
+    body = f"""{page.bullets(notes)}
+<h2>Averages</h2>{averages}
+<p class="soft">Test accuracies in %; the best of ours in bold. PC is prompt
+condensation. Prompts are those of all layers; tuned parameters are those of prompts and
+head, and their share of the backbone; MACs (multiply-accumulates) are per picture, ref.
+counts prompts as tokens of every layer, as papers do. All are means over tasks.</p>
+{_sources(lines)}
+<h2>Accuracy of every task</h2>{_table(board_tables.per_task(board, lines))}
+{page.figures(board_figures.draw(board, lines), captions)}
+<h2>What was chosen</h2>{_table(board_tables.choices(board))}
+{_grids(board)}
+{page.details(details, {})}"""
+    return page.page(title, body, LOOKS)
+
+
+def _sources(lines: list[Line]) -> str:
+    texts = board_tables.sources(lines)
+    return f"<h3>Published rows</h3>{page.bullets(texts)}" if texts else ""
+
+
+def _table(table: board_tables.Table) -> str:
+    """A table whose first column stays where it is when the others are scrolled."""
+    names = (
+        board_tables.folded(board_tables.folded(name, "_")) for name in table.header
+    )
+    header = "".join(f"<th>{_html.escape(name)}</th>" for name in names)
+    body = []
+    for i, row in enumerate(table.rows):
+        cells = []
+        for j, text in enumerate(row):
+            cell = escape(text)
+            cells.append(
+                f"<td>{f'<b>{cell}</b>' if (i, j) in table.bold else cell}</td>"
+            )
+        kind = "section" if i in table.sections else ""
+        kind = "published" if i and i == table.published else kind
+        body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
+    return f"""<div class="wide board"><table><thead><tr>{header}</tr></thead>
+<tbody>{"".join(body)}</tbody></table></div>"""
+
+
+def _grids(board: Board) -> str:
+    """A heat table per task of the accuracies among which its rates were chosen."""
+    cards = [
+        _grid(name, board["tasks"][name])
+        for name in task_names(board)
+        if board["tasks"][name]["grid"]
+    ]
+    if not cards:
+        return ""
+    return f"""<h2>Sweeps</h2>
+<p class="soft">Validation accuracies in %, a column per learning rate and a row per
+weight decay (and number of prompts per layer, where several were tried). Bluer is
+better; what was chosen has a frame. A cross marks what became infinite or NaN, with the
+last epoch before.</p>
+<div class="grids">{"".join(cards)}</div>"""
+
+
+def _grid(name: str, task: dict[str, Any]) -> str:
+    entries = {
+        (_prompts(e), e["weight_decay"], e["base_lr"]): e
+        for e in sorted(task["grid"], key=repr)
+    }
+    rates = sorted({key[2] for key in entries})
+    rows = sorted({key[:2] for key in entries})
+    several = len({prompts for prompts, _ in rows}) > 1
+    values = [e["val_accuracy"] for e in entries.values()]
+    values = [value for value in values if value is not None]
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    chosen = task["chosen"]
+    winner = chosen and (_prompts(chosen), chosen["weight_decay"], chosen["base_lr"])
+    header = "".join(f"<th>{rate:g}</th>" for rate in rates)
+    body = []
+    for prompts, decay in rows:
+        label = f"{decay:g}"
+        if several:
+            label = f"{' '.join(map(str, prompts))} · {label}"
+        cells = "".join(
+            _cell(entries.get(key), low, high, key == winner)
+            for key in ((prompts, decay, rate) for rate in rates)
+        )
+        body.append(f"<tr><td>{label}</td>{cells}</tr>")
+    corner = "prompts · wd \\ lr" if several else "wd \\ lr"
+    return f"""<section class="grid"><h3>{_html.escape(name)}</h3>
+<div class="wide"><table><thead><tr><th>{corner}</th>{header}</tr></thead>
+<tbody>{"".join(body)}</tbody></table></div></section>"""
+
+
+def _prompts(entry: dict[str, Any]) -> tuple[int, ...]:
+    number = entry["num_prompts"]
+    return (number,) if isinstance(number, int) else tuple(number)
+
+
+def _cell(entry: dict[str, Any] | None, low: float, high: float, chosen: bool) -> str:
+    """A cell of a heat table: from pale for the lowest accuracy to dark."""
+    if entry is None:
+        return "<td></td>"
+    accuracy, text, style = entry["val_accuracy"], "", ""
+    if accuracy is not None:
+        text = f"{100 * accuracy:.1f}"
+        heat = (accuracy - low) / (high - low) if high > low else 1.0
+        style = f' style="--heat: {100 * heat:.0f}%"'
+    if accuracy is None or diverged(entry):
+        text = f"{text} <small>✕ {entry['epochs']}</small>".strip()
+    kind = ' class="chosen"' if chosen else ""
+    return f"<td{kind}{style}>{text}</td>"

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report of a run: table on the terminal, report.json and a self-contained report.html.
+
+All is computed from the dict that report.json holds, so that
+`python -m vpt_jax.report WORKDIR` can render the page again. Names and means are those
+of `vpt_jax.report.rows`, figures those of `vpt_jax.report.figures`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpt_jax.report import cautions, figures, leaderboard, page
+from vpt_jax.report.formats import percent, three_digits, with_prefix
+from vpt_jax.report.rows import Row, default_score, kind, label, summarise
+
+LIMIT = 1.5  # points of test accuracy that condensed prompts may lose
+HEADER = (
+    "Model",
+    "Prompts",
+    "Test\n%",
+    "Val\n%",
+    "MACs",
+    "MACs\nref.",
+    "Time\nms",
+    "Tuned\nparams",
+    "Seeds",
+)
+# What prompt condensation is compared with at the same ratio, by the kind of the rows.
+CONTROLS = {"scratch": "from scratch", "random": "random", "layer": "PC layer"}
+
+
+def _cells(group: Row, default: str, num_test: int) -> list[str]:
+    """The texts of a group's line in the table, in the order of `HEADER`."""
+    test = _percent(group["test_accuracy"], group["test_sd"])
+    if test and group["n"] == 1 and num_test:
+        ends = cautions.interval(group["test_accuracy"], num_test)
+        test += " [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
+    low, high = group["prompts_min"], group["prompts_max"]
+    latency = group["latency_ms"]
+    return [
+        label(group, default),
+        f"{low:,}" if low == high else f"{low:,} to {high:,}",
+        test,
+        _percent(group["val_accuracy"], group["val_sd"]),
+        with_prefix(group["macs"]),
+        with_prefix(group["macs_reference"]),
+        "" if latency is None else three_digits(latency),
+        f"{group['tuned_params']:,}",
+        str(group["n"]),
+    ]
+
+
+def _num_test(report: Row) -> int:
+    """Test pictures; 0 in reports that do not say."""
+    return report.get("data", {}).get("test", 0)
+
+
+def _percent(mean: float | None, deviation: float | None) -> str:
+    if mean is None:  # not measured: those pictures were trained on
+        return ""
+    return percent(100 * mean, None if deviation is None else 100 * deviation)
+
+
+def print_table(report: Row, file: Any = None) -> None:
+    """Prints the results as a table.
+
+    Args:
+      report: The content of report.json.
+      file: Where to print, by default standard output. The table is plain text where
+        this is not a terminal.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:  # no window to fit into
+        console.width = max(100, console.width)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column(HEADER[0], justify="left")
+    for name in HEADER[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+
+    default = default_score(report)
+    previous_ratio = 1.0
+    for group in summarise(report["rows"], default):
+        ratio = group["keep_ratio"]
+        # An empty line before every ratio but those of the references.
+        if ratio not in (previous_ratio, 0.0, 1.0):
+            table.add_section()
+        previous_ratio = ratio
+        table.add_row(*_cells(group, default, _num_test(report)))
+    console.print(table)
+    console.print(
+        "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
+        f" batches of {report['latency_batch']}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """Points of test accuracy of one model minus another, the mean over seeds."""
+
+    points: float
+    error: float | None  # standard error of the mean, None with one seed
+    seeds: int
+
+    @property
+    def unit(self) -> str:
+        seeds = "one seed" if self.seeds == 1 else f"{self.seeds} paired seeds"
+        return f" points ({seeds})"
+
+    def text(self, number_format: str) -> str:
+        """The number and its error, such as "+1.20 ± 0.30", without the unit."""
+        number = format(self.points, number_format).replace("-", "\N{MINUS SIGN}")
+        return number if self.error is None else f"{number} ± {self.error:.2f}"
+
+
+def _difference(rows: list[Row], others: list[Row]) -> _Difference | None:
+    """`rows` minus `others`, paired by seed; None without a common seed."""
+    ours = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
+    theirs = {row["seed"]: 100 * row["test_accuracy"] for row in others}
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return None
+    deltas = np.array([ours[seed] - theirs[seed] for seed in common])
+    error = None
+    if len(common) > 1:
+        error = float(deltas.std(ddof=1) / math.sqrt(len(common)))
+    return _Difference(float(deltas.mean()), error, len(common))
+
+
+def _find(report: Row, wanted: str, ratio: float) -> list[Row]:
+    """The rows of one kind and ratio, one per seed; other scores are left out."""
+    scores = (None, default_score(report), "random")
+    found = [
+        row
+        for row in report["rows"]
+        if kind(row) == wanted and row["keep_ratio"] == ratio and row["score"] in scores
+    ]
+    # Of two controls, that of the global cut.
+    return [row for row in found if row["scope"] != "layer"] or found
+
+
+def verdict(report: Row) -> list[str]:
+    """What the numbers say.
+
+    Args:
+      report: The content of report.json.
+
+    Returns:
+      Sentences; their differences are paired by seed.
+    """
+    sentences = []
+    tuned = _find(report, "tune", 1.0)
+    difference = _difference(tuned, _find(report, "linear", 0.0))
+    if difference is not None:
+        minus = _list_differences({"the linear probe": difference})
+        sentences.append(f"All prompts (100 %) {minus}.")
+    for ratio in sorted({row["keep_ratio"] for row in report["rows"]}, reverse=True):
+        sentences += _verdict_at(report, ratio, tuned)
+
+    if any("±" in sentence for sentence in sentences):
+        sentences.append(
+            "± is the standard error of the mean difference over paired seeds."
+        )
+    if any("(one seed)" in sentence for sentence in sentences):
+        sentences.append(
+            "One seed is no evidence of a difference: another may move every number."
+            " Run five with --config.seeds='(0, 1, 2, 3, 4)' and another --workdir."
+        )
+    return sentences
+
+
+def _verdict_at(report: Row, ratio: float, tuned: list[Row]) -> list[str]:
+    """What the numbers say about prompt condensation at one ratio."""
+    scope = "global" if _find(report, "global", ratio) else "layer"
+    condensed = _find(report, scope, ratio)
+    name = f"PC at {100 * ratio:.4g} % ({scope})"
+    sentences = []
+    against_tuned = _difference(condensed, tuned)
+    if against_tuned is not None:
+        sentences.append(f"{name} {_gap(against_tuned)}")
+    differences = {}
+    for control, control_name in CONTROLS.items():
+        difference = _difference(condensed, _find(report, control, ratio))
+        if control != scope and difference is not None:
+            differences[control_name] = difference
+    if differences:
+        sentences.append(f"{name} {_list_differences(differences)}.")
+    return sentences
+
+
+def _gap(difference: _Difference) -> str:
+    """Whether the loss against all prompts is within the limit."""
+    verb = "loses" if difference.points < 0 else "gains"
+    size = dataclasses.replace(difference, points=abs(difference.points))
+    # Rounded, as 83.5 - 85.0 may be a hair below -1.5.
+    within = round(difference.points, 9) >= -LIMIT
+    return (
+        f"{verb} {size.text('.2f')}{size.unit} against all prompts:"
+        f" it is {'' if within else 'NOT '}within {LIMIT} points."
+    )
+
+
+def _list_differences(differences: dict[str, _Difference]) -> str:
+    """The differences by what is subtracted: "minus random +1.20 ± 0.30 points"."""
+    last = list(differences)[-1]
+    parts = []
+    for name, difference in differences.items():
+        part = f"minus {name} {difference.text('+.2f')}"
+        # Where the unit is that of the last difference, it is said once, at the end.
+        if name == last or difference.unit != differences[last].unit:
+            part += difference.unit
+        parts.append(part)
+    return ", ".join(parts)
+
+
+def html(report: Row) -> str:
+    """Renders the report as one HTML file that loads nothing.
+
+    Args:
+      report: The content of report.json.
+
+    Returns:
+      The text of the file.
+    """
+    backbone = report["backbone"]
+    title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
+    shown_above = ("task", "importance", "rows", "latency_batch", "search", "doubts")
+    details = {k: v for k, v in report.items() if k not in shown_above}
+    headings = {"seconds": "Seconds per stage, all seeds together"}
+    notes = cautions.of(report)
+    warned = f"<h2>Before you believe it</h2>{page.bullets(notes)}" if notes else ""
+    body = f"""{page.bullets(verdict(report))}
+{warned}
+<h2>Results</h2>{_html_table(report)}
+<p class="soft">Accuracies are means over seeds, ± one sample standard deviation, or of
+one seed with the 95 % interval that so many test pictures leave. PC is
+prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
+tokens of every layer, as papers do. Time is per picture, in batches of
+{report["latency_batch"]}.</p>
+{_search(report)}
+{page.figures(figures.draw(report), figures.captions(report))}
+{page.details(details, headings)}"""
+    return page.page(title, body)
+
+
+def _search(report: Row) -> str:
+    """The trials of the rate's search, if there was one."""
+    search = report.get("search")
+    if not search:
+        return ""
+    lines = "".join(
+        f"<tr><td>{row['base_lr']:g}</td><td>{escape(row['head_init'])}</td>"
+        f"<td>{row['planned_epochs']}</td>"
+        f"<td>{100 * row['val_accuracy']:.1f}</td></tr>"
+        for row in search["trials"]
+    )
+    return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
+<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th>
+<th>Val %</th></tr></thead><tbody>{lines}</tbody></table></div>"""
+
+
+def _html_table(report: Row) -> str:
+    default = default_score(report)
+    header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    lines, num = [], _num_test(report)
+    for group in summarise(report["rows"], default):
+        cells = "".join(
+            f"<td>{escape(cell)}</td>" for cell in _cells(group, default, num)
+        )
+        lines.append(f"<tr>{cells}</tr>")
+    return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></div>"""
+
+
+def write(report: Row, workdir: str | Path) -> None:
+    """Writes `report.json` and `report.html` into `workdir`."""
+    from vpt_jax.files import workdirs  # imports Orbax, which takes seconds
+
+    page = html(report)  # fails before anything is written
+    workdirs.write_json(Path(workdir) / "report.json", report)
+    workdirs.write_text(Path(workdir) / "report.html", page)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Renders a workdir again from its JSON and prints the table.
+
+    A benchmark's workdir has a leaderboard.json, that of a single run a report.json.
+    """
+    parser = argparse.ArgumentParser(prog="python -m vpt_jax.report")
+    help_text = "folder with report.json or leaderboard.json"
+    parser.add_argument("workdir", type=Path, help=help_text)
+    workdir = parser.parse_args(argv).workdir
+    several = (workdir / "leaderboard.json").exists()
+    source = workdir / ("leaderboard.json" if several else "report.json")
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        texts = leaderboard.render(content) if several else {"html": html(content)}
+    except FileNotFoundError:
+        run = f"python -m vpt_jax.main --config=CONFIG --workdir={workdir}"
+        parser.error(f"{workdir} has no report.json; a finished run writes it: {run}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        kind_of_file = "leaderboard" if several else "report"
+        parser.error(f"{source} is not a {kind_of_file} ({e!r}).")
+    from vpt_jax.files import workdirs  # imports Orbax, which takes seconds
+
+    targets = [source.with_suffix(f".{suffix}") for suffix in texts]
+    for target, text in zip(targets, texts.values(), strict=True):
+        workdirs.write_text(target, text)
+    if several:
+        leaderboard.print_table(content)
+    else:
+        print_table(content)
+    for target in targets:
+        print(f"Wrote {target}")

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a report, as SVG elements, and their captions.
+
+Matplotlib is imported where it draws, as a run needs it only at its very end, and
+without pyplot, which would look for a screen. A `_draw_*` function gets an empty
+figure, the groups to show (`rows.summarise`) and the report; it returns False where
+the data of its figure are missing, and what it has drawn until then is dropped.
+"""
+
+import functools
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vpt_jax.report.rows import Row, default_score, kind, label, summarise
+
+# Okabe and Ito's colours, distinct to colour-blind eyes.
+COLOURS = {
+    "linear": "black",
+    "tune": "black",
+    "global": "#0072B2",
+    "layer": "#E69F00",
+    "condense": "#D55E00",
+    "random": "#777777",
+    "scratch": "#009E73",
+}
+# What has no ratio of kept prompts is a line across all of them.
+LINE_STYLES = {"linear": "--", "tune": "-"}
+MARKERS = {"global": "o", "layer": "s", "condense": "X", "random": "^", "scratch": "D"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "vpt_jax",  # the same ids every time
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e4e6e9",
+    "legend.frameon": False,
+}
+LAYER_AXIS = "Layer (1 is next to the picture)"
+
+
+def captions(report: Row) -> dict[str, tuple[str, str]]:
+    """Heading and caption of every figure, by name."""
+    return {
+        "accuracy": (
+            "Accuracy against prompts kept",
+            "Markers are mean test accuracies, bars and bands (with several seeds) one"
+            " sample standard deviation. Markers of a ratio are set apart to be seen."
+            " A close-up, if any, leaves out what is not fine-tuned.",
+        ),
+        "layers": (
+            "Which layers keep their prompts",
+            "A bar is how many prompts of a layer survive the global cut, mean over"
+            " seeds; the pale outline is what the layer had.",
+        ),
+        "importance": (
+            "Importance of every prompt",
+            "A dot is one prompt, sorted within its layer; the short black line is the"
+            " layer's median. The global cut keeps the dots above the line of its"
+            " ratio; those close to a line were kept or lost by little.",
+        ),
+        "cost": (
+            "Cost of inference",
+            "Multiply-accumulates (MACs) against the prompts of all layers, as spent"
+            " here (prompts are only keys and values) and as papers count them (prompts"
+            " are tokens of every layer); beside it, if measured, the latency"
+            f" per picture, in batches of {report['latency_batch']}.",
+        ),
+    }
+
+
+def draw(report: Row) -> dict[str, str]:
+    """Draws the figures whose data are there.
+
+    Args:
+      report: The content of report.json.
+
+    Returns:
+      SVG elements by name: accuracy, layers, importance, cost.
+    """
+    functions = {
+        "accuracy": draw_accuracy,
+        "layers": _draw_layers,
+        "importance": _draw_importance,
+        "cost": _draw_cost,
+    }
+    default = default_score(report)
+    groups = summarise(report["rows"], default)
+    groups = [group for group in groups if group["score"] in (None, default, "random")]
+    if not groups:
+        return {}
+    return render(
+        {
+            name: functools.partial(function, groups=groups, report=report)
+            for name, function in functions.items()
+        }
+    )
+
+
+def render(functions: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
+    """Draws figures in one style, the same every time.
+
+    Args:
+      functions: By name, what draws into the empty figure it gets; False from it drops
+        the figure.
+
+    Returns:
+      SVG elements by name, to stand in one page.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figures = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(STYLE)
+        for name, function in functions.items():
+            figure = Figure((9.2, 4.1), layout="constrained")
+            if function(figure):
+                _add_legend(figure)
+                figures[name] = _svg(figure, name)
+    return figures
+
+
+def _add_legend(figure: Any) -> None:
+    """One legend for all axes, below them, where no data can be."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles[text] = handle  # a name of many markers is listed once
+    place, columns = "outside lower center", 4 if len(handles) > 5 else 5
+    figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
+
+
+def _svg(figure: Any, name: str) -> str:
+    """The figure as an SVG element that can stand in a page beside others."""
+    file = io.StringIO()
+    # Metadata would have the date in it, and the file be another one every time.
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", metadata=no_metadata)
+    text = file.getvalue()
+    svg = text[text.index("<svg") :]  # without the XML declaration and DOCTYPE
+    # Matplotlib's ids are unique within a figure only; a page holds several.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+
+
+def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
+    """Test accuracy against the ratio kept, with a close-up if that shows more."""
+    cut = [group for group in groups if kind(group) not in LINE_STYLES]
+    if not cut:
+        return False
+    default = default_score(report)
+    ratios = sorted({group["keep_ratio"] for group in cut})
+    # Without repetitions, in the order of the table.
+    names = list(dict.fromkeys(label(group, default, ratio=False) for group in cut))
+
+    panels = [groups]
+    # These two are often far below the others and would squeeze them together.
+    near = [group for group in groups if kind(group) not in ("linear", "condense")]
+    if near and _height(groups) > 2 * _height(near):
+        panels.append(near)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, shown in zip(all_axes, panels, strict=True):
+        for group in shown:
+            name = label(group, default, ratio=False)
+            if kind(group) in LINE_STYLES:
+                _accuracy_line(axes, group, name)
+            else:
+                offset = 0.6 * (names.index(name) + 0.5) / len(names)
+                x = ratios.index(group["keep_ratio"]) + offset
+                _accuracy_marker(axes, group, name, x)
+        axes.set(xlim=(-0.2, len(ratios) - 0.2), ylim=_accuracy_limits(shown))
+        axes.set(xlabel="Prompts kept (% of all prompts)", ylabel="Test accuracy (%)")
+        ticks = [f"{100 * ratio:.4g} %" for ratio in ratios]
+        axes.set_xticks(np.arange(len(ratios)) + 0.3, ticks)
+    if len(panels) > 1:
+        all_axes[1].set_title("Close-up")
+    return True
+
+
+def _accuracy_limits(groups: list[Row]) -> tuple[float, float]:
+    """Axis limits, in per cent, that show the groups with their deviations."""
+    lows = [group["test_accuracy"] - (group["test_sd"] or 0) for group in groups]
+    highs = [group["test_accuracy"] + (group["test_sd"] or 0) for group in groups]
+    low, high = 100 * min(lows), 100 * max(highs)
+    margin = max(0.08 * (high - low), 0.2)
+    return low - margin, high + margin
+
+
+def _height(groups: list[Row]) -> float:
+    return float(np.ptp(_accuracy_limits(groups)))
+
+
+def _accuracy_line(axes: Any, group: Row, name: str) -> None:
+    """A reference: a line across all ratios, with a band for its deviation."""
+    colour, line_style = COLOURS[kind(group)], LINE_STYLES[kind(group)]
+    y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
+    axes.axhline(y, color=colour, linestyle=line_style, linewidth=1.3, label=name)
+    axes.axhspan(y - deviation, y + deviation, color=colour, alpha=0.08, linewidth=0)
+
+
+def _accuracy_marker(axes: Any, group: Row, name: str, x: float) -> None:
+    """A group at one ratio, with a bar for its deviation."""
+    colour, marker = COLOURS[kind(group)], MARKERS[kind(group)]
+    y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
+    (line,) = axes.plot(x, y, marker, color=colour, markersize=7, label=name)
+    if group["scope"] == "layer" and kind(group) != "layer":
+        # Hollow: controls of the two kinds of cut must not look the same.
+        line.set_markerfacecolor("white")
+    if deviation:
+        _, _, bars = axes.errorbar(x, y, deviation, color=colour, capsize=3)
+        bars[0].set_gid("spread")
+
+
+def _global_cuts(groups: list[Row]) -> list[tuple[Any, Row]]:
+    """Colour and group of each global cut, by rising ratio."""
+    from matplotlib import colormaps
+
+    by_ratio = {}
+    # Where there is a fine-tuned group it replaces the one that is not.
+    for wanted in ("condense", "global"):
+        for group in groups:
+            is_cut = group["scope"] != "layer" and group["score"] != "random"
+            if kind(group) == wanted and is_cut:
+                by_ratio[group["keep_ratio"]] = group
+    colours = colormaps["viridis"](np.linspace(0.05, 0.8, len(by_ratio)))
+    by_rising_ratio = [by_ratio[ratio] for ratio in sorted(by_ratio)]
+    return list(zip(colours, by_rising_ratio, strict=True))
+
+
+def _draw_layers(figure: Any, groups: list[Row], report: Row) -> bool:
+    """Prompts of every layer, before and after each global cut."""
+    cuts = _global_cuts(groups)
+    if not cuts:
+        return False
+    axes = figure.subplots()
+    layers = np.arange(1, len(groups[0]["counts"]) + 1)
+    for group in groups:
+        if kind(group) == "tune":
+            look = {"color": "#f4f5f7", "edgecolor": "#aab1b9", "label": "Before"}
+            axes.bar(layers, group["mean_counts"], 0.9, **look)
+    width = 0.8 / len(cuts)
+    for number, (colour, group) in enumerate(cuts):
+        offset = 0.8 * ((number + 0.5) / len(cuts) - 0.5)  # side by side
+        name = f"Kept at {100 * group['keep_ratio']:.4g} %"
+        axes.bar(layers + offset, group["mean_counts"], width, color=colour, label=name)
+    axes.set_xticks(layers)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel=LAYER_AXIS, ylabel="Prompts of the layer")
+    return True
+
+
+def _draw_importance(figure: Any, groups: list[Row], report: Row) -> bool:
+    """Every prompt's importance by layer, and where the global cuts fell."""
+    importance = report["importance"]
+    layers = importance["layers"]
+    values = np.array(sorted((v for layer in layers for v in layer), reverse=True))
+    if not len(values):
+        return False
+    axes = figure.subplots()
+    for number, layer in enumerate(layers, start=1):
+        x = number + 0.38 * np.linspace(-1, 1, len(layer))
+        axes.plot(x, sorted(layer), ".", color="#8494a8", markersize=4)
+        median = np.median(layer) if layer else np.nan  # a layer without prompts
+        axes.hlines(median, number - 0.42, number + 0.42, "black", lw=2, zorder=3)
+    for colour, group in _global_cuts(groups):
+        kept = group["prompts_max"]
+        if 0 < kept < len(values):
+            # Halfway between the last prompt kept and the first one lost.
+            height = values[kept - 1 : kept + 1].mean()
+            name = f"Cut at {100 * group['keep_ratio']:.4g} %"
+            axes.axhline(height, color=colour, linestyle="--", lw=1.5, label=name)
+    _scale_importance(axes, values)
+    axes.set_xticks(range(1, len(layers) + 1))
+    score = f"{importance['score']}, {importance['reduction']}"
+    axes.set(xlabel=LAYER_AXIS, ylabel=f"Importance ({score})")
+    return True
+
+
+def _scale_importance(axes: Any, values: np.ndarray) -> None:
+    """Makes the y axis logarithmic as far as the falling `values` allow it."""
+    if np.all(values > 0):
+        axes.set_yscale("log", subs=())
+    elif np.any(values):  # a log axis has no place for zeros and negative scores
+        sizes = np.abs(values[values != 0])
+        axes.set_yscale("symlog", linthresh=np.quantile(sizes, 0.1))
+    if values[0] < 1e3 * values[-1]:  # powers of ten alone would be too few ticks
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def _draw_cost(figure: Any, groups: list[Row], report: Row) -> bool:
+    """MACs, and the latency if measured, against the number of prompts."""
+    groups = sorted(groups, key=lambda group: (group["prompts_max"], group["macs"]))
+    timed = [group for group in groups if group["latency_ms"] is not None]
+    scale, unit = (1e9, "G") if groups[-1]["macs_reference"] >= 1e9 else (1e6, "M")
+    all_axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
+    axes = all_axes[0]
+    prompts = [group["prompts_max"] for group in groups]
+    macs = [group["macs_reference"] / scale for group in groups]
+    axes.plot(prompts, macs, "s-", color="#D55E00", label="MACs as papers count them")
+    macs = [group["macs"] / scale for group in groups]
+    axes.plot(prompts, macs, "o-", color="#0072B2", label="MACs as spent here")
+    axes.set_ylabel(f"MACs per picture ({unit})")
+    if timed:
+        axes = all_axes[1]
+        prompts = [group["prompts_max"] for group in timed]
+        latencies = [group["latency_ms"] for group in timed]
+        axes.plot(prompts, latencies, "D", color="#009E73", label="Measured latency")
+        axes.set_ylabel("Latency (ms per picture)")
+    for axes in all_axes:
+        axes.set(xlabel="Prompts in all layers", ylim=(0, 1.08 * axes.dataLim.y1))
+    return True

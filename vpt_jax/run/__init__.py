@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: its config, its stages, and the training loop."""

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The door between `ml_collections` and typed values: everything checked, once.
+
+A config is a `ConfigDict` with two flat levels. Its keys and their defaults stand in
+the frozen dataclasses below and nowhere else: `defaults` makes a `ConfigDict` of them,
+and a config file states what differs. `parse` turns it into the dataclasses and raises
+one clear error for anything that cannot work, before any file is written. Past this
+door nothing sees a `ConfigDict`.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from vpt_jax.condense import DEFAULT_SCORE, REDUCTIONS, SCOPES, SCORES
+from vpt_jax.data.augment import NORMALISATIONS
+from vpt_jax.data.pictures import RULES
+from vpt_jax.data.tasks import SPLITS
+from vpt_jax.files.messages import did_you_mean, shown
+from vpt_jax.models.attention import ATTENTIONS
+from vpt_jax.models.posemb import RESIZES
+from vpt_jax.models.vit import NORMS, READOUTS, REMATS
+from vpt_jax.models.xla import ACTIVATIONS
+from vpt_jax.prompts import INITS, check_choice
+from vpt_jax.train import OPTIMIZERS, SCHEDULES
+
+MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
+MAX_SIDE = 4096  # px; larger pictures only fill memory
+MAX_SEED = 2**32 - 1  # NumPy's and JAX's generators take these
+BASELINES = ("linear", "random", "scratch")
+DIVERGED = ("error", "last_finite")
+HEAD_INITS = ("reference", "zeros", "probe")
+
+
+def positive(**values: int | float) -> None:
+    """Raises ValueError unless every value is above 0 and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            finite = " and finite" if value > 0 else ""
+            raise ValueError(
+                f"{name} is {shown(value)}; it must be greater than 0{finite}."
+            )
+
+
+def no_repeats(name: str, values: Sequence[Any]) -> None:
+    """Raises ValueError if a value is there twice."""
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{name} has {twice[0]} twice; expected each value once.")
+
+
+def check_prompts(num: int | tuple[int, ...]) -> None:
+    """Raises ValueError unless there is a prompt, and not more than fit in memory."""
+    each = (num,) if isinstance(num, int) else num
+    if sum(each) < 1:
+        raise ValueError(
+            f"prompts.num_prompts is {shown(num)}; at least one is needed."
+        )
+    if min(each) < 0 or max(each) > MAX_PROMPTS:
+        raise ValueError(
+            f"prompts.num_prompts is {shown(num)}; each must be from 0 to"
+            f" {MAX_PROMPTS:,}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Which data set, and where its files lie if it does not ship with the package.
+
+    `resize` is for VTAB and own pictures: one of `pictures.RULES`, or empty for what
+    `load_task` says. `skip_broken` leaves broken pictures of a folder out. `splits` is
+    what of it is used, see `load_task`.
+    """
+
+    name: str
+    data_dir: str = ""
+    resize: str = ""
+    skip_broken: bool = False
+    splits: str = "all"
+
+    def __post_init__(self) -> None:
+        check_choice("task.resize", self.resize, ("", *RULES))
+        check_choice("task.splits", self.splits, SPLITS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Pretrained weights, see `load_backbone`.
+
+    Empty fields take what is known of the checkpoint. `remat` saves memory for time in
+    training, `attention` is the kernel, see `ViT`.
+    """
+
+    variant: str
+    checkpoint: str = ""
+    image_size: int = 0
+    readout: str = ""
+    norm: str = ""
+    resize: str = ""
+    skip: tuple[str, ...] = ()
+    normalisation: str = ""
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "products"
+    num_heads: int = 0
+    activation: str = ""
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("backbone.attention", self.attention, ATTENTIONS)
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"backbone.attention is 'cudnn' with backbone.dtype {self.dtype!r}; the"
+                " fused kernel takes bfloat16. Set backbone.dtype=bfloat16."
+            )
+        check_choice("backbone.remat", self.remat, tuple(REMATS))
+        check_choice("backbone.readout", self.readout, ("", *READOUTS))
+        check_choice("backbone.norm", self.norm, ("", *NORMS))
+        check_choice("backbone.activation", self.activation, ("", *ACTIVATIONS))
+        if not 0 <= self.num_heads <= MAX_SIDE or not 0 <= self.epsilon < 1:
+            raise ValueError(
+                f"backbone.num_heads is {shown(self.num_heads)} and backbone.epsilon"
+                f" {shown(self.epsilon)}; expected 0 (the file's own), or a number of"
+                " heads and a small number."
+            )
+        check_choice("backbone.resize", self.resize, ("", *RESIZES))
+        check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
+        known = ("", *NORMALISATIONS)
+        check_choice("backbone.normalisation", self.normalisation, known)
+        if not 0 <= self.image_size <= MAX_SIDE:
+            raise ValueError(
+                f"backbone.image_size is {shown(self.image_size)}; it must be from 0"
+                f" (the file's own) to {MAX_SIDE:,} px."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """`num_prompts` per layer (one number, or one per layer).
+
+    `init` is one of `init_prompts`'; `head_init` is where the head starts: as the
+    `reference` draws it, from `zeros`, or from the linear `probe`.
+
+    `dropout_shared` drops the same elements for all examples of a step, see
+    `prompt_dropout`: less work, another recipe than the reference's.
+    """
+
+    num_prompts: int | tuple[int, ...]
+    deep: bool = True
+    dropout: float = 0.1
+    dropout_shared: bool = False
+    init: str = "reference"
+    head_init: str = "reference"
+
+    def __post_init__(self) -> None:
+        check_choice("prompts.init", self.init, INITS)
+        check_choice("prompts.head_init", self.head_init, HEAD_INITS)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"prompts.dropout is {self.dropout}; it must be in [0, 1)."
+            )
+        if self.dropout_shared and not self.dropout:
+            raise ValueError(
+                "prompts.dropout_shared is set with prompts.dropout 0; leave it out."
+            )
+        check_prompts(self.num_prompts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage's recipe.
+
+    The rate is `base_lr / 256 * batch_size` for SGD and `base_lr` for AdamW. The head's
+    is `head_lr` for features at unit scale (AdamW only), or the same if that is 0. With
+    `optimizer="lbfgs"` the linear probe is the optimum of `probe.py`, which has no
+    rates and epochs; its decay is chosen on val, or `weight_decay` where there is none.
+    """
+
+    epochs: int
+    warmup_epochs: float
+    base_lr: float
+    weight_decay: float
+    batch_size: int
+    optimizer: str = "sgd"
+    schedule: str = "epoch"
+    head: bool = True  # finetune only: train the head too
+    head_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(epochs=self.epochs, base_lr=self.base_lr, batch_size=self.batch_size)
+        check_choice("optimizer", self.optimizer, (*OPTIMIZERS, "lbfgs"))
+        if not 0 <= self.head_lr < math.inf:
+            raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
+        if self.head_lr and self.optimizer != "adamw":
+            raise ValueError(
+                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it must"
+                " be 0 but for 'adamw'. Set head_lr to 0."
+            )
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {shown(self.warmup_epochs)} of"
+                f" {shown(self.epochs)} epochs; it"
+                " must be at least 0 and less than epochs."
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}; it must be >= 0 and finite."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How prompts are scored; an empty reduction is the score's own."""
+
+    score: str = DEFAULT_SCORE
+    reduction: str = ""
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_choice("score.score", self.score, SCORES)
+        check_choice("score.reduction", self.reduction, ("", *REDUCTIONS))
+        positive(score_batch_size=self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CondenseConfig:
+    """Which condensed models are made: every ratio with every scope."""
+
+    keep_ratios: tuple[float, ...]
+    scopes: tuple[str, ...] = ("global", "layer")
+
+    def __post_init__(self) -> None:
+        # As the models' files are called: two that print alike would be one.
+        no_repeats("condense.keep_ratios", [f"{x:g}" for x in self.keep_ratios])
+        no_repeats("condense.scopes", self.scopes)
+        for ratio in self.keep_ratios:
+            if not 0 < ratio < 1:
+                raise ValueError(
+                    f"condense.keep_ratios has {ratio}; each must be in (0, 1), e.g."
+                    " 0.3 for 30 % (all prompts are always evaluated)."
+                )
+        for scope in self.scopes:
+            check_choice("condense.scopes", scope, SCOPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run.
+
+    `diverged` is what happens to a training whose loss or prompts become infinite or
+    NaN: an `error`, or it ends with its `last_finite` epoch, as in VPT's sweeps.
+    """
+
+    task: TaskConfig
+    backbone: BackboneConfig
+    prompts: PromptConfig
+    linear: TrainConfig
+    tune: TrainConfig
+    score: ScoreConfig
+    condense: CondenseConfig
+    finetune: TrainConfig
+    seeds: tuple[int, ...] = (0,)
+    baselines: tuple[str, ...] = BASELINES
+    eval_batch_size: int = 250
+    checkpoint_every: int = 10  # epochs
+    diverged: str = "error"
+
+    def __post_init__(self) -> None:
+        positive(
+            eval_batch_size=self.eval_batch_size, checkpoint_every=self.checkpoint_every
+        )
+        check_choice("diverged", self.diverged, DIVERGED)
+        for name in ("tune", "finetune"):
+            check_choice(f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS)
+        if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
+            raise ValueError(
+                "linear.weight_decay is 0 with optimizer 'lbfgs', which needs one; pass"
+                " a decay above 0, such as 0.01."
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"seeds is {shown(self.seeds)}; pass at least one, no repeats."
+            )
+        if not 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED:
+            raise ValueError(
+                f"seeds is {shown(self.seeds)}; each must be from 0 to {MAX_SEED}."
+            )
+        no_repeats("baselines", self.baselines)
+        for name in self.baselines:
+            check_choice("baselines", name, BASELINES)
+
+
+GROUPS = {
+    f.name: f.type
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(f.type)
+}
+
+
+def defaults() -> ConfigDict:
+    """A run's config with every key: its default, or None where one must be given.
+
+    Example:
+      >>> c = defaults()
+      >>> c.score.score
+      'removal'
+    """
+    values = ConfigDict()
+    complete(values)
+    return values
+
+
+def complete(values: ConfigDict, kind: Any = Config) -> None:
+    """Adds the keys of a schema that are not there, so that each can be set.
+
+    A key takes what its type says, not what its first value happened to be: 1 does not
+    make a rate an integer.
+
+    Args:
+      values: Changed in place: it gets defaults, or None where there is none.
+      kind: The dataclass.
+    """
+    here = dict(values.items(preserve_field_references=True))
+    for field in dataclasses.fields(kind):
+        name = field.name
+        if dataclasses.is_dataclass(field.type):
+            if name not in here:
+                values[name] = ConfigDict()
+            group = values[name]
+            if isinstance(group, ConfigDict):  # else `parse` says what it is
+                complete(group, field.type)
+            continue
+        value = here.get(name, _default(field))
+        if isinstance(value, config_dict.FieldReference):  # its file made it so
+            continue
+        if field.type is float and type(value) is int:
+            value = _as_float(value)
+        if name in here:
+            del values[name]
+        if isinstance(field.type, types.UnionType):  # a number, or one per layer
+            value = config_dict.FieldReference(value, field_type=object)
+        elif value is None:
+            given = field.type if isinstance(field.type, type) else tuple
+            value = config_dict.placeholder(given)
+        values[name] = value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """A key's default; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def plain_dict(values: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """A config as a plain dict.
+
+    Raises:
+      ValueError: If a group has keys that are not all names.
+    """
+    if not isinstance(values, ConfigDict):
+        return dict(values)
+    try:
+        return values.to_dict()
+    except TypeError as error:  # it sorts keys
+        raise ValueError(
+            f"config has a group whose keys are of several types ({error}); expected"
+            " names. Set single keys, such as --config.tune.epochs=3."
+        ) from error
+
+
+def parse(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks a nested mapping and makes a `Config` of it.
+
+    Raises:
+      ValueError: For an unknown or missing key (the known ones are listed), a value of
+        the wrong type, or one out of its range.
+    """
+    plain = plain_dict(values)
+    check_keys(Config, plain, "config.")
+    built = {}
+    for name, value in ({name: {} for name in GROUPS} | plain).items():
+        group = GROUPS.get(name)
+        built[name] = build(group, value, f"config.{name}.") if group else value
+    return build(Config, built, "config.")
+
+
+def build(kind: Any, values: Any, prefix: str) -> Any:
+    """Checks flat values and makes the dataclass `kind` of them; errors as `parse`."""
+    check_keys(kind, values, prefix)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    missing = [
+        n for n, f in fields.items() if values.get(n) is None and _default(f) is None
+    ]
+    if missing:
+        raise ValueError(f"config key {prefix}{missing[0]} is missing; set it.")
+    converted = {n: _convert(fields[n].type, v, prefix + n) for n, v in values.items()}
+    try:
+        return kind(**converted)
+    except ValueError as error:
+        raise ValueError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def check_keys(kind: Any, values: Any, prefix: str) -> None:
+    """Raises ValueError unless `values` is a group with no keys but those of `kind`."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{prefix.rstrip('.')} is {shown(values)}; expected a group of keys."
+        )
+    fields = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(_key(name) for name in values if name not in fields)
+    if unknown:
+        raise ValueError(unknown_key(prefix, unknown[0], fields))
+
+
+def unknown_key(prefix: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a key that is not there; names the near ones, and all."""
+    known = list(known)
+    return (
+        f"unknown config key {prefix}{name}; {did_you_mean(name, known)}known keys"
+        f" there: {', '.join(known)}."
+    )
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """Lists become tuples and ints floats; any other mismatch is an error."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if kind is float and _is(value, int):
+        value = _as_float(value)
+    if str(kind) == "tuple[float, ...]" and _all(value, (int, float)):
+        value = tuple(_as_float(v) for v in value)
+    expected = {
+        "tuple[int, ...]": lambda v: _all(v, int),
+        "tuple[float, ...]": lambda v: _all(v, (int, float)),
+        "tuple[str, ...]": lambda v: _all(v, str),
+        "int | tuple[int, ...]": lambda v: _is(v, int) or _all(v, int),
+    }.get(str(kind), lambda v: _is(v, kind))
+    if not expected(value):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{name} is {shown(value)}; expected {wanted}.")
+    return value
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # the range of the key will say the rest
+        return math.inf if value > 0 else -math.inf
+
+
+def _key(name: Any) -> str:
+    """A key as a message shows it."""
+    return name if isinstance(name, str) and name.isidentifier() else shown(name)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    # bool is an int to Python, but True is no number of epochs.
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _all(value: Any, kind: Any) -> bool:
+    return isinstance(value, tuple) and all(_is(v, kind) for v in value)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain values for JSON."""
+    return plain(dataclasses.asdict(config))
+
+
+def plain(value: Any) -> Any:
+    """Nested values for JSON: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return list(map(plain, value)) if isinstance(value, tuple) else value
+
+
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """`key: value in a -> value in b` for every key in which two configs differ."""
+    found = []
+    for name in sorted({*a, *b}):
+        x, y = a.get(name), b.get(name)
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            found += differences(x, y, f"{prefix}{name}.")
+        elif x != y:
+            found.append(f"{prefix}{name}: {x!r} -> {y!r}")
+    return found

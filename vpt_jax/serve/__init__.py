@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What answers after training: a classifier, its export, and sharing."""

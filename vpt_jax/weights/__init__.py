@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained weights in; released prompts in and out."""

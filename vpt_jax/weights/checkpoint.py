@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained weights in, prompts in and out.
+
+Backbones come in any format that `readers` knows, under any names that `naming` knows;
+the demo backbone ships with the package. What does not fit exactly is an error. Prompts
+are released as one safetensors file with their head and a header that says which
+backbone they belong to.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpt_jax.files.checks import check_head, check_layers, check_model, said
+from vpt_jax.files.durable import atomic_path
+from vpt_jax.files.messages import shown
+from vpt_jax.models.attention import wide
+from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
+from vpt_jax.models.posemb import resize_pos_embedding
+from vpt_jax.models.swin import Swin
+from vpt_jax.models.variants import canonical
+from vpt_jax.models.vit import ViT
+from vpt_jax.models.xla import ACTIVATIONS
+from vpt_jax.prompts import Head, Prompts, check_choice, counts
+from vpt_jax.weights.backbones import known_backbone, where_to_get
+from vpt_jax.weights.facts import ask, assumed, card_of, check_sizes
+from vpt_jax.weights.families import refuse_families
+from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
+from vpt_jax.weights.naming import Named, named_leaves, read_names
+from vpt_jax.weights.readers import CheckpointError, read_arrays
+from vpt_jax.weights.release import check_header, fields_of, file_of, source_of
+from vpt_jax.weights.remote import local_path
+from vpt_jax.weights.shards import open_weights
+from vpt_jax.weights.sidecar import NAMES
+
+DEMO_BACKBONE = Path(__file__).parent.parent / "assets" / "demo_vit.safetensors"
+FORMAT_VERSION = 1
+_LOG = logging.getLogger(__name__)  # one line per file of which something was assumed
+_ENDS = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".json")
+_FACTS = ("num_heads", "activation", "epsilon")
+_LISTS = {"counts": int, "class_names": str}  # in the header of prompts
+_WORDS = ("backbone", "backbone_hash")
+_AGAIN = "it is damaged or was written by something else: fetch it again"
+
+
+class PromptFile(NamedTuple):
+    """What `load_prompts` returns: `prompts`, `head`, and the file's header."""
+
+    prompts: Prompts
+    head: Head
+    header: dict[str, Any]
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """A nested tree as `{'a/b/c': NumPy array}`."""
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def backbone_hash(backbone: Any) -> str:
+    """SHA-256 over the names, shapes and float32 values of a backbone's parameters."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten(backbone).items()):
+        digest.update(f"{name} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def load_backbone(
+    variant: str | os.PathLike,
+    path: str | os.PathLike = "",
+    *,
+    image_size: int = 0,
+    readout: str = "",
+    norm: str = "",
+    posemb: str = "learned",
+    resize: str = "",
+    num_heads: int = 0,
+    activation: str = "",
+    epsilon: float = 0.0,
+    skip: Sequence[str] = (),
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+) -> tuple[ViT | Swin, Any]:
+    """Loads a pretrained ViT or Swin.
+
+    Empty arguments take what is known of the file (`read_card`), else the default given
+    here. Where nothing is known, a warning of `logging` says in one line what was
+    assumed.
+
+    Args:
+      variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`, or another project's
+        name of one (`"vit_small_patch16_224"`); `"demo/4"` is the small backbone of the
+        package. Or the path, alone: then the file says which variant it is, and a plain
+        ViT of any size is loaded.
+      path: `.npz`, `.safetensors` or a PyTorch file, local or remote (`hf://`, `gs://`;
+        see `remote.local_path`); of several shards one of them or their index. Empty
+        loads the shipped weights of `"demo/4"`. Heads in the file are ignored.
+      image_size: Side of the pictures in pixels; 0 takes the file's own. The position
+        table is resized when it differs.
+      readout: `"cls"`, `"mean"` or `"mean_with_prompts"`, see `ViT`. Default: the class
+        token if there is one, else the mean.
+      norm: Final norm `"before"` or `"after"` the read-out (ViT). Default: before,
+        unless the file was trained the other way (`fc_norm`). After pooling, a norm
+        that was trained on tokens is not used: scale 1, bias 0, as MAE and VPT do.
+      posemb: `"sincos"` for files without a position table.
+      resize: How to resize the table, see `resize_pos_embedding`. Default:
+        `"corner_aligned"`, VPT's rule.
+      num_heads: Attention heads (ViT). Default: the variant's.
+      activation: Of the MLP (ViT): `"gelu"`, `"gelu_tanh"` or `"quick_gelu"`. Default:
+        `"gelu"`.
+      epsilon: Of every LayerNorm (ViT). Default: 1e-6.
+      skip: Names, or successive parts of them such as `"my_head"`, of arrays of the
+        file that are no part of the features.
+      dtype: Of the computation.
+      param_dtype: Of the loaded parameters.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      ValueError: If the file is absent, damaged or not to be trusted; is of a family
+        that is not supported (the message names it); has values that are NaN or
+        infinite; or its parameters are not exactly the variant's: the message names the
+        variant that the file is, or what is missing, unused or of another shape. Also
+        if published files of the same arrays differ in what nobody said of this one.
+
+    Example:
+      >>> model, backbone = load_backbone("demo/4")
+      >>> model.width, model.depth
+      (128, 6)
+    """
+    variant, path = told_apart(variant, path)
+    # An unknown variant is the first thing to hear of.
+    kind: Any = Swin if variant.startswith("Swin") else ViT
+    wanted = kind(variant) if variant else None
+    path = path or (DEMO_BACKBONE if variant == "demo/4" else "")
+    if not path:
+        raise ValueError(
+            f"no checkpoint given for {variant!r}; pass the path of a .npz,"
+            " .safetensors or PyTorch file (--config.backbone.checkpoint=PATH). Only"
+            f" 'demo/4' ships with the package. {where_to_get(variant)}."
+        )
+    _check_there(path, variant)
+    given = {"readout": readout, "norm": norm, "resize": resize}
+    given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
+    given = {name: value for name, value in given.items() if value}
+    with open_weights(path) as file:
+        refuse_families(file.arrays, path)
+        card = card_of(path, _own_card(path, file.metadata))
+        told = {**card, **given}
+        named = read_names(file.arrays, path, skip)
+        check_sizes(named, card, path)
+        model = wanted or infer(named, path, told.get("num_heads", 0))
+        model = model.clone(dtype=dtype, param_dtype=param_dtype)
+        if isinstance(model, Swin):
+            if facts := [name for name in _FACTS if name in given]:
+                raise ValueError(f"{facts[0]}= is for a ViT; leave it out for a Swin.")
+            model = match_swin(
+                *(model, named, path),
+                readout=told.get("readout", ""),
+                image_size=image_size,
+            )
+        else:
+            model = model.clone(**{n: told[n] for n in _FACTS if n in told})
+            model = match_vit(
+                *(model, named, path),
+                readout=told.get("readout", ""),
+                norm=told.get("norm", ""),
+                posemb=posemb,
+            )
+        tree = parameters(named, model, path, skip, param_dtype)
+        ask(model, named, card, given, path)
+        networks = file.metadata.get("networks", "")
+    resized = bool(image_size and image_size != model.image_size)
+    _say(path, [_taken(named, networks), assumed(model, card, given, resized)])
+    if resized:
+        model = model.clone(image_size=image_size)
+        if posemb == "learned":
+            place = tree["Transformer"]["posembed_input"]
+            place["pos_embedding"] = resize_pos_embedding(
+                place["pos_embedding"].astype(wide(param_dtype)),
+                image_size // model.patch,
+                told.get("resize", "corner_aligned"),
+                model.class_token,
+            ).astype(param_dtype)
+    return model, tree
+
+
+def told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
+    """Our name of the variant, and the path; the path alone may stand first."""
+    first = os.fspath(variant)
+    alone = first.lower().endswith(_ENDS) or "://" in first or os.path.isfile(first)
+    return ("", first) if alone and not path else (canonical(first), path)
+
+
+def _check_there(path: str | os.PathLike, variant: str) -> None:
+    """Raises if a local file is absent, and says where one may be had."""
+    if not local_path(path, beside=NAMES).exists():
+        raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
+
+
+def _taken(named: Named, networks: str) -> str:
+    """Which of several networks in a file was read; empty if there is one."""
+    if any("momentum" in name for name in named.left_out):
+        source = named.entries[0].source
+        networks = f"{source.partition('encoder')[0]}encoder, not its moving average"
+    return networks and f"several networks are in the file; took {networks}"
+
+
+def _say(path: Any, notes: Sequence[str]) -> None:
+    if notes := [note for note in notes if note]:
+        _LOG.warning("%s: %s.", path, "; ".join(notes))
+
+
+def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
+    """What is known of a file of weights beside the weights.
+
+    Of the `config.json` beside it; of the row of `backbones.BACKBONES` that its name
+    belongs to; of its own model card (safetensors written by `save_backbone`).
+
+    Returns:
+      `normalisation`, `readout`, `norm`, `resize`, `num_heads`, `activation`,
+      `epsilon`, `name`, `licence` and more, as far as known; `{}` for a file that
+      nobody knows.
+
+    Raises:
+      ValueError: If the file, or the `config.json`, cannot be read.
+    """
+    path = path or DEMO_BACKBONE
+    if known := known_backbone(path):
+        return card_of(path, {}) if local_path(path).exists() else known.card()
+    with open_weights(path) as file:
+        return card_of(path, _own_card(path, file.metadata))
+
+
+def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
+    card = _described(path, "model_card", metadata.get("model_card", "{}"))
+    for name in ("normalisation", "readout", "norm", "resize"):
+        if not isinstance(card.get(name, ""), str):
+            raise CheckpointError(
+                f"{path} has {name} {shown(card[name])} in its model card;"
+                f" expected a word; {_AGAIN}."
+            )
+    known = {
+        "num_heads": lambda x: type(x) is int and x > 0,
+        "activation": lambda x: isinstance(x, str) and x in ACTIVATIONS,
+        "epsilon": lambda x: type(x) is float and 0 < x < 1,
+    }
+    for name, good in known.items():
+        if name in card and not good(card[name]):
+            raise CheckpointError(
+                f"{path} has {name} {shown(card[name])} in its model card;"
+                f" expected what load_backbone takes; {_AGAIN}."
+            )
+    return card
+
+
+def save_backbone(path: str | os.PathLike, backbone: Any, card: dict[str, Any]) -> None:
+    """Writes a backbone as safetensors with its model card in the header."""
+    _write_safetensors(path, flatten(backbone), {"model_card": json.dumps(card)})
+
+
+def save_prompts(
+    path: str | os.PathLike,
+    prompts: Prompts,
+    head: Head,
+    *,
+    model: ViT | Swin,
+    backbone: Any,
+    backbone_name: str,
+    normalisation: str,
+    class_names: Sequence[str],
+    deep: bool = True,
+    resize: str = "",
+    source: str | os.PathLike = "",
+    load: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes prompts and their head as one small safetensors file.
+
+    With `resize`, `source` and `load` the file is all that `load_classifier` needs,
+    besides the backbone.
+
+    Args:
+      path: The file; it appears when it is whole.
+      prompts: One `[n_i, d]` array per layer (stored as float32).
+      head: `{'kernel', 'bias'}`.
+      model: The model they belong to.
+      backbone: Its parameters, or their `backbone_hash` where it is known.
+      backbone_name: For people: which weights these were.
+      normalisation: Name of the pictures' normalisation.
+      class_names: One per row of logits.
+      deep: False for VPT-Shallow.
+      resize: How pictures become squares: one of `data.pictures.RULES`.
+      source: Path or address of the backbone's file; of a path, the name is kept.
+      load: Other arguments of `load_backbone` that made it, see `release.ARGUMENTS`.
+
+    Raises:
+      ValueError: If prompts, head, model and class names do not fit together, a value
+        is not finite, or the normalisation is unknown.
+    """
+    check_choice("normalisation", normalisation, tuple(NORMALISATIONS))
+    _check_released(prompts, head, model, class_names, deep)
+    known = isinstance(backbone, str)
+    header = {
+        "version": FORMAT_VERSION,
+        "backbone": backbone_name,
+        "backbone_hash": backbone if known else backbone_hash(backbone),
+        "variant": model.variant,
+        "image_size": model.image_size,
+        "readout": model.readout,
+        "normalisation": normalisation,
+        "class_names": list(class_names),
+        "counts": list(counts(prompts)),
+        "deep": deep,
+        "model": fields_of(model),
+        "load": dict(load or {}),
+        "source": source_of(source),
+        "resize": resize,
+    }
+    arrays = {f"prompts/{i:02d}": p for i, p in enumerate(prompts)}
+    arrays |= {f"head/{name}": value for name, value in head.items()}
+    arrays = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
+    _write_safetensors(path, arrays, {"vpt_jax": json.dumps(header)})
+
+
+def _check_released(
+    prompts: Any, head: Any, model: Any, class_names: Any, deep: bool
+) -> None:
+    """Raises ValueError unless what is to be released is of one model, and finite."""
+    check_model(model, "widths", "variant", "readout")
+    check_layers("prompts", prompts, 2, shape="[n_i, d]")
+    num = check_prompts(prompts, model.widths)
+    check_head(head)
+    if not deep and any(num[1:]):
+        raise ValueError(
+            f"prompts have counts {num} with deep=False; shallow prompts belong to the"
+            " first layer only, later counts must be 0."
+        )
+    width, classes = head["kernel"].shape
+    if width != model.width:
+        raise ValueError(
+            f"head has width {width} but the model's features have {model.width}."
+        )
+    if isinstance(class_names, str) or not all(isinstance(c, str) for c in class_names):
+        raise ValueError(
+            f"class_names is {said(class_names)}; expected one text per class."
+        )
+    if len(class_names) != classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} entries but the head has {classes}"
+            " classes."
+        )
+    if not all(np.isfinite(x).all() for x in (*prompts, *head.values())):
+        raise ValueError(
+            "prompts or head have values that are infinite or NaN; expected numbers:"
+            " the training diverged, save an earlier state."
+        )
+
+
+def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile:
+    """Reads what `save_prompts` wrote.
+
+    Args:
+      path: The file, its address, or a shared folder: `hf://ORG/NAME`, see `share`.
+      backbone: The parameters that the prompts will be used with (or their hash). If
+        given, it must be the backbone that the prompts were trained on.
+
+    Returns:
+      Prompts, head (JAX arrays, float32) and the header.
+
+    Raises:
+      CheckpointError: If the file is damaged, of another kind or version, has values
+        that are not finite, or belongs to another backbone (both hashes are shown).
+    """
+    path = file_of(path)
+    arrays, metadata = read_arrays(path)
+    if "vpt_jax" not in metadata:
+        raise CheckpointError(
+            f"{path} is a safetensors file without a vpt_jax header; expected a file"
+            " written by vpt_jax.save_prompts."
+        )
+    header = _described(path, "vpt_jax", metadata["vpt_jax"])
+    if header.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {shown(header.get('version'))} but this"
+            f" vpt_jax reads version {FORMAT_VERSION}, as is expected; install the"
+            " version that wrote it."
+        )
+    _check_prompt_arrays(path, arrays, header)
+    depth = len(header["counts"])
+    prompts = tuple(jnp.asarray(arrays[f"prompts/{i:02d}"]) for i in range(depth))
+    if backbone is not None:
+        got = backbone if isinstance(backbone, str) else backbone_hash(backbone)
+        if got != header["backbone_hash"]:
+            raise CheckpointError(
+                f"{path} belongs to another backbone: its prompts were trained on"
+                f" {shown(header['backbone'])} with hash"
+                f" {shown(header['backbone_hash'])}, but the"
+                f" backbone given has hash {got}. Load the weights they were trained"
+                " on."
+            )
+    head = {n: jnp.asarray(arrays[f"head/{n}"]) for n in ("kernel", "bias")}
+    return PromptFile(prompts, head, header)
+
+
+def _described(path: str | os.PathLike, name: str, text: str) -> dict[str, Any]:
+    """The JSON object that a file has in its header under a name."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a header {name!r} that is no JSON ({error}); {_AGAIN}."
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path} has {shown(found)} as its header {name!r}; expected an"
+            f" object of JSON; {_AGAIN}."
+        )
+    return found
+
+
+def _check_prompt_arrays(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], header: dict[str, Any]
+) -> None:
+    """Raises unless the arrays are those that the header describes, and finite."""
+    wrong = [n for n in _WORDS if not isinstance(header.get(n), str)]
+    for name, kind in _LISTS.items():
+        values = header.get(name)
+        if not isinstance(values, list) or not all(type(x) is kind for x in values):
+            wrong.append(name)
+    if wrong:
+        raise CheckpointError(
+            f"{path} has {wrong[0]} {shown(header.get(wrong[0]))} in its header;"
+            " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
+            f" class names); {_AGAIN}."
+        )
+    check_header(path, header, _AGAIN)
+    names = [f"prompts/{i:02d}" for i in range(len(header["counts"]))]
+    names += ["head/bias", "head/kernel"]
+    if sorted(arrays) != sorted(names):
+        raise CheckpointError(
+            f"{path} holds {shown(sorted(arrays), 500)}; expected"
+            f" {shown(names, 500)}, as its header says; {_AGAIN}."
+        )
+    classes = len(header["class_names"])
+    for name, n in zip(names, [*header["counts"], None, None], strict=True):
+        array = arrays[name]
+        shape = {"head/bias": "[classes]", "head/kernel": "[d, classes]"}.get(
+            name, "[count, d]"
+        )
+        good = array.ndim == (1 if name == "head/bias" else 2)
+        if n is None:
+            good = good and array.shape[-1] == classes
+        else:
+            good = good and array.shape[0] == n
+        if not good or array.dtype != np.float32:
+            raise CheckpointError(
+                f"{path} has {name} {array.dtype} {list(array.shape)}; expected float32"
+                f" {shape} with {classes if n is None else n} of them, as its header"
+                f" says; {_AGAIN}."
+            )
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{path} has values in {name} that are infinite or NaN, expected"
+                " numbers: the training that made it diverged, or it was damaged;"
+                " train again, or fetch it again."
+            )
+
+
+def _write_safetensors(
+    path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Through a temporary name and a rename, so that the file is whole or absent."""
+    from safetensors.numpy import save
+
+    data = save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)

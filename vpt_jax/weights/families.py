@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks that are no plain ViT or Swin: recognised by what their files hold.
+
+A file of one of these has arrays that no model here has, or lacks some that every model
+here needs. Left out, they would leave another function than the one that was saved; so
+the file is refused, before any size is compared, by the name of its family. A family
+that is to be loaded leaves this table for `naming` and `models`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from vpt_jax.weights.readers import CheckpointError
+
+_VIT = "hf://timm/vit_base_patch16_224.augreg_in21k/model.safetensors"
+_DINOV2 = "hf://timm/vit_small_patch14_reg4_dinov2.lvd142m/model.safetensors"
+_PLAIN = f"a plain ViT, such as {_VIT} or {_DINOV2}"
+# A block of PyTorch's ViTs, whatever it is called.
+_BLOCK = r"(^|\.)(blocks|layers?|resblocks)\.\d+\."
+
+
+class Family(NamedTuple):
+    """A kind of network, and what tells it from those that are loaded."""
+
+    name: str
+    has: str  # regular expression, searched in the names of a file's arrays
+    why: str  # in "which is not supported: it has ..."
+    instead: str  # what to take
+    lacks: str = ""  # and no array has this
+
+
+# The first that fits; the more special ones come first.
+FAMILIES = (
+    Family(
+        "a LoRA or another adapter",
+        r"(^|[._])(lora_[ab]|lora_(down|up|embedding|magnitude)\w*|lokr_\w+|hada_\w+"
+        r"|ia3_l|oft_r)([._]|$)",
+        "small additions to a backbone that is not in the file",
+        "the merged model: merge_and_unload() of peft, then save_pretrained",
+    ),
+    Family(
+        "a quantised network",
+        r"(^|[._])(qweight|qzeros|scb|absmax|quant_map|quant_state|nested_absmax"
+        r"|weight_scale(_inv)?|weight_zero_point|_packed_params|_?scale_w\w*"
+        r"|weight_quantizer)([._]|$)",
+        "integers that stand for its weights",
+        "the file from before the quantisation, in float32, float16 or bfloat16",
+    ),
+    Family(
+        "a Swin V2",
+        r"logit_scale$.*|cpb_mlp|continuous_position_bias_mlp|attn\.meta_mlp",
+        "cosine attention and a computed position bias",
+        "a Swin of the first version, such as"
+        " hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",
+        lacks=r"text_model|token_embedding|(^|/)t/|attn_pool|probe|resblocks",
+    ),
+    Family(
+        "a SigLIP, or another ViT with attention pooling",
+        r"(^|\.)attn_pool\.|(^|[./])(head\.)?probe$|maphead_\d|\.attnpool\.",
+        "a learned query that pools the patches",
+        "timm's file without the pooling, read by the mean, such as"
+        " hf://timm/vit_base_patch16_siglip_gap_224.webli/model.safetensors",
+    ),
+    Family(
+        "a CLIP, or another ViT with a LayerNorm before its blocks",
+        r"(^|\.)(norm_pre|pre_layr?norm|ln_pre)\.|(^|\.)resblocks\.\d|class_embedding$"
+        r"|(^|\.)text_model\.",
+        "a LayerNorm before the blocks, and QuickGELU in some files",
+        _PLAIN,
+        lacks=rf"{_BLOCK}in_proj\.",
+    ),
+    Family(
+        "a distilled DeiT",
+        r"(^|\.)(dist_token|distillation_token)$",
+        "a second class token",
+        "the DeiT that is not distilled:"
+        " hf://timm/deit_small_patch16_224.fb_in1k/model.safetensors",
+    ),
+    Family(
+        "an XCiT",
+        r"attn\.temperature$|local_mp\.",
+        "attention between channels and convolutions in its blocks",
+        _PLAIN,
+    ),
+    Family(
+        "a SAM",
+        r"attn\.rel_pos_h$",
+        "relative positions in every block and a neck after them",
+        _PLAIN,
+        lacks=r"pool_q|stages\.\d",
+    ),
+    Family(
+        "a hierarchical or convolutional network",
+        r"(^|\.)stages?\.?\d+\.|(^|\.)network\.\d+\.|pos_embed_win|attn\.pool_[qkv]"
+        r"|(^|\.)blocks\.\d+\.(proj\.(weight|bias)$|blocks\.|fusion\.)"
+        r"|gating_param$|attention_biases$|(^|\.)layer[1-4]\.\d+\.|(^|\.)conv_stem\."
+        r"|^(?!.*(head|predictor|projector|decoder)).*running_mean$",
+        "stages, convolutions or pooling between its blocks",
+        f"{_PLAIN}, or a Swin of the first version",
+        lacks=r"patch_embed\.backbone\.|patch_embeddings\.backbone\.",
+    ),
+    Family(
+        "a hybrid of a convolutional network and a ViT",
+        r"patch_embed\.backbone\.|patch_embeddings\.backbone\.|(^|/)conv_root/"
+        r"|(^|/)gn_root/|(^|\.)patch_embed\.(conv|proj\.)?\d+\.|patch_embed\.conv",
+        "a convolutional network before the blocks",
+        _PLAIN,
+    ),
+    Family(
+        "a DINOv3, or another ViT with rotary positions and registers",
+        r"rope_embed|storage_tokens|(^|\.)rope\.",
+        "rotary positions in every block and no position table",
+        f"DINOv2 with registers: {_DINOV2}",
+    ),
+    Family(
+        "a DINOv3, or another ViT with rotary positions and registers",
+        r"(^|\.)(reg_token|register_tokens)$",
+        "rotary positions in every block and no position table",
+        f"DINOv2 with registers: {_DINOV2}",
+        lacks=r"pos_embed|position_embeddings|pos_embedding",
+    ),
+    Family(
+        "a CaiT",
+        r"attn\.proj_[lw]\.|blocks_token_only",
+        "attention heads that are mixed, and blocks for the class token alone",
+        _PLAIN,
+    ),
+    Family(
+        "a ViT with relative positions",
+        r"(attn|shared)[._]rel_pos",
+        "relative positions in every block",
+        _PLAIN,
+    ),
+    Family(
+        "a BEiT or Data2Vec",
+        r"(^|\.)(blocks|layers?)\.\d+\.(attn|attention)\.(.*\.)?relative_position_bias"
+        r"|rel_pos_bias|(^|\.)layers?\.\d+\.lambda_[12]$|shared_relative_position_bias",
+        "relative positions and no bias of its keys",
+        "MAE or DINOv2, self-supervised too:"
+        " hf://timm/vit_base_patch16_224.mae/model.safetensors",
+        lacks=r"layers\.\d+\.(blocks\.\d|downsample)",
+    ),
+    Family(
+        "an EVA, AIMv2 or another ViT with rotary positions or gates",
+        r"blocks\.\d+\.(gamma_[12]$|attn\.(q_bias|q_proj|inner_attn_ln)|mlp\.fc1_[gx]"
+        r"|mlp\.w[123]\.|mlp\.ffn_ln)",
+        "blocks of another kind (rotary positions, gates, no bias of the keys)",
+        _PLAIN,
+        lacks=r"ls1\.gamma|blocks\.\d+\.mlp\.w12|stages\.\d",
+    ),
+    Family(
+        "a ViT with normalised queries and keys",
+        rf"{_BLOCK}.*(q_norm|k_norm|query_norm|key_norm)\.",
+        "a norm of queries and keys in every block",
+        _PLAIN,
+        lacks=rf"{_BLOCK}in_proj\.",
+    ),
+    Family(
+        "a ViT with parallel blocks",
+        rf"{_BLOCK}(in_proj|in_norm|attns\.\d|ffns\.\d)\.",
+        "attention and MLP side by side",
+        _PLAIN,
+    ),
+    Family(
+        "a ViT with differential attention",
+        rf"{_BLOCK}attn\.lambda_[qk]\d",
+        "differences of attentions in every block",
+        _PLAIN,
+    ),
+    Family(
+        "a BEiT 3, or another ViT with norms within attention and MLP",
+        rf"{_BLOCK}(attn\.(sub_)?norm|mlp\.norm)\.",
+        "norms within attention and MLP",
+        _PLAIN,
+    ),
+    Family(
+        "a NaFlexViT",
+        r"(^|\.)embeds\.(proj|pos_embed)",
+        "positions for pictures of all proportions",
+        f"timm's ViT of a fixed size, such as {_VIT}",
+    ),
+)
+# What every plain ViT has and these lack: (our name of it, once it was translated).
+STRUCTURES = (
+    Family(
+        "a ViT whose norms have no bias (RMSNorm: AIMv2 and others)",
+        r"/LayerNorm_0/scale$",
+        "no mean in its norms",
+        _PLAIN,
+        lacks=r"/LayerNorm_0/bias$",
+    ),
+    Family(
+        "a ViT without a bias of queries, keys and values (timm's miil, rpn, medium_gap"
+        " and others, of which some put norms after attention and MLP)",
+        r"/query/kernel$",
+        "no bias there, and its blocks may be of another kind",
+        _PLAIN,
+        lacks=r"/query/bias$",
+    ),
+    Family(
+        "a ViT without a final norm (RADIO, InternViT and others)",
+        r"/LayerNorm_1/scale$",
+        "features that are not normalised",
+        _PLAIN,
+        lacks=r"Transformer/encoder_norm/(scale|bias)$",
+    ),
+)
+
+
+def refuse_families(names: Iterable[str], path: Any) -> None:
+    """Raises if the names of a file's arrays are those of one of `FAMILIES`.
+
+    Raises:
+      CheckpointError: It names the family, what it has, and what to take instead.
+    """
+    _refuse(FAMILIES, [name.lower() for name in names], path)
+
+
+def refuse_structures(names: Iterable[str], path: Any, pooled: bool) -> None:
+    """Raises if a ViT, in our names, lacks what every plain ViT has.
+
+    Args:
+      names: Our names.
+      path: For the message.
+      pooled: The read-out has a norm of its own, so the file needs none.
+
+    Raises:
+      CheckpointError: As `refuse_families`.
+    """
+    _refuse(STRUCTURES[: len(STRUCTURES) - pooled], list(names), path)
+
+
+def _refuse(families: tuple[Family, ...], names: list[str], path: Any) -> None:
+    # One search over all names each: line by line.
+    text = "\n".join(names)
+    for family in families:
+        found = re.search(family.has, text, re.MULTILINE)
+        if found and not (family.lacks and re.search(family.lacks, text, re.MULTILINE)):
+            raise CheckpointError(
+                f"{path} holds {family.name}, which is not supported: it has"
+                f" {family.why} ({_line(text, found.start())}). Take {family.instead}."
+            )
+
+
+def _line(text: str, at: int) -> str:
+    """The name around a place in the text, as a message shows it."""
+    start = text.rfind("\n", 0, at + (text[at : at + 1] == "\n")) + 1
+    return ascii(text[start:].partition("\n")[0])[1:-1][:80]

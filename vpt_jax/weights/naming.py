@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pretrained files call their parameters, and what we call them.
+
+`read_names` looks at names and shapes only. It finds the network in the file (below a
+prefix such as `module.base_encoder.`), leaves heads and what else is no backbone out,
+and gives for every array our parameter names with the transposition or split that makes
+our parameters of it. Known are Google's names (original ViT, AugReg, big_vision), those
+of timm and the original PyTorch code (ViT, DeiT, MAE, MoCo v3, DINO, DINOv2, Swin),
+transformers (`ViTModel`, `Dinov2Model`, `SwinModel`) and VPT's own ViT.
+"""
+
+import collections
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vpt_jax.weights.readers import CheckpointError, Lazy
+
+POSITIONS = "Transformer/posembed_input/pos_embedding"
+FINAL_NORM = "Transformer/encoder_norm"
+MAX_DEPTH = 1000  # what a stacked encoder's first axis may claim
+
+# The patch embedding is in every network once; what stands before it is the prefix.
+_ANCHOR = re.compile(
+    r"(?P<prefix>(?:.*[./])?)(?:embedding/kernel|patch_embed/kernel"
+    r"|patch_embed\.proj\.weight"
+    r"|embeddings\.patch_embeddings\.(?:projection\.)?weight)"
+)
+# No part of a backbone: heads, training-only tokens, prompts, buffers.
+_LEFT_OUT = re.compile(
+    r"(head|head_dist|fc|classifier|pre_logits|pooler|decoder\w*|prompt_embeddings"
+    r"|deep_prompt_embeddings\w*|mask_token|embeddings[./]mask_token)([./]|$)"
+    r"|.*[./](relative_position_index|attn_mask)$"
+    r"|(encoder\.)?(deep_)?prompt_\w+([./]|$)"
+)
+
+_DENSE = {"weight": ("kernel", "transpose"), "bias": ("bias", "same")}
+_NORM = {"weight": ("scale", "same"), "bias": ("bias", "same")}
+_CONV = {"weight": ("kernel", "convolution"), "bias": ("bias", "same")}
+_SCALE = {n: ("gamma", "same") for n in ("gamma", "lambda1")}
+_QKV = {"weight": ("kernel", "split"), "bias": ("bias", "split")}
+_BARE = {"": ("", "same")}
+
+# (their name, our name, what becomes of the last part); `{}` in ours is the group.
+_VIT = (
+    (r"(?:embeddings\.)?cls_token", "cls", _BARE),
+    (r"pos_embed|embeddings\.position_embeddings", POSITIONS, _BARE),
+    (r"(?:embeddings\.)?(?:reg_token|register_tokens)", "registers", _BARE),
+    (
+        r"patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?",
+        "embedding",
+        _CONV,
+    ),
+    (r"norm|fc_norm|layernorm|encoder\.encoder_norm", FINAL_NORM, _NORM),
+)
+_VIT_BLOCK = re.compile(
+    r"(?:blocks|layers|encoder\.layers?)\.(?P<block>\d+)\.(?P<rest>.*)"
+)
+_IN_VIT_BLOCK = (
+    (r"norm1|layernorm_before|attention_norm", "LayerNorm_0", _NORM),
+    (r"norm2|layernorm_after|ffn_norm", "LayerNorm_1", _NORM),
+    (r"attn\.qkv", "MultiHeadDotProductAttention_0/{qkv}", _QKV),
+    (
+        r"(?:attention\.attention|attn)\.(query|key|value)",
+        "MultiHeadDotProductAttention_0/{}",
+        _DENSE,
+    ),
+    (r"attention\.([qkv])_proj", "MultiHeadDotProductAttention_0/{}", _DENSE),
+    (
+        r"attn\.(?:proj|out)|attention\.output\.dense|attention\.o_proj",
+        "MultiHeadDotProductAttention_0/out",
+        _DENSE,
+    ),
+    (
+        r"mlp\.(?:fc1|w12|weights_in)|ffn\.fc1|intermediate\.dense",
+        "MlpBlock_0/Dense_0",
+        _DENSE,
+    ),
+    (
+        r"mlp\.(?:fc2|w3|weights_out)|ffn\.fc2|output\.dense",
+        "MlpBlock_0/Dense_1",
+        _DENSE,
+    ),
+    (r"ls1|layer_scale1", "LayerScale_0", _SCALE),
+    (r"ls2|layer_scale2", "LayerScale_1", _SCALE),
+)
+_SWIN = (
+    (
+        r"patch_embed\.proj|embeddings\.patch_embeddings\.projection",
+        "patch_embed",
+        _CONV,
+    ),
+    (r"(?:patch_embed|embeddings)\.norm", "patch_norm", _NORM),
+    (r"norm|layernorm", "norm", _NORM),
+)
+_SWIN_BLOCK = re.compile(
+    r"(?:encoder\.)?layers\.(?P<stage>\d+)\.blocks\.(?P<block>\d+)\.(?P<rest>.*)"
+)
+_IN_SWIN_BLOCK = (
+    (r"norm1|layernorm_before", "LayerNorm_0", _NORM),
+    (r"norm2|layernorm_after", "LayerNorm_1", _NORM),
+    (r"attn\.qkv", "attention/{qkv}", _QKV),
+    (r"attention\.self\.(query|key|value)", "attention/{}", _DENSE),
+    (r"attention\.([qkv])_proj", "attention/{}", _DENSE),
+    (r"attn\.proj|attention\.(?:output\.dense|o_proj)", "attention/out", _DENSE),
+    (
+        r"(?:attn|attention\.self|attention\.relative_position_bias)"
+        r"\.relative_position_bias_table",
+        "attention/relative_position_bias_table",
+        _BARE,
+    ),
+    (r"mlp\.fc1|intermediate\.dense", "MlpBlock_0/Dense_0", _DENSE),
+    (r"mlp\.fc2|output\.dense", "MlpBlock_0/Dense_1", _DENSE),
+)
+_SWIN_MERGING = re.compile(
+    r"(?:encoder\.)?layers\.(?P<stage>\d+)\.downsample\.(?P<rest>.*)"
+)
+_IN_SWIN_MERGING = (
+    (r"norm", "norm", _NORM),
+    (r"reduction", "reduction", {"weight": ("kernel", "transpose")}),
+)
+_QKV_NAMES = ("query", "key", "value")
+
+# Pre-Linen Flax numbered all submodules of a block in one sequence; Google's files
+# still carry those names. Linen numbers each kind on its own.
+_PRE_LINEN = (
+    ("MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"),
+    ("LayerNorm_2/", "LayerNorm_1/"),
+    ("MlpBlock_3/", "MlpBlock_0/"),
+)
+
+
+class Entry(NamedTuple):
+    """An array of a file and our parameters that are made of it.
+
+    `make` turns the array into a list with one array per name. Attention kernels and
+    biases of PyTorch files have one axis where ours have heads and width: the same
+    numbers in the same order.
+    """
+
+    source: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    lazy: Lazy
+    make: Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+class Named(NamedTuple):
+    """What a file of weights holds, in our names."""
+
+    kind: str  # "vit" or "swin"
+    entries: list[Entry]
+    unknown: list[str]  # of the network, but nothing that we know
+    left_out: list[str]  # heads and the like
+    skipped: list[str]  # of the network, left alone as the caller said
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: shape
+            for entry in self.entries
+            for name, shape in zip(entry.names, entry.shapes, strict=True)
+        }
+
+
+def skipped(name: str, skip: Sequence[str]) -> bool:
+    """Whether `skip` has the name, or successive parts of it (`"encoder_norm"`)."""
+    parts = f"/{name.replace('.', '/')}/"
+    return any(f"/{part.replace('.', '/')}/" in parts for part in skip)
+
+
+def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Named:
+    """Finds the network in a file and names its parameters as we do.
+
+    Args:
+      arrays: By the file's names.
+      path: For messages.
+      skip: Names to leave alone, see `skipped`.
+
+    Raises:
+      CheckpointError: If there is no network of a known kind in the file, or several.
+    """
+    prefix = _prefix(list(arrays), path)
+    inside = {n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)}
+    outside = [n for n in arrays if not n.startswith(prefix)]
+    aside = {n for n in inside if _LEFT_OUT.match(n)}
+    alone = {n for n in inside if n not in aside and skipped(n, skip)}
+    inside = {n: a for n, a in inside.items() if n not in aside | alone}
+    if any(n.startswith("blocks_0_0/") for n in inside):
+        kind, translate = "swin", _flax_entry
+    elif "embedding/kernel" in inside:
+        kind, translate = "vit", _flax_entry
+    elif any(_SWIN_BLOCK.fullmatch(n) for n in inside):
+        kind, translate = "swin", _swin_names(inside)
+    else:
+        kind, translate = "vit", _vit_entry
+    entries, unknown = [], []
+    for name, lazy in inside.items():
+        found = translate(name, lazy)
+        if found is None:
+            unknown.append(prefix + name)
+        else:
+            entries += [entry._replace(source=prefix + name) for entry in found]
+    names = collections.Counter(name for entry in entries for name in entry.names)
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        both = [e.source for e in entries if twice[0] in e.names]
+        raise CheckpointError(
+            f"{path} holds {twice[0]} twice, as {' and '.join(both)}; name the one to"
+            " leave out in skip=."
+        )
+    return Named(
+        kind,
+        entries,
+        unknown,
+        left_out=[*outside, *(prefix + n for n in sorted(aside))],
+        skipped=[prefix + n for n in sorted(alone)],
+    )
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """A nested tree as `{'a/b/c': leaf}`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{'a/b/c': leaf}` as a nested tree of dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _prefix(names: list[str], path: Any) -> str:
+    found = sorted({m["prefix"] for n in names if (m := _ANCHOR.fullmatch(n))})
+    # MoCo files hold the network that learns and its moving average.
+    found = [p for p in found if "momentum" not in p] or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{path} holds {len(found)} networks, below {', '.join(map(repr, found))};"
+            " save the one to use in a file of its own."
+        )
+    shown = ", ".join(sorted(names)[:5]) or "nothing"
+    raise CheckpointError(
+        f"{path} holds no ViT or Swin whose names are known (no patch embedding); it"
+        f" holds {len(names)} arrays: {shown}{', ...' if len(names) > 5 else ''}."
+        " Expected the names of Google's ViT, timm, transformers or the original code."
+    )
+
+
+def _flax_entry(name: str, lazy: Lazy) -> list[Entry] | None:
+    """Google's names, old and new, and our own."""
+    if name in ("pos_embedding", "Transformer/pos_embedding"):  # big_vision, new, old
+        name = POSITIONS
+    for old, new in _PRE_LINEN:
+        name = name.replace(old, new)
+    if name.startswith("Transformer/encoderblock/"):  # a scanned encoder: stacked
+        rest = name.removeprefix("Transformer/encoderblock/")
+        depth = lazy.shape[0] if lazy.shape else 0
+        if depth > MAX_DEPTH:
+            return None
+        names = tuple(f"Transformer/encoderblock_{i}/{rest}" for i in range(depth))
+        return [Entry("", names, (lazy.shape[1:],) * depth, lazy, list)]
+    return _changed((name,), "same", lazy)
+
+
+def _vit_entry(name: str, lazy: Lazy) -> list[Entry] | None:
+    if block := _VIT_BLOCK.fullmatch(name):
+        where = f"Transformer/encoderblock_{block['block']}/"
+        return _look_up(_IN_VIT_BLOCK, where, block["rest"], lazy)
+    return _look_up(_VIT, "", name, lazy)
+
+
+def _swin_names(names: Mapping[str, Lazy]) -> Callable:
+    # The original merges at the end of a stage, timm at the start of the next one.
+    late = not any(
+        (m := _SWIN_MERGING.fullmatch(n)) and m["stage"] == "0" for n in names
+    )
+
+    def translate(name: str, lazy: Lazy) -> list[Entry] | None:
+        if m := _SWIN_BLOCK.fullmatch(name):
+            where = f"blocks_{m['stage']}_{m['block']}/"
+            return _look_up(_IN_SWIN_BLOCK, where, m["rest"], lazy)
+        if m := _SWIN_MERGING.fullmatch(name):
+            where = f"merging_{int(m['stage']) - late}/"
+            return _look_up(_IN_SWIN_MERGING, where, m["rest"], lazy)
+        return _look_up(_SWIN, "", name, lazy)
+
+    return translate
+
+
+def _look_up(
+    table: Sequence[tuple], where: str, name: str, lazy: Lazy
+) -> list[Entry] | None:
+    for pattern, ours, leaves in table:
+        for leaf, (our_leaf, change) in leaves.items():
+            dotted = rf"(?:{pattern})\.{leaf}" if leaf else pattern
+            if not (match := re.fullmatch(dotted, name)):
+                continue
+            group = match[1] if match.lastindex else ""
+            group = {"q": "query", "k": "key", "v": "value"}.get(group, group)
+            if change == "split":
+                full = [ours.format(qkv=n) for n in _QKV_NAMES]
+            else:
+                full = [ours.format(group)]
+            names = tuple(f"{where}{n}/{our_leaf}".rstrip("/") for n in full)
+            return _changed(names, change, lazy)
+    return None
+
+
+def _changed(names: tuple[str, ...], change: str, lazy: Lazy) -> list[Entry] | None:
+    """The entry, or None if the array has not the axes that the change needs."""
+    shape, make = lazy.shape, lambda x: [x]
+    if change == "transpose":  # [out, in] to [in, out]
+        if len(shape) != 2:
+            return None
+        shape, make = shape[::-1], lambda x: [x.T]
+    elif change == "convolution":  # OIHW to HWIO
+        if len(shape) != 4:
+            return None
+        shape = (shape[2], shape[3], shape[1], shape[0])
+        make = lambda x: [x.transpose(2, 3, 1, 0)]  # noqa: E731
+    elif change == "split":  # query, key and value one below the other
+        if len(shape) not in (1, 2) or shape[0] % 3:
+            return None
+        shape = (shape[0] // 3, *shape[1:])[::-1]
+        make = lambda x: [part.T for part in np.split(x, 3)]  # noqa: E731
+    return [Entry("", names, (shape,) * len(names), lazy, make)]

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's files as descriptions of tensors, without PyTorch and without pickle.
+
+Such a file is a pickle that describes tensors, next to their raw bytes. Loading a
+pickle runs whatever it says, so this module does not load it. `unpickle` decodes the
+opcodes and obeys the few that state dicts need; the only things it builds are dicts,
+lists, tuples, numbers, strings and `Tensor` (where a tensor's values lie, not the
+values). A pickle that names anything else is refused with that name.
+
+Time and memory are bounded by `MAX_PICKLE` and `MAX_OPCODES`: every opcode costs at
+most what it adds, and nothing walks a structure to its leaves, so shared or endless
+structures do no harm.
+"""
+
+import io
+import math
+import pickletools
+import warnings
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpt_jax.files.messages import printable, shown
+
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+MAX_PICKLE = 4 << 20  # of a ViT-L with its optimiser: 0.3 MB
+MAX_OPCODES = 1_000_000
+MAX_DIMS = 32
+# Where training scripts put the state dict; the first that holds tensors counts.
+WRAPPERS = ("model", "state_dict", "model_state", "teacher", "module", "net")
+
+_DTYPES = {
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(jnp.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+# NumPy scalars, such as a best accuracy: recognised, never built.
+_INERT = frozenset({
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+})  # fmt: skip
+_LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING"
+    " SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES"
+    " SHORT_BINBYTES BINBYTES8".split()
+)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_RESAVE = (
+    "Only tensors are read, and nothing in the file is executed. If you trust the"
+    " file, re-save its weights alone with PyTorch: torch.save(model.state_dict(),"
+    " path), or the state dict that torch.load(path, weights_only=False) holds."
+)
+
+
+class Refused(ValueError):
+    """The file is sound, but holds what is not read; the message says what to do."""
+
+
+class Storage(NamedTuple):
+    """A run of numbers in the file, known by its key."""
+
+    key: str
+    dtype: np.dtype
+    size: int
+
+
+class Tensor(NamedTuple):
+    """A view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """How many elements lie between its first and its last, both included."""
+        if 0 in self.shape:
+            return 0
+        pairs = zip(self.shape, self.strides, strict=True)
+        return 1 + sum((n - 1) * stride for n, stride in pairs)
+
+
+class Pickled(NamedTuple):
+    """What a pickle describes, and every storage that it mentions."""
+
+    value: Any
+    storages: dict[str, Storage]
+
+
+class _Global(NamedTuple):
+    name: str
+
+
+class _Inert:
+    """Stands for a value that is not rebuilt."""
+
+
+def unpickle(stream: io.BytesIO) -> Pickled:
+    """Follows one pickle from `stream` up to its end.
+
+    Args:
+      stream: At most `MAX_PICKLE` long.
+
+    Raises:
+      Refused: If the pickle holds anything but tensors and plain values.
+      Exception: Of many kinds, if it is no well-formed pickle.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    storages: dict[str, Storage] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for count, (opcode, arg, _) in enumerate(_opcodes(stream)):
+        if count >= MAX_OPCODES:
+            raise Refused(
+                f"its pickle has more than {MAX_OPCODES} opcodes; a state dict needs"
+                f" far fewer. {_RESAVE}"
+            )
+        name = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            if not 0 <= arg < 2**32:  # other numbers could be made to collide
+                raise ValueError("its pickle has a memo index beyond 32 bits")
+            memo[arg] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[arg])
+        elif name in _LITERALS:
+            stack.append(arg)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif name in _TUPLES:
+            items = tuple(stack.pop() for _ in range(_TUPLES[name]))
+            stack.append(items[::-1])
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name == "DICT":
+            stack.append(_set_items({}, since_mark()))
+        elif name == "SETITEMS":
+            items = since_mark()
+            _set_items(stack[-1], items)
+        elif name == "SETITEM":
+            items = [stack.pop(), stack.pop()]
+            _set_items(stack[-1], items[::-1])
+        elif name == "EMPTY_LIST":
+            stack.append([])
+        elif name == "LIST":
+            stack.append(since_mark())
+        elif name == "APPENDS":
+            items = since_mark()
+            _expect(stack[-1], list).extend(items)
+        elif name == "APPEND":
+            item = stack.pop()
+            _expect(stack[-1], list).append(item)
+        elif name == "GLOBAL":
+            stack.append(_known(arg.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(_known(f"{_expect(module, str)}.{_expect(attribute, str)}"))
+        elif name == "BINPERSID":
+            storage = _storage(stack.pop())
+            if storages.setdefault(storage.key, storage) != storage:
+                raise ValueError("two types or sizes are given for the same storage")
+            stack.append(storage)
+        elif name == "REDUCE":
+            args = _expect(stack.pop(), tuple)
+            stack.append(_build(_expect(stack.pop(), _Global).name, args))
+        elif name == "BUILD":
+            # Attributes of an OrderedDict (`_metadata`) or of what is not rebuilt.
+            stack.pop()
+            if not isinstance(stack[-1], dict | _Inert):
+                raise Refused(
+                    f"its pickle sets attributes of {_kind(stack[-1])}. {_RESAVE}"
+                )
+        elif name == "INST":
+            _known(arg.replace(" ", ".", 1))
+            raise Refused(f"its pickle makes objects (INST). {_RESAVE}")
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise Refused(
+                f"its pickle uses the opcode {name}, which no state dict needs."
+                f" {_RESAVE}"
+            )
+    return Pickled(stack.pop(), storages)
+
+
+def state_dict(value: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name.
+
+    Args:
+      value: Of `unpickle`: a state dict, or a dict that holds one under a name of
+        `WRAPPERS` (the first in that order that holds tensors). Entries that are no
+        tensors, such as epochs and the optimiser's state, are left out.
+
+    Raises:
+      Refused: If there is no such dict.
+    """
+    if not isinstance(value, dict):
+        raise Refused(
+            f"it holds {_kind(value)}; expected a state dict. Re-save it with"
+            " torch.save(model.state_dict(), path)"
+        )
+    for tree in [value.get(key) for key in WRAPPERS] + [value]:
+        if isinstance(tree, dict):
+            found = {n: leaf for n, leaf in tree.items() if isinstance(leaf, Tensor)}
+            if found:
+                return found
+    keys = [key[:40] for key in list(value)[:12]]
+    raise Refused(
+        f"it holds no state dict: its top-level keys are {keys}, expected tensors there"
+        f" or under one of {list(WRAPPERS)}. Re-save with"
+        " torch.save(model.state_dict(), path)"
+    )
+
+
+def networks(value: Any) -> str:
+    """Which of several networks `state_dict` takes; empty where there is one.
+
+    A checkpoint may hold the network and an average of it over the steps (`model_ema`).
+    """
+    if not isinstance(value, dict):
+        return ""
+    held = {
+        str(key): {n for n, leaf in tree.items() if isinstance(leaf, Tensor)}
+        for key, tree in value.items()
+        if isinstance(tree, dict)
+    }
+    taken = next((key for key in WRAPPERS if held.get(key)), "")
+    if not taken:
+        return ""
+    others = [k for k, names in held.items() if k != taken and names & held[taken]]
+    shown = ", ".join(map(ascii, sorted(others)))
+    return f"{taken!a}, not {shown}" if others else ""
+
+
+def as_array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
+    """The tensor as a contiguous array; `values` are the `span` elements it covers."""
+    if 0 in tensor.shape or _is_contiguous(tensor):
+        return values.reshape(tensor.shape)
+    strides = [stride * values.itemsize for stride in tensor.strides]
+    raw = values.view(np.uint8)  # this way NumPy checks the strides
+    return np.ndarray(tensor.shape, values.dtype, raw, 0, strides).copy()
+
+
+def legacy_storages(stream: io.BytesIO) -> tuple[Pickled, list[Storage]]:
+    """Follows the pickles at the start of a file of PyTorch before 1.6.
+
+    Returns:
+      What the file describes, and its storages in the order in which they follow:
+      each as its size in eight bytes, then its values.
+    """
+    for expected in ("magic number", "protocol"):
+        if type(unpickle(stream).value) is not int:
+            raise ValueError(f"its {expected} is not a number")
+    system = unpickle(stream).value
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise Refused("it was not saved on a little-endian machine; re-save it")
+    pickled = unpickle(stream)
+    keys = _expect(unpickle(stream).value, list)
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError("its list of storages holds other things than names")
+    if sorted(keys) != sorted(pickled.storages):
+        raise ValueError("its list of storages is not that of its tensors")
+    return pickled, [pickled.storages[key] for key in keys]
+
+
+def _opcodes(stream: io.BytesIO) -> Any:
+    with warnings.catch_warnings():  # of odd escapes in strings
+        warnings.simplefilter("ignore")
+        yield from pickletools.genops(stream)
+
+
+def _known(name: str) -> _Global:
+    if name in _DTYPES or name in _INERT or name in _BUILDERS:
+        return _Global(name)
+    raise Refused(
+        f"it holds {printable(name[:100])}, which this reader does not build. {_RESAVE}"
+    )
+
+
+def _build(name: str, args: tuple) -> Any:
+    if name in _INERT:
+        return _Inert()
+    if name not in _BUILDERS:
+        raise Refused(f"its pickle calls {name}. {_RESAVE}")
+    return _BUILDERS[name](*args)
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"its pickle has {_kind(value)} where {kind.__name__} is needed"
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    return f"a value of type {type(value).__name__.strip('_')}"
+
+
+def _set_items(target: Any, items: list[Any]) -> dict[str, Any]:
+    """Keys that are no strings are left out: hashing them could be made slow."""
+    _expect(target, dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if isinstance(key, str):
+            target[key] = value
+    return target
+
+
+def _counts(values: Any, what: str) -> tuple[int, ...]:
+    values = tuple(values) if isinstance(values, tuple | list) else (values,)
+    if len(values) > MAX_DIMS:
+        raise ValueError(f"a tensor's {what} has {len(values)} entries")
+    if not all(type(v) is int and 0 <= v < 2**48 for v in values):
+        raise ValueError(f"a tensor's {what} is not made of counts")
+    return values
+
+
+def _storage(pid: Any) -> Storage:
+    if not isinstance(pid, tuple) or not pid or pid[0] != "storage":
+        said = pid[0] if isinstance(pid, tuple) and pid else pid
+        what = shown(said, 40) if isinstance(said, str) else _kind(said)
+        raise Refused(
+            f"its pickle refers to {what} outside of it; expected 'storage'. {_RESAVE}"
+        )
+    _, kind, key, _, size, *view = pid
+    if view and view != [None]:
+        raise Refused("it has views of storages; re-save it with a later PyTorch")
+    kind, key = _expect(kind, _Global).name, _expect(key, str)
+    if kind not in _DTYPES:
+        raise Refused(f"it stores values as {kind}; expected {sorted(_DTYPES)}")
+    (size,) = _counts((size,), "storage size")
+    return Storage(key, _DTYPES[kind], size)
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
+) -> Tensor:
+    """What follows the strides (requires_grad, hooks, metadata) does not matter."""
+    (offset,) = _counts((offset,), "offset")
+    shape, strides = _counts(shape, "shape"), _counts(strides, "strides")
+    if len(shape) != len(strides):
+        raise ValueError(f"a tensor has {len(shape)} sizes but {len(strides)} strides")
+    tensor = Tensor(_expect(storage, Storage), offset, shape, strides)
+    if tensor.span and offset + tensor.span > storage.size:
+        raise ValueError(
+            f"a tensor of shape {shape} with strides {strides} at {offset} exceeds its"
+            f" storage of {storage.size} values"
+        )
+    if math.prod(shape) > storage.size:
+        raise Refused(
+            f"a tensor of shape {shape} repeats the {storage.size} values of its"
+            " storage; re-save it after .contiguous()"
+        )
+    return tensor
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
+    return _expect(data, Tensor)
+
+
+def _size(sizes: Any) -> tuple:
+    return _expect(sizes, tuple)
+
+
+def _ordered_dict() -> dict[str, Any]:
+    return {}
+
+
+_BUILDERS = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": _size,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+}
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    step = 1
+    for size, stride in zip(tensor.shape[::-1], tensor.strides[::-1], strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
