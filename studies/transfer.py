@@ -34,11 +34,11 @@ import numpy as np
 
 import vpt_jax
 from studies import dense, study, transfer_page
+from studies.scenes import CLASSES, make_scenes
 from studies.study import Lab, Result
 from studies.transfer_page import REFERENCES, SEVENTY
 from vpt_jax import train
 from vpt_jax.data.augment import normalise
-from vpt_jax.data.scenes import CLASSES, make_scenes
 from vpt_jax.files import workdirs
 from vpt_jax.prompts import Importance, Mask
 from vpt_jax.run import config as configs

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.scenes import CLASSES
 from studies.study import (
     Figure,
     Result,
@@ -16,7 +17,6 @@ from studies.study import (
     verdict,
     with_margin,
 )
-from vpt_jax.data.scenes import CLASSES
 from vpt_jax.report import figures
 
 MODES = {

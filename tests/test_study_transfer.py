@@ -12,9 +12,8 @@ import pytest
 from test_protocol import load
 
 import vpt_jax
-from studies import dense, study, transfer, transfer_page
+from studies import dense, scenes, study, transfer, transfer_page
 from vpt_jax import train
-from vpt_jax.data import scenes
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment
 from vpt_jax.run.config import TrainConfig
