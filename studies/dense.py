@@ -23,6 +23,7 @@ from vpt_jax.condense import pad_batch
 from vpt_jax.data.augment import normalise
 from vpt_jax.models.layers import LayerNorm
 from vpt_jax.prompts import Mask, prompt_dropout
+from vpt_jax.run import fitting
 from vpt_jax.run.config import TrainConfig
 
 Data = tuple[Any, Any]  # images (or features) and labels, of all examples
@@ -117,56 +118,28 @@ def patch_logits(
     return vpt_jax.apply_head(trainable["head"], features)
 
 
-@functools.partial(jax.jit, static_argnames=("patches", "recipe"), donate_argnums=0)
-def train_epoch(
-    state: train.TrainState,
+def losses_of(
+    trainable: dict[str, Any],
     backbone: Any,
-    data: Data,
-    order: jax.Array,
-    mask: jax.Array,
-    learning_rates: jax.Array,
-    weight_decay: jax.Array,
+    batch: dict[str, jax.Array],
     key: jax.Array,
     prompt_mask: Mask | None,
     *,
-    patches: DensePatches | None,
+    model: DensePatches | None,
     recipe: train.Recipe,
-) -> tuple[train.TrainState, jax.Array]:
-    """One epoch on the device, as `train.train_epoch`, and its mean loss.
-
-    Prompts that `prompt_mask` takes out get no gradient: what is trained is the
-    condensed model, in the shapes of the whole one, compiled once for all selections.
-    """
-    images, labels = data
-
-    def step(state: train.TrainState, xs: tuple) -> tuple[train.TrainState, tuple]:
-        index, real, rate = xs
-        step_key = jax.random.fold_in(key, state.step)
-
-        def loss_fn(trainable: dict[str, Any]) -> tuple[jax.Array, tuple]:
-            logits = patch_logits(
-                trainable,
-                backbone,
-                parallel.spread(images[index]),
-                prompt_mask,
-                step_key,
-                patches=patches,
-                recipe=recipe,
-            )
-            losses = pixel_losses(logits, {"label": labels[index]})
-            total = jnp.where(real, losses, 0.0).sum()
-            num = real.sum(dtype=losses.dtype)
-            # The mean over the real examples of a partial last batch.
-            return total / num, (total, num)
-
-        grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable)
-        optimizer = train.make_optimizer(recipe, rate, weight_decay)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = jax.tree.map(jnp.add, state.trainable, updates)
-        return train.TrainState(state.step + 1, trainable, opt_state), sums
-
-    state, (losses, num) = jax.lax.scan(step, state, (order, mask, learning_rates))
-    return state, losses.sum() / num.sum()
+) -> tuple[jax.Array, jax.Array]:
+    """What `train.classify` is for a class per picture; no answer counts as right."""
+    logits = patch_logits(
+        trainable,
+        backbone,
+        batch["image"],
+        prompt_mask,
+        key,
+        patches=model,
+        recipe=recipe,
+    )
+    losses = pixel_losses(logits, batch)
+    return losses, jnp.zeros_like(losses)
 
 
 @parallel.everywhere()
@@ -183,41 +156,26 @@ def fit(
 ) -> dict[str, Any]:
     """Prompts and head after `settings.epochs`; order and dropout follow `seed`.
 
+    Prompts that `prompt_mask` takes out get no gradient: what is trained is the
+    condensed model, in the shapes of the whole one, compiled once for all selections.
+
     Raises:
       FloatingPointError: If the loss is not finite.
     """
-    num = len(data[1])
-    data = jax.tree.map(jnp.asarray, data)
-    rates = train.learning_rates(
-        train.scaled_lr(settings.base_lr, settings.batch_size, settings.optimizer),
-        settings.epochs,
-        settings.warmup_epochs,
-        math.ceil(num / settings.batch_size),
-        per=settings.schedule,
+    images, labels = jax.tree.map(jnp.asarray, data)
+    found, _ = fitting.train_in_memory(
+        trainable,
+        backbone,
+        images,
+        labels,
+        settings,
+        seed,
+        mask_of=prompt_mask and (lambda epoch, trainable: prompt_mask),
+        model=patches,
+        recipe=recipe,
+        losses_of=losses_of,
     )
-    # A copy: the state is donated, and the caller's arrays must live on.
-    state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
-    for epoch, rate in enumerate(rates):
-        order, mask = train.epoch_order(seed, epoch, num, settings.batch_size)
-        state, loss = train_epoch(
-            state,
-            backbone,
-            data,
-            jnp.asarray(order),
-            jnp.asarray(mask),
-            jnp.asarray(rate),
-            jnp.float32(settings.weight_decay),
-            jax.random.key(seed),
-            prompt_mask,
-            patches=patches,
-            recipe=recipe,
-        )
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(
-                f"the loss is {float(loss)} after epoch {epoch + 1} at rate"
-                f" {rate.max():g}; lower base_lr ({settings.base_lr})."
-            )
-    return state.trainable
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("side", "patches", "recipe"))

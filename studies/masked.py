@@ -7,22 +7,16 @@ depend on the selection: a study of hundreds of selections compiles once.
 """
 
 import json
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax import parallel, train
 from vpt_jax.files import workdirs
 from vpt_jax.prompts import Mask
 from vpt_jax.run import fitting, stages
+from vpt_jax.run.fitting import MaskOf
 from vpt_jax.run.stages import Run
-
-# The mask of an epoch: `(epoch, {'prompts', 'head'} so far) -> mask`.
-MaskOf = Callable[[int, dict[str, Any]], Mask]
 
 
 class Outcome(NamedTuple):
@@ -82,37 +76,21 @@ def finetuned(
     run: Run, seed: int, trainable: dict[str, Any], mask_of: MaskOf
 ) -> tuple[dict[str, Any], Mask]:
     """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
-    settings, num = run.config.finetune, len(run.labels)
-    recipe = stages.make_recipe(run, settings, "finetune")
-    rates = fitting.rates_of(settings, num)
-    head_rates = stages.head_rates_of(run, settings)
-    # A copy: the state is donated.
-    state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
-    mask: Mask = ()
-    for epoch in range(settings.epochs):
-        mask = mask_of(epoch, state.trainable)
-        order, real = train.epoch_order(seed, epoch, num, settings.batch_size)
-        state, metrics = train.train_epoch(
-            state,
-            run.backbone,
-            run.images,
-            run.labels,
-            order,
-            real,
-            rates[epoch],
-            jnp.float32(settings.weight_decay),
-            jax.random.key(seed),
-            mask,
-            head_rates=head_rates and tuple(map(jnp.float32, head_rates)),
-            model=run.model,
-            recipe=recipe,
-        )
-        if not math.isfinite(float(metrics["loss"])):
-            raise FloatingPointError(
-                f"seed {seed}: loss is {float(metrics['loss'])} in epoch {epoch + 1} of"
-                f" fine-tuning; lower config.finetune.base_lr ({settings.base_lr})."
-            )
-    return state.trainable, mask
+    settings = run.config.finetune
+    found, mask = fitting.train_in_memory(
+        trainable,
+        run.backbone,
+        run.images,
+        run.labels,
+        settings,
+        seed,
+        mask_of=mask_of,
+        head_rates=stages.head_rates_of(run, settings),
+        model=run.model,
+        recipe=stages.make_recipe(run, settings, "finetune"),
+    )
+    assert mask is not None
+    return found, mask
 
 
 @parallel.everywhere()

@@ -13,7 +13,7 @@ at `train_step`; `train_epoch` is a scan over it.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,9 @@ from vpt_jax.prompts import Mask, apply_head, check_choice, prompt_dropout
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step")  # how often the learning rate moves
+
+# Losses and right answers of a batch: `classify`, or what a study has in its place.
+Losses = Callable[..., tuple[jax.Array, jax.Array]]
 
 # Crops have keys of their own, fold_in(fold_in(key, _CROPS), step): no step, of which
 # the key is fold_in(key, step), has this number.
@@ -129,6 +132,30 @@ def predict(
     return apply_head(trainable["head"], features)
 
 
+def classify(
+    trainable: dict[str, Any],
+    backbone: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    prompt_mask: Mask | None,
+    *,
+    model: Any,
+    recipe: Recipe,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy `[b]` of a batch, and which answers are right, float32 `[b]`."""
+    logits = predict(
+        trainable,
+        backbone,
+        batch["image"],
+        model=model,
+        recipe=recipe,
+        key=key,
+        prompt_mask=prompt_mask,
+    )
+    right = logits.argmax(-1) == batch["label"]
+    return cross_entropy(logits, batch), right.astype(jnp.float32)
+
+
 def train_step(
     state: TrainState,
     backbone: Any,
@@ -141,6 +168,7 @@ def train_step(
     *,
     model: Any,
     recipe: Recipe,
+    losses_of: Losses = classify,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step.
 
@@ -159,26 +187,28 @@ def train_step(
       head_rates: Of the head's kernel and bias, times the rate; see `make_optimizer`.
       model: Static.
       recipe: Static.
+      losses_of: Static; what `classify` is: losses and right answers of a batch.
 
     Returns:
       The state after it, and sums over the real examples: `loss`, `correct`, `count`.
     """
 
     def loss_fn(trainable: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = predict(
+        step_key = jax.random.fold_in(key, state.step)
+        losses, right = losses_of(
             trainable,
             backbone,
-            batch["image"],
+            batch,
+            step_key,
+            prompt_mask,
             model=model,
             recipe=recipe,
-            key=jax.random.fold_in(key, state.step),
-            prompt_mask=prompt_mask,
         )
         mask = batch["mask"].astype(jnp.float32)
-        losses = cross_entropy(logits, batch) * mask
+        losses = losses * mask
         sums = {
             "loss": losses.sum(),
-            "correct": jnp.where(logits.argmax(-1) == batch["label"], mask, 0.0).sum(),
+            "correct": (right * mask).sum(),
             "count": mask.sum(),
         }
         # The mean over the real examples of a partial last batch, as the reference.
@@ -191,7 +221,9 @@ def train_step(
     return TrainState(state.step + 1, trainable, opt_state), sums
 
 
-@functools.partial(jax.jit, static_argnames=("model", "recipe"), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("model", "recipe", "losses_of"), donate_argnums=0
+)
 def train_epoch(
     state: TrainState,
     backbone: Any,
@@ -207,6 +239,7 @@ def train_epoch(
     *,
     model: Any,
     recipe: Recipe,
+    losses_of: Losses = classify,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One epoch on the device.
 
@@ -226,6 +259,7 @@ def train_epoch(
       head_rates: See `train_step`.
       model: Static.
       recipe: Static.
+      losses_of: Static; see `train_step`.
 
     Returns:
       The state, mean `loss` and `accuracy` over the epoch's examples, and
@@ -248,6 +282,7 @@ def train_epoch(
             head_rates,
             model=model,
             recipe=recipe,
+            losses_of=losses_of,
         )
 
     # Random numbers are drawn in order, so more examples behind change none of them.

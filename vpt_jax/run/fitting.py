@@ -11,6 +11,7 @@ the numbers are looked at.
 import itertools
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,12 @@ from clu.parameter_overview import get_parameter_overview
 
 from vpt_jax import parallel, train
 from vpt_jax.files import preemption, states, workdirs
+from vpt_jax.prompts import Mask
 from vpt_jax.run import config as configs
 from vpt_jax.weights.checkpoint import flatten
+
+# The mask of an epoch: `(epoch, {'prompts', 'head'} so far) -> mask`.
+MaskOf = Callable[[int, dict[str, Any]], Mask]
 
 # What SIGTERM waits for at most. On features a step takes microseconds.
 _CALL_STEPS = {"cpu": 5}
@@ -44,6 +49,105 @@ class Fit(NamedTuple):
     checkpoint_every: int  # epochs
     diverged: str
     head_rates: tuple[float, float] | None = None  # see `train.make_optimizer`
+
+
+class Call(NamedTuple):
+    """One compiled call of a training: which steps of an epoch, and what they left."""
+
+    epoch: int
+    start: int
+    stop: int
+    rates: np.ndarray  # of the epoch, `[steps]`
+    mask: Mask | None  # under which it trained
+    state: train.TrainState  # donated to the next call
+    metrics: dict[str, float]
+    num: int  # examples
+    seconds: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether the epoch ends with it."""
+        return self.stop == len(self.rates)
+
+
+def calls(
+    state: train.TrainState,
+    backbone: Any,
+    images: Any,
+    labels: jax.Array,
+    settings: configs.TrainConfig,
+    seed: int,
+    *,
+    head_rates: tuple[float, float] | None = None,
+    mask_of: MaskOf | None = None,
+    **static: Any,
+) -> Iterator[Call]:
+    """The training loop: from the state's step to the last, call by call.
+
+    Args:
+      state: Donated.
+      backbone: Frozen parameters.
+      images: The resident set, see `train.train_epoch`.
+      labels: int32 `[n]`.
+      settings: Epochs, batch size, rates.
+      seed: Of the order and the random keys.
+      head_rates: See `train.make_optimizer`.
+      mask_of: The mask of every epoch, from its number and `{'prompts', 'head'}`.
+      **static: `model`, `recipe` and `losses_of` of `train.train_epoch`.
+    """
+    num, step = len(labels), int(state.step)
+    rates = rates_of(settings, num)
+    epochs, steps = rates.shape
+    lengths = call_lengths(steps, on_features=static["model"] is None)
+    ends = list(itertools.accumulate(lengths))
+    key, decay = jax.random.key(seed), jnp.float32(settings.weight_decay)
+    factors = head_rates and tuple(map(jnp.float32, head_rates))
+    mask = None
+    while step < epochs * steps:
+        epoch, at = divmod(step, steps)
+        if mask_of and (at == 0 or mask is None):
+            mask = mask_of(epoch, state.trainable)
+        order, real = train.epoch_order(seed, epoch, num, settings.batch_size)
+        stop = next(end for end in ends if end > at)
+        begin = time.perf_counter()
+        state, metrics = train.train_epoch(
+            state,
+            backbone,
+            images,
+            labels,
+            order[at:stop],
+            real[at:stop],
+            rates[epoch, at:stop],
+            decay,
+            key,
+            mask,
+            factors,
+            **static,
+        )
+        found = {name: float(value) for name, value in metrics.items()}
+        seconds, seen = time.perf_counter() - begin, int(real[at:stop].sum())
+        yield Call(epoch, at, stop, rates[epoch], mask, state, found, seen, seconds)
+        step += stop - at
+
+
+def train_in_memory(
+    trainable: dict[str, Any], *args: Any, recipe: train.Recipe, **kwargs: Any
+) -> tuple[dict[str, Any], Mask | None]:
+    """Prompts and head after `calls`, and the last mask; nothing is written.
+
+    Raises:
+      FloatingPointError: If the loss is not finite.
+    """
+    # A copy: the state is donated, and the caller's arrays must live on.
+    state, mask = train.init_state(jax.tree.map(jnp.array, trainable), recipe), None
+    for call in calls(state, *args, recipe=recipe, **kwargs):
+        state, mask = call.state, call.mask
+        if not math.isfinite(call.metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss is {call.metrics['loss']} in epoch {call.epoch + 1} at rate"
+                f" {call.rates.max():g}; lower base_lr."
+            )
+    return state.trainable, mask
 
 
 def fit(
@@ -69,9 +173,69 @@ def fit(
     """
     settings, num = job.settings, len(labels)
     steps = math.ceil(num / settings.batch_size)
-    calls = call_lengths(steps, on_features=model is None)
-    ends = list(itertools.accumulate(calls))
-    rates = rates_of(settings, num)
+    saved = _newest(job, trainable, steps, log)
+    overview = get_parameter_overview(flatten(trainable), include_stats=False)
+    log.note(f"{job.name} trains\n{overview}")
+    state = parallel.held(saved["state"])
+    kept, losses = on_host(saved["kept"]), np.array(saved["losses"])
+    sums, seconds = np.array(saved["sums"]), float(saved["seconds"])
+    step, saved_at = int(state.step), time.perf_counter()
+    loop = calls(
+        state,
+        backbone,
+        images,
+        labels,
+        settings,
+        job.seed,
+        head_rates=job.head_rates,
+        model=model,
+        recipe=job.recipe,
+    )
+    with preemption.deferred():
+        for call in loop:
+            now = on_host(call.state)
+            seconds += call.seconds
+            if text := _divergence(job, call, now):
+                if job.diverged == "error":
+                    raise FloatingPointError(f"{text[0]}; {text[1]}")
+                log.line(f"{job.prefix} {text[0]}; ended with epoch {call.epoch}")
+                break
+            means = call.metrics["loss"], call.metrics["accuracy"]
+            sums += np.array([call.seconds, *(call.num * mean for mean in means)])
+            step += call.stop - call.start
+            if call.whole:
+                kept, shown = now.trainable, {"seconds": sums[0]}
+                shown |= {"loss": sums[1] / num, "accuracy": sums[2] / num}
+                sums, losses[int(call.epoch > 0) :] = np.zeros(3), shown["loss"]
+                epoch = call.epoch + 1, settings.epochs
+                log.epoch(job.name, *epoch, num, shown, job.prefix)
+            last = step == settings.epochs * steps
+            due = last or (call.whole and (call.epoch + 1) % job.checkpoint_every == 0)
+            # All processes save, or none: process 0 looks at the clock and for SIGTERM.
+            late = parallel.agreed(time.perf_counter() - saved_at > _SAVE_EVERY_S)
+            stopping = parallel.agreed(preemption.requested())
+            if due or late or stopping:
+                content = {"state": call.state, "kept": kept, "sums": sums}
+                content |= {"losses": losses, "seconds": np.asarray(seconds)}
+                states.save_checkpoint(job.directory / str(step), content)
+                states.remove_checkpoints(job.directory)
+                saved_at = time.perf_counter()
+            if stopping:
+                log.line(f"{job.prefix} {job.name}: SIGTERM, saved after step {step}")
+                raise preemption.Preempted
+    training = {
+        "seconds": round(seconds, 3),
+        "epochs": step // steps,
+        "planned_epochs": settings.epochs,
+        "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
+    }
+    return jax.tree.map(jnp.asarray, kept), training
+
+
+def _newest(
+    job: Fit, trainable: dict[str, Any], steps: int, log: workdirs.Log
+) -> dict[str, Any]:
+    """What the newest sound checkpoint holds, or the start."""
     saved = {
         "state": train.init_state(trainable, job.recipe),
         # Of the last whole epoch: the result, if the next one diverges.
@@ -88,89 +252,7 @@ def fit(
         if number % steps:
             where += f", step {number % steps} of {steps}"
         log.line(f"{job.prefix} {job.name}: continuing after {where}")
-    overview = get_parameter_overview(flatten(trainable), include_stats=False)
-    log.note(f"{job.name} trains\n{overview}")
-    state = parallel.held(saved["state"])
-    kept, sums = on_host(saved["kept"]), np.array(saved["sums"])
-    losses = np.array(saved["losses"])
-    seconds, key = float(saved["seconds"]), jax.random.key(job.seed)
-    weight_decay, step = jnp.float32(settings.weight_decay), int(state.step)
-    head_rates = job.head_rates and tuple(map(jnp.float32, job.head_rates))
-    last_saved, saved_at = step, time.perf_counter()
-
-    def save() -> None:
-        nonlocal last_saved, saved_at
-        if step != last_saved:
-            content = {"state": state, "kept": kept, "sums": sums, "losses": losses}
-            content["seconds"] = np.asarray(seconds)
-            states.save_checkpoint(job.directory / str(step), content)
-            states.remove_checkpoints(job.directory)
-            last_saved, saved_at = step, time.perf_counter()
-
-    with preemption.deferred():
-        while step < settings.epochs * steps:
-            epoch, at = divmod(step, steps)
-            order, mask = train.epoch_order(job.seed, epoch, num, settings.batch_size)
-            stop = next(end for end in ends if end > at)
-            start = time.perf_counter()
-            state, metrics = train.train_epoch(
-                state,
-                backbone,
-                images,
-                labels,
-                order[at:stop],
-                mask[at:stop],
-                rates[epoch, at:stop],
-                weight_decay,
-                key,
-                head_rates=head_rates,
-                model=model,
-                recipe=job.recipe,
-            )
-            found = {name: float(value) for name, value in metrics.items()}
-            now = on_host(state)
-            elapsed = time.perf_counter() - start
-            seconds += elapsed
-            finite = int(found["finite_steps"])
-            if finite < stop - at or not is_finite((now.trainable, now.opt_state)):
-                # Without a loss that says so, the update of the last step did it.
-                bad = min(at + finite, stop - 1)
-                rate = float(rates[epoch, bad])
-                text = _divergence(job, steps, epoch, bad, rate, found)
-                if job.diverged == "error":
-                    raise FloatingPointError(
-                        f"{text}; lower {job.config_key} ({settings.base_lr})."
-                        f" {_last_good(job.directory)}"
-                    )
-                log.line(f"{job.prefix} {text}; ended with epoch {epoch}")
-                break
-            real = int(mask[at:stop].sum())
-            parts = elapsed, found["loss"] * real, found["accuracy"] * real
-            sums = sums + np.array(parts)
-            step += stop - at
-            if stop == steps:
-                kept = now.trainable
-                shown = {"loss": sums[1] / num, "accuracy": sums[2] / num}
-                shown["seconds"] = sums[0]
-                sums = np.zeros(3)
-                losses[int(epoch > 0) :] = shown["loss"]
-                log.epoch(job.name, epoch + 1, settings.epochs, num, shown, job.prefix)
-            due = stop == steps and (epoch + 1) % job.checkpoint_every == 0
-            # All processes save, or none: process 0 looks at the clock and for SIGTERM.
-            late = parallel.agreed(time.perf_counter() - saved_at > _SAVE_EVERY_S)
-            stopping = parallel.agreed(preemption.requested())
-            if due or late or stopping or step == settings.epochs * steps:
-                save()
-            if stopping:
-                log.line(f"{job.prefix} {job.name}: SIGTERM, saved after step {step}")
-                raise preemption.Preempted
-    training = {
-        "seconds": round(seconds, 3),
-        "epochs": step // steps,
-        "planned_epochs": settings.epochs,
-        "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
-    }
-    return jax.tree.map(jnp.asarray, kept), training
+    return saved
 
 
 def rates_of(settings: configs.TrainConfig, num: int) -> np.ndarray:
@@ -198,26 +280,24 @@ def call_lengths(steps: int, *, on_features: bool = False) -> list[int]:
     return [len(part) for part in np.array_split(range(steps), -(-steps // most))]
 
 
-def _divergence(
-    job: Fit,
-    steps: int,
-    epoch: int,
-    bad: int,
-    rate: float,
-    found: dict[str, float],
-) -> str:
-    what = "loss" if not math.isfinite(found["loss"]) else "the update"
-    return (
-        f"{job.name}: {what} is not finite at step {epoch * steps + bad + 1} (epoch"
-        f" {epoch + 1}, step {bad + 1} of {steps}) at learning rate {rate:g}"
+def _divergence(job: Fit, call: Call, now: train.TrainState) -> tuple[str, str] | None:
+    """Where a call ceased to be finite, and what to do; None if it did not."""
+    finite, loss = int(call.metrics["finite_steps"]), call.metrics["loss"]
+    if finite == call.stop - call.start and is_finite((now.trainable, now.opt_state)):
+        return None
+    # Without a loss that says so, the update of the last step did it.
+    bad, steps = min(call.start + finite, call.stop - 1), len(call.rates)
+    what = "the update" if math.isfinite(loss) else "loss"
+    text = (
+        f"{job.name}: {what} is not finite at step {call.epoch * steps + bad + 1}"
+        f" (epoch {call.epoch + 1}, step {bad + 1} of {steps}) at learning rate"
+        f" {call.rates[bad]:g}"
     )
-
-
-def _last_good(directory: Path) -> str:
-    newest = states.newest_checkpoint(directory)
-    if newest is None:
-        return "No checkpoint had been saved."
-    return f"The last good checkpoint is {newest[1]}, after step {newest[0]}."
+    newest = states.newest_checkpoint(job.directory)
+    good = "No checkpoint had been saved."
+    if newest:
+        good = f"The last good checkpoint is {newest[1]}, after step {newest[0]}."
+    return text, f"lower {job.config_key} ({job.settings.base_lr}). {good}"
 
 
 def on_host(tree: Any) -> Any:
