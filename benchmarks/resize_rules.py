@@ -30,8 +30,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import vpt_jax
-from vpt_jax import train
 from vpt_jax.data import pictures
+from vpt_jax.run.probe import extract_features
 
 SIZES = (32, 32), (64, 64), (96, 96), (300, 200), (480, 320), (1242, 375)  # width first
 PROBED = (16, 28, 96)  # brought to these, antialiased, before the rule is applied
@@ -164,7 +164,7 @@ def compare_accuracy(path: str) -> None:
         found = {}
         for rule in RULES:
             squares = [pictures.to_square(x, model.image_size, rule) for x in sources]
-            features = train.extract_features(
+            features = extract_features(
                 backbone,
                 np.stack(squares),
                 model=model,

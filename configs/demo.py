@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vpt_jax.bench.benchmark_config import recipe
 from vpt_jax.prompts import check_choice
-from vpt_jax.run.config import defaults
+from vpt_jax.run.parsing import defaults
 
 TASKS = ("shapes_location", "shapes_orientation", "digits")
 

@@ -38,7 +38,7 @@ the command line: `--config.task.resize=squash` (crop for class folders otherwis
 from ml_collections import ConfigDict
 
 from vpt_jax.bench.benchmark_config import recipe
-from vpt_jax.run.config import defaults
+from vpt_jax.run.parsing import defaults
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -19,7 +19,6 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import parallel, train
-from vpt_jax.condense import pad_batch
 from vpt_jax.data.augment import normalise
 from vpt_jax.models.layers import LayerNorm
 from vpt_jax.prompts import Mask, prompt_dropout
@@ -213,7 +212,7 @@ def confusion(
     total = np.zeros((k, k), np.int64)
     for start in range(0, len(data[1]), batch_size):
         images, labels = (x[start : start + batch_size] for x in data)
-        batch = pad_batch({"image": images, "label": labels}, batch_size)
+        batch = parallel.pad_batch({"image": images, "label": labels}, batch_size)
         found = predict(
             trainable,
             backbone,

@@ -30,7 +30,7 @@ from vpt_jax.files import cli, workdirs
 from vpt_jax.prompts import check_choice
 from vpt_jax.report import page
 from vpt_jax.run import config as configs
-from vpt_jax.run import experiment, stages
+from vpt_jax.run import experiment, parsing, stages
 from vpt_jax.run.stages import Run, Unit
 
 VERDICTS = ("supported", "not supported", "undecided")
@@ -102,7 +102,7 @@ def running(lab: Lab, **changes: Mapping[str, Any]) -> Iterator[Run]:
     }
     # The folder is found by what training depends on, not by which seeds are asked for.
     config = dataclasses.replace(lab.config, seeds=(0,), **groups)
-    text = json.dumps(configs.to_dict(config), sort_keys=True)
+    text = json.dumps(parsing.to_dict(config), sort_keys=True)
     folder = lab.workdir / "trained" / hashlib.sha256(text.encode()).hexdigest()[:16]
     with experiment.started(config, folder, lab.model, lab.pictures) as run:
         yield run
@@ -207,7 +207,7 @@ def measured(name: str, study: ModuleType, lab: Lab, command: str) -> Result:
     Else it is measured now. `about` in it says what it is of.
     """
     path = lab.workdir / f"{name}.json"
-    config = configs.to_dict(lab.config)
+    config = parsing.to_dict(lab.config)
     if path.exists():
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["about"]["config"] == config:

@@ -42,6 +42,7 @@ from vpt_jax.data.augment import normalise
 from vpt_jax.files import workdirs
 from vpt_jax.prompts import Importance, Mask
 from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 SIZES = {"train": 800, "val": 200, "test": 500}
 SCENES_SEED = 0  # the same scenes for every seed of the training
@@ -147,7 +148,7 @@ def make_bench(lab: Lab, sizes: Mapping[str, int]) -> Bench:
         return split(found)
 
     # The folder is found by what training depends on, not by which seeds are asked for.
-    config = configs.to_dict(dataclasses.replace(lab.config, seeds=(0,)))
+    config = parsing.to_dict(dataclasses.replace(lab.config, seeds=(0,)))
     about = ["transfer", config, lab.model.info["hash"], list(sizes.items())]
     text = json.dumps([*about, SCENES_SEED], sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]

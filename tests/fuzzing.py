@@ -199,13 +199,13 @@ def edited(name: str) -> st.SearchStrategy:
 
 
 def try_config(values: dict[str, Any], folder: Path) -> str:
-    """`config.parse`: what it accepts can be written down and read again."""
-    from vpt_jax.run import config
+    """`parsing.parse`: what it accepts can be written down and read again."""
+    from vpt_jax.run import parsing
 
     with or_refused() as outcome:
-        parsed = config.parse(values)
-        text = json.dumps(config.to_dict(parsed), allow_nan=False)
-        assert config.parse(json.loads(text)) == parsed
+        parsed = parsing.parse(values)
+        text = json.dumps(parsing.to_dict(parsed), allow_nan=False)
+        assert parsing.parse(json.loads(text)) == parsed
         outcome.append("accepted")
     return outcome[0]
 
@@ -315,13 +315,13 @@ def try_flags(arguments: list[str], folder: Path) -> str:
 def _command_line(arguments: list[str]) -> None:
     from vpt_jax import main
     from vpt_jax.files import cli
-    from vpt_jax.run import config
+    from vpt_jax.run import parsing
 
     def only_parse(values: Any, workdir: Path, command: str) -> None:
         # What run_experiment does before it loads anything.
         if main.LIST.value or main.LAUNCHER.value != "here" or main.ADDRESS.value:
             raise ValueError("--list is for benchmarks; leave it out.")
-        config.parse(values)
+        parsing.parse(values)
 
     os.chdir(ROOT)
     cli.keep_compiled = lambda: None

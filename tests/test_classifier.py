@@ -23,8 +23,7 @@ import vpt_jax
 from vpt_jax import predict, train
 from vpt_jax.data.pictures import read_picture
 from vpt_jax.data.tasks import load_task
-from vpt_jax.run import config as configs
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 from vpt_jax.serve import share
 from vpt_jax.weights import checkpoint, release
 
@@ -71,7 +70,7 @@ def finished(zoo, standard_promotion, tmp_path_factory):
             optimizer="sgd", schedule="epoch", head_lr=0.0, weight_decay=0.01
         )
         values[stage].update(epochs=2, warmup_epochs=0, base_lr=2.0, batch_size=9)
-    config = configs.parse(values)
+    config = parsing.parse(values)
     experiment.run(config, folder / "out")
     return config, folder / "out"
 

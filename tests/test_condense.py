@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import vpt_jax
+from vpt_jax import parallel
 from vpt_jax.condense import (
     REDUCTIONS,
     SCORES,
     _batch_values,
     example_values,
-    pad_batch,
 )
 from vpt_jax.models.layers import Attention
 
@@ -325,7 +325,7 @@ def test_reductions(problem, reduction):
 
 
 def test_padding_does_not_count_even_if_it_is_not_finite(problem):
-    batch = pad_batch(problem[3], 9)
+    batch = parallel.pad_batch(problem[3], 9)
     batch["image"] = batch["image"].at[7:].set(jnp.nan)
     got = vpt_jax.importance(*problem[:3], [batch], score="attention")
     expected = vpt_jax.importance(*problem[:3], [problem[3]], score="attention")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from vpt_jax.bench import protocol
 from vpt_jax.files import cli, messages
-from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 
 @settings(max_examples=100)
@@ -57,7 +57,7 @@ def test_values_out_of_range_are_refused(changes, message):
     if 3 not in changes:
         values = changed("demo.py:smoke", **changes)
     with pytest.raises(ValueError, match=message):
-        configs.parse(values | {k: v for k, v in changes.items() if k == 3})
+        parsing.parse(values | {k: v for k, v in changes.items() if k == 3})
 
 
 @pytest.mark.parametrize(

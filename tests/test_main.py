@@ -20,7 +20,7 @@ from vpt_jax.bench import protocol, search
 from vpt_jax.data.tasks import load_task
 from vpt_jax.files import cli, workdirs
 from vpt_jax.run import config as configs
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -40,7 +40,7 @@ def smoke(checkpoint, **changes):
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
         (values[group] if group else values)[key] = value
-    return configs.parse(values)
+    return parsing.parse(values)
 
 
 def open_run(values):
@@ -444,7 +444,7 @@ def test_wrong_configs(changes, message):
         merge = isinstance(change, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **change} if merge else change
     with pytest.raises(ValueError, match=message):
-        configs.parse(values)
+        parsing.parse(values)
 
 
 # What the files of configs/ come to; a search fills in the first rates.
@@ -531,7 +531,7 @@ def flags_of(tmp_path, *args):
         "from vpt_jax.files import cli\n"
         "from vpt_jax.run import config\n"
         "def show(values, workdir, command):\n"
-        "    print(json.dumps(config.plain(values.to_dict())))\n"
+        "    print(json.dumps(parsing.plain(values.to_dict())))\n"
         f"sys.argv[1:] = {[f'--config={tmp_path}/own.py', *args]!r}\n"
         "cli.start(show, main.complete)"
     )
@@ -558,7 +558,7 @@ def test_every_key_of_the_schema_can_be_set(tmp_path):
         for part in (place := name.split("."))[:-1]:
             assert part in values
         group = values[place[0]] if len(place) == 2 else values
-        assert group[place[-1]] == configs.plain(value), name
+        assert group[place[-1]] == parsing.plain(value), name
 
 
 def test_a_tuple_that_is_given_again_counts_anew(tmp_path):
@@ -585,7 +585,7 @@ def test_missing_keys_are_named():
     values = load_config("configs/demo.py", "smoke").to_dict()
     del values["tune"]["base_lr"]
     with pytest.raises(ValueError, match=r"config.tune.base_lr is missing"):
-        configs.parse(values)
+        parsing.parse(values)
 
 
 def test_config_arguments_that_do_not_exist():

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import vpt_jax
 from vpt_jax import parallel, train
 from vpt_jax.data import strips
+from vpt_jax.run import probe
 
 NUM = (3, 4)
 KEY = jax.random.key(3)
@@ -88,7 +89,7 @@ def trained(model, backbone, mesh):
         right = train.answers(
             state.trainable, backbone, images, labels, recipe=recipe, **settings
         )
-        features = train.extract_features(
+        features = probe.extract_features(
             backbone, resident, normalisation="half", **settings
         )
     exact = right, float(metrics["accuracy"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vpt_jax.bench import protocol
 from vpt_jax.data.public.vtab import BENCHMARKS
-from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 VTAB = [name for name, row in BENCHMARKS.items() if row.group != "fgvc"]
 FGVC = [name for name, row in BENCHMARKS.items() if row.group == "fgvc"]
@@ -257,7 +257,7 @@ def test_a_job_is_a_function_of_its_config():
     """The same config gives equal jobs: names tell all that differs."""
     first, again = protocol.planned(small()), protocol.planned(small())
     assert first == again
-    configs_of = {job.name: configs.to_dict(job.config) for job in first}
+    configs_of = {job.name: parsing.to_dict(job.config) for job in first}
     assert len({str(c) for n, c in configs_of.items() if "grid" in n}) == 8
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 import vpt_jax
 from vpt_jax import train
 from vpt_jax.data import pictures, strips
+from vpt_jax.run import probe
 
 RNG = np.random.default_rng(0)
 SIDE, HEIGHT = 14, 16
@@ -236,7 +237,7 @@ def test_features_and_accuracy_of_a_strip_are_those_of_the_centres(problem):
     model, backbone, trainable, labels = problem
     centres = np.asarray(strips.view(ON_DEVICE, np.arange(len(SIZES))))
     got, expected = (
-        train.extract_features(
+        probe.extract_features(
             backbone, images, model=model, normalisation="half", batch_size=3
         )
         for images in (ON_DEVICE, centres)

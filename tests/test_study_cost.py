@@ -12,8 +12,7 @@ from test_main import load_config
 import vpt_jax
 from studies import cost, cost_page, cost_result, inference, study
 from studies.inference import HOW, Ratio
-from vpt_jax.run import config as configs
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 
 B16 = vpt_jax.ViT("B/16")
 VIT = vpt_jax.ViT(width=16, depth=3, num_heads=2, mlp_dim=24, patch=4, image_size=8)
@@ -206,7 +205,7 @@ def test_what_is_cheaper(found, noise, expected):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, quickly_compiled):
-    config = configs.parse(load_config("configs/demo.py", "digits,smoke"))
+    config = parsing.parse(load_config("configs/demo.py", "digits,smoke"))
     model = VIT.clone(depth=2)
     backbone = inference.initial(model)
     pictures = experiment.load_pictures(config.task, model.image_size)

@@ -11,7 +11,7 @@ from test_main import load_config
 import vpt_jax
 from studies import importance, planted, ranks, removal, study
 from vpt_jax.data.tasks import Split, Task
-from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 from vpt_jax.run.experiment import Model, Pictures
 
 NUM = (2, 2, 2)
@@ -162,7 +162,7 @@ def make_lab(workdir):
     }
     pictures = Pictures(task, jnp.asarray(split.images), jnp.asarray(split.labels))
     return study.Lab(
-        configs.parse(values), workdir, Model(model, backbone, info), pictures
+        parsing.parse(values), workdir, Model(model, backbone, info), pictures
     )
 
 

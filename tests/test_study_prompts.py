@@ -10,7 +10,7 @@ from conftest import SMALL, save_small_backbone
 from test_protocol import load
 
 from studies import prompts, study
-from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 COUNTS = (1, 2, 5, 10, 20, 40)
@@ -91,7 +91,7 @@ def miniature_lab(tmp_path):
     path = save_small_backbone(tmp_path / "small.safetensors")
     values = load("demo", "digits,smoke,seeds=2").to_dict()
     values["backbone"] |= {"variant": SMALL, "checkpoint": str(path)}
-    lab = study.make_lab(configs.parse(values), tmp_path / "out")
+    lab = study.make_lab(parsing.parse(values), tmp_path / "out")
     task = lab.pictures.task
     few = task._replace(
         train=type(task.train)(task.train.images[:16], task.train.labels[:16]),

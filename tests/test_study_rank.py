@@ -15,7 +15,7 @@ from test_protocol import load
 import vpt_jax
 from studies import growth, rank, rank_page, spectra, study
 from studies.spectra import energy_rank, entropy_rank
-from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 DOC = (Path(__file__).parent.parent / "docs" / "rank_bound.md").read_text()
@@ -337,7 +337,7 @@ def lab(tmp_path_factory, standard_promotion):
     path = save_small_backbone(place / "small.safetensors")
     values = load("demo", "digits,smoke,seeds=2").to_dict()
     values["backbone"] |= {"variant": SMALL, "checkpoint": str(path)}
-    lab = study.make_lab(configs.parse(values), place / "out")
+    lab = study.make_lab(parsing.parse(values), place / "out")
     train = lab.pictures.task.train
     few = lab.pictures.task._replace(
         train=type(train)(train.images[:16], train.labels[:16])

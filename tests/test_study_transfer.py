@@ -14,8 +14,7 @@ from test_protocol import load
 import vpt_jax
 from studies import dense, scenes, study, transfer, transfer_page
 from vpt_jax import train
-from vpt_jax.run import config as configs
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 from vpt_jax.run.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -377,7 +376,7 @@ def small_lab(tmp_path, tiny):
     info["hash"] = vpt_jax.backbone_hash(backbone)
     loaded = experiment.Model(model, backbone, info)
     # The study draws its own pictures.
-    return study.Lab(configs.parse(values), tmp_path / "out", loaded, None)
+    return study.Lab(parsing.parse(values), tmp_path / "out", loaded, None)
 
 
 def check_what_is_released(lab, rows):

@@ -14,6 +14,7 @@ from conftest import make_tiny
 import vpt_jax
 from vpt_jax import train
 from vpt_jax.data.augment import crop_and_flip, normalise, resize
+from vpt_jax.run import probe
 
 NUM = (2, 0, 3)
 KEY = jax.random.key(3)
@@ -203,7 +204,7 @@ def test_training_fits_a_learnable_task(problem):
 def test_a_linear_probe_on_features_is_a_linear_probe_on_pictures(problem):
     model, backbone, trainable, images, labels = problem
     empty = {**trainable, "prompts": tuple(p[:0] for p in trainable["prompts"])}
-    features = train.extract_features(
+    features = probe.extract_features(
         backbone, np.asarray(images), model=model, normalisation="half", batch_size=4
     )
     assert features.shape == (10, 16)
@@ -266,6 +267,7 @@ import jax, numpy as np
 import vpt_jax
 from vpt_jax import train
 from vpt_jax.data import cache
+from vpt_jax.run import probe
 
 def peak():
     # In kB. Not getrusage, which starts from the peak of the process that forked.
@@ -290,7 +292,7 @@ def accuracy(images, labels):
     )
 
 def features(images):
-    return train.extract_features(
+    return probe.extract_features(
         backbone, images, model=model, normalisation="half", batch_size=16
     )
 

@@ -3,7 +3,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vpt_jax.condense import condense, cross_entropy, importance, keep_mask
+from vpt_jax.condense import condense, importance, keep_mask
 from vpt_jax.intercept import PromptedModel, prompted
 from vpt_jax.macs import macs
 from vpt_jax.models.inputs import normalise, prefill
@@ -15,6 +15,7 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import (
     apply_head,
     counts,
+    cross_entropy,
     init_head,
     init_prompts,
     prompt_dropout,

@@ -14,7 +14,7 @@ of the softmax. So prompts are scored by the gradient with respect to a gate on 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,20 +23,8 @@ import numpy as np
 from jax.core import Tracer
 
 from vpt_jax import parallel
-from vpt_jax.files.checks import (
-    BATCH,
-    TRAINABLE,
-    check_batch,
-    check_head,
-    check_integer,
-    check_keys,
-    check_labels,
-    check_layers,
-    check_mask,
-    check_model,
-    is_array,
-    said,
-)
+from vpt_jax.files import checks
+from vpt_jax.files.checks import said
 from vpt_jax.models.attention import wide
 from vpt_jax.prompts import (
     Importance,
@@ -45,19 +33,9 @@ from vpt_jax.prompts import (
     apply_head,
     check_choice,
     counts,
+    cross_entropy,
 )
 
-SCORES = (
-    "removal",
-    "key_gate",
-    "signed",
-    "taylor",
-    "grad_norm",
-    "attention",
-    "leave_one_out",
-    "l2_norm",
-    "random",
-)
 SCOPES = ("global", "layer")
 Batch = dict[str, Any]
 
@@ -72,6 +50,7 @@ DEFAULT_REDUCTION = {
     "attention": "mean",
     "leave_one_out": "mean",
 }
+SCORES = (*DEFAULT_REDUCTION, "l2_norm", "random")
 # reduction: (applied to every example's value, applied to their mean)
 REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
     "mean_abs": (abs, lambda x: x),
@@ -80,37 +59,6 @@ REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
     "mean": (lambda x: x, lambda x: x),
     "second_order": (lambda x: x + 0.5 * x * x, lambda x: x),
 }
-
-
-def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-    """Softmax cross entropy `[b]` of `logits [b, k]` against `batch["label"] [b]`.
-
-    A label that is no class is an error; under jit, where its value is not known, its
-    loss and gradient are NaN. Of examples whose `batch["mask"]` is False, if there is
-    one, labels are not looked at: the loss is some finite number.
-
-    Raises:
-      ValueError: If a label is outside `[0, k)`, or they are not `[b]` integers.
-
-    Example:
-      >>> logits = jnp.log(jnp.array([[0.25, 0.75]]))
-      >>> round(float(cross_entropy(logits, {"label": jnp.array([0])})[0]), 4)
-      1.3863
-    """
-    if not is_array(logits) or logits.ndim != 2:
-        raise ValueError(f"logits are {said(logits)}; expected an array [b, k].")
-    check_keys("batch", batch, {"label": BATCH["label"]})
-    (b, k), label, mask = logits.shape, batch["label"], batch.get("mask")
-    check_labels(label, k, b, mask)
-    label = jnp.asarray(label).astype(jnp.int32)
-    if mask is not None:
-        label = jnp.where(mask, label, 0)
-    known = (label >= 0) & (label < k)
-    log_p = jax.nn.log_softmax(logits)
-    index = jnp.where(known, label, 0)[:, None]
-    # A product: through `where` alone the gradient would be a silent 0.
-    sign = jnp.where(known, -1.0, jnp.nan).astype(log_p.dtype)
-    return sign * jnp.take_along_axis(log_p, index, axis=1)[:, 0]
 
 
 def importance(
@@ -187,11 +135,11 @@ def importance(
         scores = vpt_jax.importance(model, backbone, trainable, [batch])
     """
     check_choice("score", score, SCORES)
-    check_keys("trainable", trainable, TRAINABLE)
-    check_head(trainable["head"])
+    checks.check_keys("trainable", trainable, checks.TRAINABLE)
+    checks.check_head(trainable["head"])
     prompts = trainable["prompts"]
     if prompt_mask is not None:
-        check_mask(prompt_mask, counts(prompts))
+        checks.check_mask(prompt_mask, counts(prompts))
     if score in ("l2_norm", "random"):
         if reduction is not None:
             raise ValueError(f"score {score!r} reads no examples; drop reduction=.")
@@ -199,30 +147,17 @@ def importance(
             key = None
         elif key is None:
             raise ValueError("score 'random' needs key=, a jax.random.key.")
-        return _without_masked(_data_free(prompts, key), prompt_mask)
+        return _without_masked(_without_data(prompts, key), prompt_mask)
     reduction = reduction or DEFAULT_REDUCTION[score]
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     if score == "signed" and reduction != "mean":
         raise ValueError(
             f"score 'signed' is key_gate with reduction 'mean'; got {reduction!r}."
         )
-    check_model(model, "apply")
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches is {said(batches)}; expected an iterable of batches: for one,"
-            " pass [batch]."
-        )
+    checks.check_model(model, "apply")
     totals = [np.zeros(n, np.float64) for n in counts(prompts)]
-    examples, size = 0.0, None
-    for done, batch in enumerate(batches, start=1):
-        if loss_fn is cross_entropy:
-            check_batch(batch, trainable["head"]["bias"].shape[0])
-            # What else there is, names of files perhaps, is nothing to compute with.
-            batch = {k: batch[k] for k in (*BATCH, "mask") if k in batch}
-        else:  # labels of another kind, or none
-            check_batch(batch, None)
-        size = size or len(batch["image"])
-        batch = pad_batch(batch, size)
+    examples, num_classes = 0.0, trainable["head"]["bias"].shape[0]
+    for done, batch in enumerate(_padded(batches, num_classes, loss_fn), start=1):
         values = _batch_values(
             backbone,
             trainable,
@@ -256,43 +191,41 @@ def importance(
     return _without_masked(tuple(map(jnp.asarray, scores)), prompt_mask)
 
 
-def pad_batch(batch: Batch, size: int) -> Batch:
-    """Repeats the first example up to `size`; `mask` is False for those.
-
-    On many devices, up to a size that can be split over them.
-    """
-    n = len(batch["image"])
-    if n > size:
-        raise ValueError(
-            f"a batch has {n} examples after one of {size}; sizes must not grow."
-        )
-    size = parallel.round_up(size)
-    batch = {"mask": jnp.ones(n, bool), **batch}
-    if n == size:
-        return batch
-    index = np.concatenate([np.arange(n), np.zeros(size - n, int)])
-    padded = jax.tree.map(lambda x: x[index], batch)
-    padded["mask"] = padded["mask"] & (jnp.arange(size) < n)
-    return padded
-
-
-def _data_free(prompts: Prompts, key: jax.Array | None) -> Importance:
+def _without_data(prompts: Prompts, key: jax.Array | None) -> Importance:
     """Uniform numbers, or without a key the prompts' norms."""
     if key is None:
-        norms = (jnp.linalg.norm(p.astype(jnp.float32), axis=-1) for p in prompts)
-        return tuple(norms)
-    return tuple(
-        jax.random.uniform(jax.random.fold_in(key, i), (n,))
-        for i, n in enumerate(counts(prompts))
-    )
+        return tuple(jnp.linalg.norm(p.astype(jnp.float32), axis=-1) for p in prompts)
+    keys = [jax.random.fold_in(key, i) for i in range(len(prompts))]
+    sizes = zip(keys, counts(prompts), strict=True)
+    return tuple(jax.random.uniform(own, (n,)) for own, n in sizes)
 
 
 def _without_masked(scores: Importance, prompt_mask: Mask | None) -> Importance:
     if prompt_mask is None:
         return scores
-    return tuple(
-        jnp.where(m, s, -jnp.inf) for m, s in zip(prompt_mask, scores, strict=True)
-    )
+    pairs = zip(prompt_mask, scores, strict=True)
+    return tuple(jnp.where(m, s, -jnp.inf) for m, s in pairs)
+
+
+def _padded(
+    batches: Iterable[Batch], num_classes: int, loss_fn: Callable
+) -> Iterator[Batch]:
+    """The batches, checked, all of the first one's size."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is {said(batches)}; expected an iterable of batches: for one,"
+            " pass [batch]."
+        )
+    size = None
+    for batch in batches:
+        if loss_fn is cross_entropy:
+            checks.check_batch(batch, num_classes)
+            # What else there is, names of files perhaps, is nothing to compute with.
+            batch = {k: batch[k] for k in (*checks.BATCH, "mask") if k in batch}
+        else:  # labels of another kind, or none
+            checks.check_batch(batch, None)
+        size = size or len(batch["image"])
+        yield parallel.pad_batch(batch, size)
 
 
 @functools.partial(
@@ -457,7 +390,7 @@ def keep_mask(
       [[True, False], [True]]
     """
     check_choice("scope", scope, SCOPES)
-    check_layers("scores", scores, 1, shape="[n_i]")
+    checks.check_layers("scores", scores, 1, shape="[n_i]")
     sizes = [s.shape[0] for s in scores]
     if not sum(sizes):
         raise ValueError("there are no prompts to select from: every layer has 0.")
@@ -472,7 +405,7 @@ def keep_mask(
             " 30 %, and static under jit."
         )
     largest = sum(sizes) if scope == "global" else max(sizes)
-    keep = keep if keep is None else check_integer("keep", keep, 0)
+    keep = keep if keep is None else checks.check_integer("keep", keep, 0)
     if keep is not None and not 1 <= keep <= largest:
         raise ValueError(f"keep is {keep}; it must be in 1..{largest} ({scope} scope).")
 
@@ -514,8 +447,8 @@ def condense(prompts: Prompts, mask: Mask) -> Prompts:
       >>> counts(condense(p, m))
       (1, 0)
     """
-    check_layers("prompts", prompts, 2, shape="[n_i, d]")
-    check_mask(mask, counts(prompts))
+    checks.check_layers("prompts", prompts, 2, shape="[n_i, d]")
+    checks.check_mask(mask, counts(prompts))
     if any(isinstance(m, Tracer) for m in mask):
         raise ValueError(
             "condense makes shapes from the mask's values and cannot run under jit;"

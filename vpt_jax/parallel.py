@@ -208,3 +208,38 @@ def backbone_shardings(mesh: Mesh, backbone: Any) -> Any:
         return NamedSharding(mesh, P(*[None] * axis, MODEL))
 
     return jax.tree_util.tree_map_with_path(one, backbone)
+
+
+def pad_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """Repeats the first example up to `size`; `mask` is False for those.
+
+    On many devices, up to a size that can be split over them.
+    """
+    n = len(batch["image"])
+    if n > size:
+        raise ValueError(
+            f"a batch has {n} examples after one of {size}; sizes must not grow."
+        )
+    size = round_up(size)
+    batch = {"mask": jnp.ones(n, bool), **batch}
+    if n == size:
+        return batch
+    index = np.concatenate([np.arange(n), np.zeros(size - n, int)])
+    padded = jax.tree.map(lambda x: x[index], batch)
+    padded["mask"] = padded["mask"] & (jnp.arange(size) < n)
+    return padded
+
+
+def one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
+    """Results on the host, each when the next has been started.
+
+    While the device computes one batch, the host prepares the next; at most two are in
+    flight, so that memory is bounded.
+    """
+    before = None
+    for result in results:
+        if before is not None:
+            yield np.asarray(before)
+        before = result
+    if before is not None:
+        yield np.asarray(before)

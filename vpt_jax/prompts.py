@@ -19,8 +19,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from vpt_jax.files.checks import (
+    BATCH,
     check_head,
     check_integer,
+    check_keys,
+    check_labels,
     check_layers,
     check_model,
     is_array,
@@ -321,3 +324,34 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
             f"unknown {name} {shown(value)}; {did_you_mean(value, known)}choose one of"
             f" {', '.join(map(repr, known))}."
         )
+
+
+def cross_entropy(logits: jax.Array, batch: dict[str, Any]) -> jax.Array:
+    """Softmax cross entropy `[b]` of `logits [b, k]` against `batch["label"] [b]`.
+
+    A label that is no class is an error; under jit, where its value is not known, its
+    loss and gradient are NaN. Of examples whose `batch["mask"]` is False, if there is
+    one, labels are not looked at: the loss is some finite number.
+
+    Raises:
+      ValueError: If a label is outside `[0, k)`, or they are not `[b]` integers.
+
+    Example:
+      >>> logits = jnp.log(jnp.array([[0.25, 0.75]]))
+      >>> round(float(cross_entropy(logits, {"label": jnp.array([0])})[0]), 4)
+      1.3863
+    """
+    if not is_array(logits) or logits.ndim != 2:
+        raise ValueError(f"logits are {said(logits)}; expected an array [b, k].")
+    check_keys("batch", batch, {"label": BATCH["label"]})
+    (b, k), label, mask = logits.shape, batch["label"], batch.get("mask")
+    check_labels(label, k, b, mask)
+    label = jnp.asarray(label).astype(jnp.int32)
+    if mask is not None:
+        label = jnp.where(mask, label, 0)
+    known = (label >= 0) & (label < k)
+    log_p = jax.nn.log_softmax(logits)
+    index = jnp.where(known, label, 0)[:, None]
+    # A product: through `where` alone the gradient would be a silent 0.
+    sign = jnp.where(known, -1.0, jnp.nan).astype(log_p.dtype)
+    return sign * jnp.take_along_axis(log_p, index, axis=1)[:, 0]

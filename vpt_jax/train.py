@@ -13,7 +13,7 @@ at `train_step`; `train_epoch` is a scan over it.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +22,16 @@ import numpy as np
 import optax
 
 from vpt_jax import parallel
-from vpt_jax.condense import cross_entropy
-from vpt_jax.data import cache, strips
+from vpt_jax.data import strips
 from vpt_jax.data.augment import normalise
 from vpt_jax.files.checks import check_labels
-from vpt_jax.prompts import Mask, apply_head, check_choice, prompt_dropout
+from vpt_jax.prompts import (
+    Mask,
+    apply_head,
+    check_choice,
+    cross_entropy,
+    prompt_dropout,
+)
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("epoch", "step")  # how often the learning rate moves
@@ -241,11 +246,11 @@ def train_epoch(
     recipe: Recipe,
     losses_of: Losses = classify,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One epoch on the device.
+    """One epoch on the device: `train_step`, whose arguments it takes, many times.
 
     Args:
       state: Donated.
-      backbone: Frozen parameters, not donated.
+      backbone: Not donated.
       images: The resident set, uint8 `[n, s, s, 3]`, or a strip of it, of which every
         step sees other crops, see `strips.take`.
       labels: int32 `[n]`.
@@ -411,7 +416,7 @@ def answers(
 ) -> np.ndarray:
     """Which pictures are classified right, bool `[n]`; the last batch is padded.
 
-    `images` may be a memory map that is larger than memory, see `batches`.
+    `images` may be a memory map that is larger than memory, see `strips.batches`.
 
     Raises:
       ValueError: If labels are not one class of the head for each picture.
@@ -428,65 +433,6 @@ def answers(
             model=model,
             recipe=recipe,
         )
-        for batch, index, mask in batches(images, batch_size)
+        for batch, index, mask in strips.batches(images, batch_size)
     )
-    return np.concatenate(list(one_late(found)))[: len(labels)]
-
-
-def batches(
-    images: Any, batch_size: int
-) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-    """All pictures in order, `(batch, index [b], mask [b])`; the last batch is padded.
-
-    Of a memory-mapped file, what has been copied into a batch no longer takes memory.
-    """
-    num, batch_size = strips.count(images), parallel.round_up(batch_size)
-    for start in range(0, num, batch_size):
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        mask = index < num
-        index = np.where(mask, index, 0)
-        batch = parallel.feed(strips.view(images, index))
-        cache.forget(images, start, start + batch_size)
-        yield batch, index, mask
-
-
-def one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
-    """Results on the host, each when the next has been started.
-
-    While the device computes one batch, the host prepares the next; at most two are in
-    flight, so that memory is bounded.
-    """
-    before = None
-    for result in results:
-        if before is not None:
-            yield np.asarray(before)
-        before = result
-    if before is not None:
-        yield np.asarray(before)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "normalisation"))
-def _features(
-    backbone: Any, images: jax.Array, *, model: Any, normalisation: str
-) -> jax.Array:
-    images = normalise(parallel.spread(images), normalisation)
-    return parallel.whole(model.apply({"params": backbone}, images)[0])
-
-
-def extract_features(
-    backbone: Any,
-    images: Any,
-    *,
-    model: Any,
-    normalisation: str,
-    batch_size: int,
-) -> np.ndarray:
-    """Features `[n, d]` of the model without prompts, for a linear probe.
-
-    Of a strip, which lies on the device, those of the centres: see `strips.view`.
-    """
-    found = (
-        _features(backbone, batch, model=model, normalisation=normalisation)
-        for batch, *_ in batches(images, batch_size)
-    )
-    return np.concatenate(list(one_late(found)))[: strips.count(images)]
+    return np.concatenate(list(parallel.one_late(found)))[: len(labels)]

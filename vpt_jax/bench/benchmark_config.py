@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from vpt_jax.files.messages import did_you_mean, shown
 from vpt_jax.prompts import check_choice
 from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 PROBE_DECAY = 0.01  # of a regularised probe that has no val to choose it on
 MODES = ("sweep", "published", "search")
@@ -151,17 +152,17 @@ class OwnConfig:
 
 
 def complete(values: ConfigDict) -> None:
-    """As `configs.complete`, for the config of a run or of a benchmark."""
+    """As `parsing.complete`, for the config of a run or of a benchmark."""
     if "benchmark" not in values:
-        configs.complete(values)
+        parsing.complete(values)
         tune: Any = values.tune
         if isinstance(tune, ConfigDict) and tune.base_lr is None:
             values.search = values.get("search", ConfigDict())
         found: Any = values.get("search")
         if isinstance(found, ConfigDict):
-            configs.complete(found, SearchConfig)
+            parsing.complete(found, SearchConfig)
         return
-    kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **configs.GROUPS}
+    kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **parsing.GROUPS}
     groups: dict[str, ConfigDict] = {}
     for name in kinds:
         if name not in values:
@@ -184,14 +185,14 @@ def complete(values: ConfigDict) -> None:
         if name in groups and key not in groups[name]
     ]
     for name, group in groups.items():
-        configs.complete(group, kinds[name])
-    configs.complete(values)
+        parsing.complete(group, kinds[name])
+    parsing.complete(values)
     for group, key in filled:
         del group[key]
     tasks = values.get("tasks")
     for own in tasks.values() if isinstance(tasks, ConfigDict) else ():
         if isinstance(own, ConfigDict):
-            configs.complete(own, OwnConfig)
+            parsing.complete(own, OwnConfig)
 
 
 def words(
@@ -298,9 +299,9 @@ def shorten(c: Any, *, image_size: int) -> None:
 
 
 def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
-    """Raises ValueError for what `configs.parse` cannot tell, as tasks fill it in."""
-    for name, kind in configs.GROUPS.items():
-        configs.check_keys(kind, plain.get(name, {}), f"config.{name}.")
+    """Raises ValueError for what `parsing.parse` cannot tell, as tasks fill it in."""
+    for name, kind in parsing.GROUPS.items():
+        parsing.check_keys(kind, plain.get(name, {}), f"config.{name}.")
     for name, keys in _FILLED.items():
         for key in keys:
             if plain.get(name, {}).get(key) is not None:
@@ -337,4 +338,4 @@ def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
                 f" {kinds[-1].__name__} from 0, or None for each task's own."
             )
     if plain.get("prompts", {}).get("num_prompts") is not None:
-        configs.build(configs.PromptConfig, plain["prompts"], "config.prompts.")
+        parsing.build(configs.PromptConfig, plain["prompts"], "config.prompts.")

@@ -30,6 +30,7 @@ from vpt_jax.bench.benchmark_config import (
 from vpt_jax.data.public.vtab import BENCHMARKS
 from vpt_jax.files.messages import shown
 from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 
 TRIALS = ("linear", "grid")  # kinds of jobs, besides "final"
 GRID_SEED = 0  # the reference seeds the last runs only; ours are all reproducible
@@ -71,10 +72,10 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     Raises:
       ValueError: If a key is wrong, of the benchmark or of any task's runs.
     """
-    plain = configs.plain_dict(values)
+    plain = parsing.plain_dict(values)
     if "benchmark" not in plain:
         raise ValueError("config key config.benchmark is missing; set it.")
-    settings = configs.build(
+    settings = parsing.build(
         BenchmarkConfig, plain.pop("benchmark"), "config.benchmark."
     )
     tasks = plain.pop("tasks", {})
@@ -82,7 +83,7 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     # A ConfigDict sorts by name.
     order = [name for name in BENCHMARKS if name in tasks]
     order += [name for name in tasks if name not in BENCHMARKS]
-    own = {n: configs.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
+    own = {n: parsing.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
     tune = plain.get("tune", {})
     if settings.mode != "published":
         for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
@@ -115,7 +116,7 @@ def make(
 
 def to_dict(bench: Benchmark) -> dict[str, Any]:
     """Plain values for JSON."""
-    return configs.plain(
+    return parsing.plain(
         {
             **bench.base,
             "benchmark": dataclasses.asdict(bench.settings),
@@ -426,7 +427,7 @@ def _config(
     if splits == "select":
         values["condense"] = {**base.get("condense", {}), "keep_ratios": ()}
         values["baselines"] = ()
-    return configs.parse(values)
+    return parsing.parse(values)
 
 
 def _stage(

@@ -20,7 +20,7 @@ from vpt_jax.bench.benchmark_config import OwnConfig, SearchConfig
 from vpt_jax.files import workdirs
 from vpt_jax.files.messages import shown
 from vpt_jax.run import config as configs
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 
 STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
@@ -32,7 +32,7 @@ Values = ConfigDict | Mapping[str, Any]
 
 def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
-    plain = configs.plain_dict(values)
+    plain = parsing.plain_dict(values)
     stages = [plain.get(name) for name in ("tune", "finetune")]
     return any(
         isinstance(stage, Mapping) and stage.get(key, 0) is None
@@ -47,16 +47,16 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     Raises:
       ValueError: If the config or the workdir cannot work.
     """
-    plain = configs.plain_dict(values)
-    settings = configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
+    plain = parsing.plain_dict(values)
+    settings = parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if not wanted(plain):
-        return experiment.run(configs.parse(plain), workdir, command)
+        return experiment.run(parsing.parse(plain), workdir, command)
     fill_lengths(plain)
     rate = plain["tune"].get("base_lr")
     if rate is not None:
         if plain["finetune"].get("base_lr") is None:
             plain["finetune"]["base_lr"] = settings.finetune_rate * rate
-        return experiment.run(configs.parse(plain), workdir, command)
+        return experiment.run(parsing.parse(plain), workdir, command)
     bench = benchmark_of(settings, plain)
     (task,) = bench.tasks
     check_same(bench, task, workdir)
@@ -70,7 +70,7 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
 
 def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
     """Prints the units of a run, and which of them are done; touches nothing."""
-    plain = configs.plain_dict(values)
+    plain = parsing.plain_dict(values)
     plain.pop("search", None)
     searched = wanted(plain)
     if searched:
@@ -78,7 +78,7 @@ def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
         for name in ("tune", "finetune"):  # which units there are does not depend on it
             some = {"base_lr": 1.0, "epochs": 1, "warmup_epochs": 0}
             plain[name] |= {k: v for k, v in some.items() if plain[name].get(k) is None}
-    config = configs.parse(plain)
+    config = parsing.parse(plain)
     if not searched:
         experiment.check_same_config(config, workdir)
     units = experiment.plan(config)
@@ -93,27 +93,27 @@ def fixed(values: Values, rate: float = 0.03) -> configs.Config:
 
     For studies, which compare selections at one rate.
     """
-    plain = configs.plain_dict(values)
-    configs.build(SearchConfig, plain.pop("search", {}), "config.search.")
+    plain = parsing.plain_dict(values)
+    parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if wanted(plain):
         fill_lengths(plain)
         for name in ("tune", "finetune"):
             if plain[name].get("base_lr") is None:
                 plain[name]["base_lr"] = rate
-    return configs.parse(plain)
+    return parsing.parse(plain)
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
     """Epochs that are None: what `STEPS` need, within `EPOCHS`; half to fine-tune."""
-    for name, kind in configs.GROUPS.items():
-        configs.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
+    for name, kind in parsing.GROUPS.items():
+        parsing.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
     tune, finetune = plain["tune"], plain["finetune"]
     if tune.get("epochs") is None:
         num = jobs.num_train(
-            configs.build(
+            parsing.build(
                 configs.BackboneConfig, plain["backbone"], "config.backbone."
             ),
-            configs.build(configs.TaskConfig, plain["task"], "config.task."),
+            parsing.build(configs.TaskConfig, plain["task"], "config.task."),
         )
         size = tune.get("batch_size")
         if not isinstance(size, int) or size < 1:

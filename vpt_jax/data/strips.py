@@ -7,6 +7,7 @@ common, so they are glued along the other: each lies with its long side along ax
 wide ones transposed. All shapes are static then, and the whole set stays on the device.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from vpt_jax import parallel
+from vpt_jax.data import cache
 
 
 class Strip(NamedTuple):
@@ -153,3 +155,20 @@ def _cut(
         return jnp.where(strip.wide[i], square.swapaxes(0, 1), square)
 
     return jax.vmap(one)(index, along, across)
+
+
+def batches(
+    images: Any, batch_size: int
+) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+    """All pictures in order, `(batch, index [b], mask [b])`; the last batch is padded.
+
+    Of a memory-mapped file, what has been copied into a batch no longer takes memory.
+    """
+    num, batch_size = count(images), parallel.round_up(batch_size)
+    for start in range(0, num, batch_size):
+        index = np.arange(start, start + batch_size, dtype=np.int32)
+        mask = index < num
+        index = np.where(mask, index, 0)
+        batch = parallel.feed(view(images, index))
+        cache.forget(images, start, start + batch_size)
+        yield batch, index, mask

@@ -27,6 +27,7 @@ from vpt_jax.files import workdirs
 from vpt_jax.report import cautions
 from vpt_jax.report import document as report
 from vpt_jax.run import config as configs
+from vpt_jax.run import parsing
 from vpt_jax.run.stages import Run, Unit, run_unit, scores_of
 from vpt_jax.weights.checkpoint import told_apart
 from vpt_jax.weights.release import is_address
@@ -264,7 +265,7 @@ def started(
         own = (workdir / name for name in ("prompts", "results", "scores"))
         workdirs.remove_leftovers(workdir, *own, *workdir.glob("checkpoints/*"))
         if workdirs.writes():
-            workdirs.write_json(workdir / "config.json", configs.to_dict(config))
+            workdirs.write_json(workdir / "config.json", parsing.to_dict(config))
         log = workdirs.Log(workdir / "log.txt", workdir / "events", echo=echo)
         stack.enter_context(contextlib.closing(log))
         task, info = pictures.task, model.info
@@ -304,7 +305,7 @@ def changed_keys(config: configs.Config, workdir: Path) -> list[str]:
             " known; expected the JSON of a run. Pass another --workdir, or delete the"
             " file if this is that run's config. Nothing was touched."
         ) from error
-    return configs.differences(found, configs.to_dict(config))
+    return parsing.differences(found, parsing.to_dict(config))
 
 
 def check_same_config(config: configs.Config, workdir: Path) -> None:
@@ -334,7 +335,7 @@ def make_report(
             "image_size": run.model.image_size,
         },
         "backbone": run.backbone_info,
-        "config": configs.to_dict(config),
+        "config": parsing.to_dict(config),
         "versions": versions(),
         "command": command,
         "latency_batch": config.eval_batch_size,

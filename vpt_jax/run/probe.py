@@ -5,10 +5,16 @@ What tuned prompts have to beat. The reference trains its probe by SGD over a gr
 rates; this one is the optimum of a convex problem, found in seconds without a rate.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+
+from vpt_jax import parallel
+from vpt_jax.data import strips
+from vpt_jax.data.augment import normalise
 
 DECAYS = tuple(float(f"{10.0**-e:.3g}") for e in np.arange(-1.0, 5.1, 0.5))
 """Decays that are tried, 10 ... 1e-5, of features at unit scale."""
@@ -100,3 +106,30 @@ def best_probe(
     """The probe with the highest accuracy on other features; of equals, more decay."""
     ordered = sorted(probes, key=lambda p: -p.decay)
     return max(ordered, key=lambda p: accuracy(p.head, features, labels))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "normalisation"))
+def _features(
+    backbone: Any, images: jax.Array, *, model: Any, normalisation: str
+) -> jax.Array:
+    images = normalise(parallel.spread(images), normalisation)
+    return parallel.whole(model.apply({"params": backbone}, images)[0])
+
+
+def extract_features(
+    backbone: Any,
+    images: Any,
+    *,
+    model: Any,
+    normalisation: str,
+    batch_size: int,
+) -> np.ndarray:
+    """Features `[n, d]` of the model without prompts.
+
+    Of a strip, which lies on the device, those of the centres: see `strips.view`.
+    """
+    found = (
+        _features(backbone, batch, model=model, normalisation=normalisation)
+        for batch, *_ in strips.batches(images, batch_size)
+    )
+    return np.concatenate(list(parallel.one_late(found)))[: strips.count(images)]

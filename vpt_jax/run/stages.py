@@ -344,7 +344,7 @@ def features_of(run: Run) -> jax.Array:
 
 @parallel.everywhere()
 def _features(run: Run, images: Any) -> np.ndarray:
-    return train.extract_features(
+    return probe.extract_features(
         run.backbone,
         images,
         model=run.model,
