@@ -107,7 +107,7 @@ def test_the_plan_is_printed(script, capsys):
         row.part in ("speed", "card") for row in script.plan(script.Sizes())
     )
     (cut,) = [i for i, line in enumerate(lines) if line.endswith("  8 minutes")]
-    assert float(lines[cut - 1].split()[4]) <= 8 < float(lines[cut + 1].split()[4])
+    assert float(lines[cut - 1].split()[4]) <= 8 <= float(lines[cut + 1].split()[4])
     tuning = next(line for line in lines if "tuning; vpt_jax; B/16; 64; 100" in line)
     assert tuning.split()[:3] == ["67.65", "0.70", "0.0966"]
     assert "whole protocol" in lines[-1]

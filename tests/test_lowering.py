@@ -26,6 +26,7 @@ from vpt_jax.condense import DEFAULT_REDUCTION, SCORES, _batch_values
 from vpt_jax.data import strips
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import REMATS
+from vpt_jax.run import probe
 
 BOTH = ("cuda", "tpu")
 NUM, CLASSES = (3, 0, 2), 5
@@ -200,7 +201,7 @@ def test_evaluation_of_one_run_and_of_many_and_a_probes_features(tiny):
     rest = (backbone, BATCH["image"], BATCH["label"], BATCH["mask"])
     lowered(train.eval_step, {**trainable, "prompts": ready}, *rest, **static)
     images = BATCH["image"]
-    lowered(train._features, backbone, images, model=model, normalisation="imagenet")
+    lowered(probe._features, backbone, images, model=model, normalisation="imagenet")
     prefill = jax.jit(functools.partial(vpt_jax.prefill, model))
     lowered(prefill, backbone, trainable["prompts"])
 
