@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from vpt_jax.condense import example_values
 from vpt_jax.models.attention import wide
+from vpt_jax.models.scores import example_values
 
 FORMS = ("removal", "key_gate")
 

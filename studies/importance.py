@@ -19,7 +19,7 @@ import numpy as np
 import vpt_jax
 from studies import importance_page, planted, removal, study
 from studies.ranks import kendall, pearson, percentile, precision, spearman
-from vpt_jax.condense import REDUCTIONS
+from vpt_jax.models.scores import REDUCTIONS
 from vpt_jax.prompts import counts
 from vpt_jax.run.stages import Run
 

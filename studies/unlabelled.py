@@ -24,7 +24,7 @@ from studies.importance_page import DEFAULT, ENOUGH, SECOND, of
 from studies.prompts import TOLERANCE
 from studies.ranks import spearman
 from studies.study import Figure, Lab, Result, Section, Table, Verdict
-from vpt_jax.condense import SCORES as OF_LIBRARY
+from vpt_jax.models.scores import SCORES as OF_LIBRARY
 from vpt_jax.prompts import Mask, counts
 from vpt_jax.report import figures
 from vpt_jax.run import stages

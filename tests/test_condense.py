@@ -525,3 +525,31 @@ def test_condense_under_jit_says_what_to_do_instead():
     prompts = (jnp.zeros((2, 3)),)
     with pytest.raises(ValueError, match="pass prompt_mask= to the model"):
         jax.jit(vpt_jax.condense)(prompts, (jnp.ones(2, bool),))
+
+
+def of_gates(losses, prompts, prompt_mask, deep):
+    """`key_gate`, written as a user would write a score of his own."""
+    b = losses(prompts)[0].shape[0]
+    gates = tuple(jnp.ones((b, len(p)), p.dtype) for p in prompts)
+    grads = jax.grad(lambda g: losses(prompts, prompt_gate=g)[0].sum())(gates)
+    return [-g for g in grads]
+
+
+def test_a_score_of_ones_own(problem):
+    model, backbone, trainable, batch = problem
+    args = model, backbone, trainable, [batch]
+    got = vpt_jax.importance(*args, score=of_gates, reduction="mean_abs")
+    want = vpt_jax.importance(*args, score="key_gate")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    signed = vpt_jax.importance(*args, score=of_gates)
+    for a, b in zip(signed, vpt_jax.importance(*args, score="signed"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_score_of_ones_own_has_a_value_for_each_prompt(problem):
+    def wrong(losses, prompts, prompt_mask, deep):
+        return [jnp.zeros(len(p)) for p in prompts]
+
+    with pytest.raises(ValueError, match=r"returned shapes .*expected \[\("):
+        vpt_jax.importance(*problem[:3], [problem[3]], score=wrong)

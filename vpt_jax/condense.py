@@ -12,7 +12,6 @@ of the softmax. So prompts are scored by the gradient with respect to a gate on 
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,14 @@ from jax.core import Tracer
 from vpt_jax import parallel
 from vpt_jax.files import checks
 from vpt_jax.files.checks import said
-from vpt_jax.models.attention import wide
+from vpt_jax.models.scores import (
+    DEFAULT_REDUCTION,
+    DEFAULT_SCORE,
+    REDUCTIONS,
+    SCORES,
+    Score,
+    example_values,
+)
 from vpt_jax.prompts import (
     Importance,
     Mask,
@@ -39,27 +45,6 @@ from vpt_jax.prompts import (
 SCOPES = ("global", "layer")
 Batch = dict[str, Any]
 
-# What each score does with its examples when the caller does not say.
-DEFAULT_SCORE = "removal"
-DEFAULT_REDUCTION = {
-    "removal": "mean_abs",
-    "key_gate": "mean_abs",
-    "taylor": "mean_abs",
-    "grad_norm": "mean",
-    "signed": "mean",
-    "attention": "mean",
-    "leave_one_out": "mean",
-}
-SCORES = (*DEFAULT_REDUCTION, "l2_norm", "random")
-# reduction: (applied to every example's value, applied to their mean)
-REDUCTIONS: dict[str, tuple[Callable, Callable]] = {
-    "mean_abs": (abs, lambda x: x),
-    "abs_mean": (lambda x: x, abs),
-    "mean_square": (lambda x: x * x, lambda x: x),
-    "mean": (lambda x: x, lambda x: x),
-    "second_order": (lambda x: x + 0.5 * x * x, lambda x: x),
-}
-
 
 def importance(
     model: Any,
@@ -67,7 +52,7 @@ def importance(
     trainable: dict[str, Any],
     batches: Iterable[Batch],
     *,
-    score: str = DEFAULT_SCORE,
+    score: str | Score = DEFAULT_SCORE,
     reduction: str | None = None,
     deep: bool = True,
     prompt_mask: Mask | None = None,
@@ -106,7 +91,7 @@ def importance(
         `[b]` in `[0, k)`, and optionally `mask` `[b]` (False: padding, does not count).
         A smaller last batch is padded, so nothing recompiles. Read once, batch by
         batch.
-      score: See above.
+      score: See above; or a function of your own, `Score`.
       reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"`, `"mean"`,
         or `"second_order"`, the mean of `x + x**2 / 2`: with `removal` it estimates
         the mean change of the loss (`leave_one_out`), as the mean square of
@@ -134,7 +119,8 @@ def importance(
         batch = {"image": vpt_jax.normalise(pictures, "half"), "label": labels}
         scores = vpt_jax.importance(model, backbone, trainable, [batch])
     """
-    check_choice("score", score, SCORES)
+    if not callable(score):
+        check_choice("score", score, SCORES)
     checks.check_keys("trainable", trainable, checks.TRAINABLE)
     checks.check_head(trainable["head"])
     prompts = trainable["prompts"]
@@ -148,7 +134,8 @@ def importance(
         elif key is None:
             raise ValueError("score 'random' needs key=, a jax.random.key.")
         return _without_masked(_without_data(prompts, key), prompt_mask)
-    reduction = reduction or DEFAULT_REDUCTION[score]
+    own = "mean" if callable(score) else DEFAULT_REDUCTION[score]
+    reduction = reduction or own
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     if score == "signed" and reduction != "mean":
         raise ValueError(
@@ -238,7 +225,7 @@ def _batch_values(
     prompt_mask: Mask | None,
     *,
     model: Any,
-    score: str,
+    score: str | Score,
     reduction: str,
     deep: bool,
     loss_fn: Callable,
@@ -262,98 +249,6 @@ def _batch_values(
     before = REDUCTIONS[reduction][0]
     counted = batch["mask"][:, None]
     return parallel.whole(tuple(jnp.where(counted, before(v), 0.0) for v in values))
-
-
-def example_values(
-    score: str,
-    losses: Callable[..., tuple[jax.Array, dict[str, Any]]],
-    prompts: Prompts,
-    prompt_mask: Mask | None = None,
-    deep: bool = True,
-) -> tuple[jax.Array, ...]:
-    """Every example's own value of every prompt, `[b, n_i]` per layer.
-
-    Args:
-      score: One that reads data.
-      losses: `(prompts, prompt_gate=, prompt_mask=) -> ([b] losses, out)`, where the
-        prompts may carry a batch axis and `out` is the model's second result.
-      prompts: One `[n_i, d]` array per layer.
-      prompt_mask: Prompts that are in the network at all; None for all.
-      deep: False for shallow prompts, whose attention is averaged over the layers.
-    """
-    b = jax.eval_shape(lambda p: losses(p)[0], prompts).shape[0]
-    if score == "removal":
-        return _removal(losses, prompts, b, deep)
-    if score in ("key_gate", "signed"):
-        gates = tuple(jnp.ones((b, p.shape[0]), wide(p.dtype)) for p in prompts)
-        grads = jax.grad(lambda g: losses(prompts, prompt_gate=g)[0].sum())(gates)
-        return tuple(-g for g in grads)
-    if score in ("taylor", "grad_norm"):
-        own = tuple(jnp.zeros((b, 1, 1), p.dtype) + p[None] for p in prompts)
-        grads = jax.grad(lambda p: losses(p)[0].sum())(own)
-        if score == "taylor":
-            pairs = zip(own, grads, strict=True)
-            return tuple(-(p * g).astype(jnp.float32).sum(-1) for p, g in pairs)
-        return tuple(jnp.linalg.norm(g.astype(jnp.float32), axis=-1) for g in grads)
-    if score == "attention":
-        blocks = losses(prompts)[1]["blocks"]
-        received = [block["prompt_attention"].mean(axis=(1, 2)) for block in blocks]
-        if deep:
-            return tuple(received)
-        mean = functools.reduce(jnp.add, received) / len(received)
-        return (mean, *(jnp.zeros((b, 0)) for _ in prompts[1:]))
-    return _leave_one_out(losses, prompts, prompt_mask)
-
-
-def _removal(
-    losses: Callable, prompts: Prompts, b: int, deep: bool
-) -> tuple[jax.Array, ...]:
-    """The score `removal`: how a removed key's attention goes to the others, exactly.
-
-    A query that gave the prompt's key the weight `a` and attended to `o` attends to
-    `o + a / (1 - a) (o - v)` without it, `v` the prompt's value. The derivative of a
-    gate at 1 is `a (v - o)`: removal is that, divided by `-(1 - a)`, head by head and
-    query by query. Where a prompt is more than a key of one layer (shallow prompts;
-    outputs that are averaged), it is the derivative of a gate on all that it is.
-    """
-
-    def gated(gates: Any) -> tuple[jax.Array, list[jax.Array]]:
-        loss, out = losses(prompts, prompt_gate=gates)
-        return loss.sum(), [block["prompt_attention"] for block in out["blocks"]]
-
-    blocks = jax.eval_shape(lambda p: losses(p)[1]["blocks"], prompts)
-    only_keys = [deep and "prompts" not in block for block in blocks]
-    gates = tuple(
-        jnp.ones(
-            block["prompt_attention"].shape if fine else (b, p.shape[0]),
-            wide(p.dtype),
-        )
-        for p, block, fine in zip(prompts, blocks, only_keys, strict=True)
-    )
-    grads, attention = jax.grad(gated, has_aux=True)(gates)
-    # A prompt with all of the attention cannot be spared; 1e-6 is float32's limit.
-    return tuple(
-        -(g / jnp.maximum(1 - a, 1e-6)).sum(axis=(1, 2)) if fine else -g
-        for g, a, fine in zip(grads, attention, only_keys, strict=True)
-    )
-
-
-def _leave_one_out(
-    losses: Callable, prompts: Prompts, prompt_mask: Mask | None
-) -> tuple[jax.Array, ...]:
-    num = counts(prompts)
-    present = prompt_mask or tuple(jnp.ones(n, bool) for n in num)
-    starts = np.cumsum((0, *num))
-
-    def without(j: jax.Array) -> jax.Array:
-        mask = tuple(
-            m & (jnp.arange(n) + start != j)
-            for m, n, start in zip(present, num, starts[:-1], strict=True)
-        )
-        return losses(prompts, prompt_mask=mask)[0]
-
-    change = jax.lax.map(without, jnp.arange(sum(num))) - losses(prompts)[0][None]
-    return tuple(change[start:end].T for start, end in itertools.pairwise(starts))
 
 
 def keep_mask(

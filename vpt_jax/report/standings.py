@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.condense import DEFAULT_SCORE
 from vpt_jax.data.public.vtab import BENCHMARKS, GROUPS
+from vpt_jax.models.scores import DEFAULT_SCORE
 from vpt_jax.report import published
 from vpt_jax.report.rows import Row, kind, label, place
 

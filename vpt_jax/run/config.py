@@ -5,17 +5,19 @@ A config file states what differs; `parsing.py` reads it into these dataclasses.
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from vpt_jax.condense import DEFAULT_SCORE, REDUCTIONS, SCOPES, SCORES
+from vpt_jax.condense import SCOPES
 from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.files.messages import shown
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.posemb import RESIZES
+from vpt_jax.models.scores import DEFAULT_SCORE, REDUCTIONS, SCORES, Score
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import INITS, check_choice
@@ -206,16 +208,42 @@ class TrainConfig:
             )
 
 
+def find_score(name: str) -> str | Score:
+    """A score by its name, or the function that `module:function` names.
+
+    Raises:
+      ValueError: If there is neither.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        check_choice("score.score", name, SCORES)
+        return name
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"score.score is {shown(name)} ({error}); expected module:function, where"
+            " the module can be imported from this folder."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"score.score is {shown(name)}, which is no function.")
+    return cast(Score, found)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """How prompts are scored; an empty reduction is the score's own."""
+    """How prompts are scored; an empty reduction is the score's own.
+
+    `score` is one of `condense.SCORES`, or `module:function` for one of your own, see
+    `condense.Score`.
+    """
 
     score: str = DEFAULT_SCORE
     reduction: str = ""
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_choice("score.score", self.score, SCORES)
+        find_score(self.score)
         check_choice("score.reduction", self.reduction, ("", *REDUCTIONS))
         positive(score_batch_size=self.batch_size)
 

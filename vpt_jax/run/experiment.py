@@ -20,10 +20,10 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import parallel
-from vpt_jax.condense import DEFAULT_REDUCTION
 from vpt_jax.data import doubts, strips
 from vpt_jax.data.tasks import Task, load_task
 from vpt_jax.files import workdirs
+from vpt_jax.models.scores import DEFAULT_REDUCTION
 from vpt_jax.report import cautions
 from vpt_jax.report import document as report
 from vpt_jax.run import config as configs
@@ -324,6 +324,7 @@ def make_report(
     """The content of report.json."""
     config, task = run.config, run.task
     score, seed = config.score.score, config.seeds[0]
+    own = "mean" if ":" in score else DEFAULT_REDUCTION.get(score, "")
     scores = scores_of(run, seed, score)
     return {
         "task": task.name,
@@ -342,7 +343,7 @@ def make_report(
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         "importance": {
             "score": score,
-            "reduction": config.score.reduction or DEFAULT_REDUCTION.get(score, ""),
+            "reduction": config.score.reduction or own,
             "seed": seed,
             "layers": [np.asarray(s).tolist() for s in scores],
         },

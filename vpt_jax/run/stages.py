@@ -39,7 +39,8 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         """Also its file name."""
-        parts = [f"seed{self.seed}", self.stage, self.score, self.scope]
+        score = self.score and self.score.replace(":", "-")  # module:function
+        parts = [f"seed{self.seed}", self.stage, score, self.scope]
         if self.keep_ratio not in (0.0, 1.0):
             parts.append(f"{100 * self.keep_ratio:g}percent")
         return "-".join(p for p in parts if p)
@@ -203,7 +204,7 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
 
 def scores_of(run: Run, seed: int, score: str) -> tuple[jax.Array, ...]:
     """Importance of the tuned prompts over the training set; kept in `scores/`."""
-    path = run.workdir / "scores" / f"seed{seed}-{score}.json"
+    path = run.workdir / "scores" / f"seed{seed}-{score.replace(':', '-')}.json"
     if record := workdirs.sound_record(path, run.log.line):
         return tuple(jnp.asarray(s, jnp.float32) for s in record["layers"])
     tuned, _ = trained(run, Unit("tune", seed))
@@ -244,7 +245,7 @@ def score_over(
         run.backbone,
         trainable,
         batches(),
-        score=score,
+        score=configs.find_score(score),
         reduction=(settings.reduction or None) if score == settings.score else None,
         deep=run.config.prompts.deep,
         prompt_mask=prompt_mask,
