@@ -20,7 +20,9 @@ After the file's name, separated by commas:
     smoke         a trial of the whole way on the small backbone of the package
 
 The data sets must have been prepared by tensorflow-datasets in ~/tensorflow_datasets,
-$TFDS_DATA_DIR or --config.task.data_dir: `python -m vpt_jax.data list`.
+$TFDS_DATA_DIR or --config.task.data_dir: `python -m vpt_jax.data list`. Or
+--config.task.data_dir=vtab-1k is the folder that PETL code has, extracted: of each task
+(cifar, clevr_dist and so on are understood) train800.txt, val200.txt, test.txt.
 """
 
 from ml_collections import ConfigDict

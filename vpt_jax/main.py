@@ -19,6 +19,7 @@ Running the same command again continues where it stopped.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -71,9 +72,17 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
 def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
     """Many tasks."""
     from vpt_jax.bench import benchmark, launch, protocol
+    from vpt_jax.data.public import extracted
     from vpt_jax.report import leaderboard
 
     cli.alone("a benchmark (--launcher spreads its runs)")
+    tasks: Any = values.tasks
+    folder: Any = values.task.data_dir or ""
+    if missing := extracted.missing(tasks, folder):
+        print(f"not in {folder}, left out: {', '.join(missing)}", flush=True)
+        with values.unlocked():
+            for task in missing:
+                del tasks[task]
     if LIST.value:
         benchmark.print_status(protocol.parse(values), workdir)
         return

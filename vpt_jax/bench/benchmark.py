@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vpt_jax.bench import jobs, protocol
 from vpt_jax.bench.launch import Launcher
 from vpt_jax.bench.protocol import Benchmark, Job
-from vpt_jax.data.public import vtab
+from vpt_jax.data.public import extracted, vtab
 from vpt_jax.files import workdirs
 from vpt_jax.files.messages import advised
 from vpt_jax.report import leaderboard
@@ -87,7 +87,7 @@ def check_data(bench: Benchmark) -> None:
     data_dir = bench.base.get("task", {}).get("data_dir", "")
     missing, error = [], None
     for task in bench.tasks:
-        if task in vtab.BENCHMARKS:
+        if task in vtab.BENCHMARKS and not extracted.find(task, data_dir):
             try:
                 vtab.find(vtab.BENCHMARKS[task], data_dir)
             except ValueError as found:

@@ -19,7 +19,7 @@ import numpy as np
 
 from vpt_jax.data import folder, shapes, strips
 from vpt_jax.data.pictures import resize_bilinear
-from vpt_jax.data.public import prepared, vtab
+from vpt_jax.data.public import extracted, prepared, vtab
 from vpt_jax.files.messages import printable
 from vpt_jax.prompts import check_choice
 
@@ -195,14 +195,20 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
     """Own pictures; the task is called as the folder is."""
     found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
     name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    train, val, test = (Split(*found.splits[k]) for k in folder.SPLITS)
-    parts = train, val, test, found.doubts, found.rule
-    return Task(printable(name), found.class_names, *parts)
+    return _task(printable(name), found)
+
+
+def _task(name: str, found: folder.Loaded) -> Task:
+    splits = (Split(*found.splits[split]) for split in folder.SPLITS)
+    return Task(name, found.class_names, *splits, found.doubts, found.rule)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
     """One of VTAB-1k's 19 tasks: 800 train, 200 val, the whole test set."""
     row = vtab.BENCHMARKS[name]
+    if where := extracted.find(name, data_dir):
+        task = _task(name, extracted.load(name, where, image_size, rule))
+        return task._replace(class_names=_numbers(row.classes))
 
     def read(part: str) -> Split:
         found = prepared.arrays(row, part, image_size, rule=rule, data_dir=data_dir)
@@ -249,9 +255,9 @@ def load_task(
     Args:
       name: A key of `TASKS`, one of `vtab.BENCHMARKS`, or `folder`.
       image_size: Height and width of the pictures in px.
-      data_dir: For VTAB and FGVC: see
-        `vtab.data_dirs`. For `folder`: a folder of pictures, or an npz file, see
-        `folder.py`.
+      data_dir: For VTAB and FGVC: see `vtab.data_dirs`; or, for VTAB, the folder in
+        which the tasks are extracted, see `extracted.py`. For `folder`: a folder of
+        pictures, or an npz file, see `folder.py`.
       resize: For VTAB and `folder`: one of `pictures.RULES`. Empty: `corner` for VTAB,
         as VPT ran it, and the layout's own for `folder`.
       skip_broken: For `folder`: leave out pictures that cannot be read.
