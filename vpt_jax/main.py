@@ -76,8 +76,8 @@ def run_benchmark(values: ConfigDict, workdir: Path, command: str) -> None:
     from vpt_jax.report import leaderboard
 
     cli.alone("a benchmark (--launcher spreads its runs)")
-    tasks: Any = values.tasks
-    folder: Any = values.task.data_dir or ""
+    given: Any = values
+    tasks, folder = given.tasks, given.task.data_dir or ""
     if missing := extracted.missing(tasks, folder):
         print(f"not in {folder}, left out: {', '.join(missing)}", flush=True)
         with values.unlocked():

@@ -199,8 +199,8 @@ def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> T
 
 
 def _task(name: str, found: folder.Loaded) -> Task:
-    splits = (Split(*found.splits[split]) for split in folder.SPLITS)
-    return Task(name, found.class_names, *splits, found.doubts, found.rule)
+    train, val, test = (Split(*found.splits[split]) for split in folder.SPLITS)
+    return Task(name, found.class_names, train, val, test, found.doubts, found.rule)
 
 
 def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
