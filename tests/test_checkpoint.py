@@ -173,49 +173,6 @@ def test_wrong_prompt_files(small, tmp_path):
         vpt_jax.load_prompts(tmp_path / "absent.safetensors")
 
 
-def test_class_names_must_fit_the_head(small, tmp_path):
-    model, backbone = small
-    with pytest.raises(ValueError, match="1 entries but the head has 2"):
-        vpt_jax.save_prompts(
-            tmp_path / "p.safetensors",
-            vpt_jax.init_prompts(jax.random.key(1), model, 1),
-            vpt_jax.init_head(jax.random.key(2), model.width, 2),
-            model=model,
-            backbone=backbone,
-            backbone_name="small",
-            normalisation="half",
-            class_names=["cat"],
-        )
-
-
-def test_wrong_backbone_files(small, tmp_path):
-    flat = flatten(small[1])
-    np.savez(tmp_path / "whole.npz", **flat)
-    missing = {n: a for n, a in flat.items() if n != "embedding/bias"}
-    np.savez(tmp_path / "missing.npz", **missing)
-    np.savez(tmp_path / "headless.npz", **{n: flat[n] for n in flat if n != "cls"})
-    np.savez(tmp_path / "unused.npz", **flat, extra=np.zeros(1))
-    hidden = {"embedding/bias": np.array([{}], dtype=object)}
-    np.savez(tmp_path / "pickled.npz", **missing, **hidden)
-    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
-    (tmp_path / "weights.pth").write_bytes(b"")
-    for variant, name, message in [
-        ("demo/16", "missing.npz", "missing embedding/bias"),
-        ("demo/16", "headless.npz", "no class token"),
-        ("demo/16", "unused.npz", "unused extra"),
-        ("S/16", "whole.npz", "holds a 'demo/16', not 'S/16'"),
-        ("demo/16", "pickled.npz", "cannot be read as .npz"),
-        ("demo/16", "broken.npz", "cannot be read as .npz"),
-        ("demo/16", "weights.pth", "empty"),
-        ("demo/16", "absent.npz", "no such file"),
-        ("B/17x", "whole.npz", "unknown variant 'B/17x'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            vpt_jax.load_backbone(variant, tmp_path / name)
-    with pytest.raises(ValueError, match="no checkpoint given for 'B/16'"):
-        vpt_jax.load_backbone("B/16")
-
-
 # --- the workdir ----------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from vpt_jax.weights.naming import read_names
 from vpt_jax.weights.readers import Lazy
 
 ATTENTION = "MultiHeadDotProductAttention_0"
+PARTS = ("query", "key", "value")
 
 
 def random_parameters(model):
@@ -46,122 +47,100 @@ def flat_dinov2():
     return flat_vit(registers=4, layer_scale=True)
 
 
-# Names as each project writes them: (norms, attention, mlp, scales, top level).
+def names(block, both, attention, other):
+    """A project's names: of blocks; in them; of attention; of what is no block."""
+    in_block = ("LayerNorm_0", "LayerNorm_1", "out", "Dense_0", "Dense_1")
+    whole = ("cls", "positions", "patches", "norm")
+    result = {"block": block, **dict(zip(in_block, both.split(), strict=True))}
+    parts = attention.split()
+    keys = ("query", "key", "value") if len(parts) == 3 else ("qkv",)
+    result |= dict(zip(keys, parts, strict=True))
+    return result | dict(zip(whole, other.split(), strict=True))
+
+
+EMBEDDINGS = (
+    "embeddings.cls_token embeddings.position_embeddings"
+    " embeddings.patch_embeddings{} {}"
+).format
 NAMES = {
-    "timm": {
-        "block": "blocks.{}.",
-        "LayerNorm_0": "norm1",
-        "LayerNorm_1": "norm2",
-        "qkv": "attn.qkv",
-        "out": "attn.proj",
-        "Dense_0": "mlp.fc1",
-        "Dense_1": "mlp.fc2",
-        "LayerScale_0": "ls1.gamma",
-        "LayerScale_1": "ls2.gamma",
-        "cls": "cls_token",
-        "registers": "reg_token",
-        "positions": "pos_embed",
-        "patches": "patch_embed.proj",
-        "norm": "norm",
-    },
-    "transformers": {
-        "block": "encoder.layer.{}.",
-        "LayerNorm_0": "layernorm_before",
-        "LayerNorm_1": "layernorm_after",
-        "query": "attention.attention.query",
-        "key": "attention.attention.key",
-        "value": "attention.attention.value",
-        "out": "attention.output.dense",
-        "Dense_0": "intermediate.dense",
-        "Dense_1": "output.dense",
-        "cls": "embeddings.cls_token",
-        "positions": "embeddings.position_embeddings",
-        "patches": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    },
-    "Dinov2Model": {
-        "block": "encoder.layer.{}.",
-        "LayerNorm_0": "norm1",
-        "LayerNorm_1": "norm2",
-        "query": "attention.attention.query",
-        "key": "attention.attention.key",
-        "value": "attention.attention.value",
-        "out": "attention.output.dense",
-        "Dense_0": "mlp.fc1",
-        "Dense_1": "mlp.fc2",
-        "LayerScale_0": "layer_scale1.lambda1",
-        "LayerScale_1": "layer_scale2.lambda1",
-        "cls": "embeddings.cls_token",
-        "registers": "embeddings.register_tokens",
-        "positions": "embeddings.position_embeddings",
-        "patches": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    },
-    "VPT": {
-        "block": "encoder.layer.{}.",
-        "LayerNorm_0": "attention_norm",
-        "LayerNorm_1": "ffn_norm",
-        "query": "attn.query",
-        "key": "attn.key",
-        "value": "attn.value",
-        "out": "attn.out",
-        "Dense_0": "ffn.fc1",
-        "Dense_1": "ffn.fc2",
-        "cls": "embeddings.cls_token",
-        "positions": "embeddings.position_embeddings",
-        "patches": "embeddings.patch_embeddings",
-        "norm": "encoder.encoder_norm",
-    },
-}
-NAMES["in memory"] = NAMES["transformers"] | {
-    "block": "layers.{}.",
-    "query": "attention.q_proj",
-    "key": "attention.k_proj",
-    "value": "attention.v_proj",
-    "out": "attention.o_proj",
-    "Dense_0": "mlp.fc1",
-    "Dense_1": "mlp.fc2",
+    "timm": names(
+        "blocks.{}.",
+        "norm1 norm2 attn.proj mlp.fc1 mlp.fc2",
+        "attn.qkv",
+        "cls_token pos_embed patch_embed.proj norm",
+    )
+    | {"LayerScale_0": "ls1.gamma", "LayerScale_1": "ls2.gamma"}
+    | {"registers": "reg_token"},
+    "transformers": names(
+        "encoder.layer.{}.",
+        "layernorm_before layernorm_after attention.output.dense intermediate.dense"
+        " output.dense",
+        "attention.attention.query attention.attention.key attention.attention.value",
+        EMBEDDINGS(".projection", "layernorm"),
+    ),
+    "Dinov2Model": names(
+        "encoder.layer.{}.",
+        "norm1 norm2 attention.output.dense mlp.fc1 mlp.fc2",
+        "attention.attention.query attention.attention.key attention.attention.value",
+        EMBEDDINGS(".projection", "layernorm"),
+    )
+    | {f"LayerScale_{i}": f"layer_scale{i + 1}.lambda1" for i in (0, 1)}
+    | {"registers": "embeddings.register_tokens"},
+    "VPT": names(
+        "encoder.layer.{}.",
+        "attention_norm ffn_norm attn.out ffn.fc1 ffn.fc2",
+        "attn.query attn.key attn.value",
+        EMBEDDINGS("", "encoder.encoder_norm"),
+    ),
+    "in memory": names(
+        "layers.{}.",
+        "layernorm_before layernorm_after attention.o_proj mlp.fc1 mlp.fc2",
+        "attention.q_proj attention.k_proj attention.v_proj",
+        EMBEDDINGS(".projection", "layernorm"),
+    ),
 }
 
 
 def pytorch(flat, names, prefix=""):
     """Our parameters as a PyTorch project would have saved them."""
-    result = {}
-    if "cls" in flat:
-        result[names["cls"]] = flat["cls"]
-    if "registers" in flat:
-        result[names["registers"]] = flat["registers"]
+    result = {names[n]: flat[n] for n in ("cls", "registers") if n in flat}
     result[names["positions"]] = flat["Transformer/posembed_input/pos_embedding"]
-    result[names["patches"] + ".weight"] = flat["embedding/kernel"].transpose(
-        3, 2, 0, 1
-    )
-    result[names["patches"] + ".bias"] = flat["embedding/bias"]
-    result[names["norm"] + ".weight"] = flat["Transformer/encoder_norm/scale"]
-    result[names["norm"] + ".bias"] = flat["Transformer/encoder_norm/bias"]
+
+    def put(there, here, change=np.transpose):
+        for ours, theirs in (("kernel", "weight"), ("scale", "weight"), ("bias",) * 2):
+            if (array := flat.get(f"{here}/{ours}")) is not None:
+                result[f"{there}.{theirs}"] = change(array)
+
+    put(names["patches"], "embedding", oihw)
+    put(names["norm"], "Transformer/encoder_norm")
     for i in range(6):
         here, there = f"Transformer/encoderblock_{i}/", names["block"].format(i)
         for n in ("LayerNorm_0", "LayerNorm_1"):
-            result[f"{there}{names[n]}.weight"] = flat[f"{here}{n}/scale"]
-            result[f"{there}{names[n]}.bias"] = flat[f"{here}{n}/bias"]
+            put(there + names[n], here + n)
         for n in ("Dense_0", "Dense_1"):
-            result[f"{there}{names[n]}.weight"] = flat[f"{here}MlpBlock_0/{n}/kernel"].T
-            result[f"{there}{names[n]}.bias"] = flat[f"{here}MlpBlock_0/{n}/bias"]
-        kernels, biases = {}, {}
-        for n in ("query", "key", "value", "out"):
-            shape = (128, 128)
-            kernels[n] = flat[f"{here}{ATTENTION}/{n}/kernel"].reshape(shape).T
-            biases[n] = flat[f"{here}{ATTENTION}/{n}/bias"].reshape(-1)
+            put(there + names[n], f"{here}MlpBlock_0/{n}")
+        put(there + names["out"], f"{here}{ATTENTION}/out", one_axis)
         if "qkv" in names:
-            parts = ("query", "key", "value")
-            kernels["qkv"] = np.concatenate([kernels.pop(n) for n in parts])
-            biases["qkv"] = np.concatenate([biases.pop(n) for n in parts])
-        for n in kernels:
-            result[f"{there}{names[n]}.weight"] = kernels[n]
-            result[f"{there}{names[n]}.bias"] = biases[n]
+            for kind in ("kernel", "bias"):
+                three = [one_axis(flat[f"{here}{ATTENTION}/{n}/{kind}"]) for n in PARTS]
+                leaf = "weight" if kind == "kernel" else kind
+                result[f"{there}{names['qkv']}.{leaf}"] = np.concatenate(three)
+        else:
+            for n in PARTS:
+                put(there + names[n], f"{here}{ATTENTION}/{n}", one_axis)
         for n in ("LayerScale_0", "LayerScale_1"):
             if f"{here}{n}/gamma" in flat:
                 result[there + names[n]] = flat[f"{here}{n}/gamma"]
     return {prefix + n: a for n, a in result.items()}
+
+
+def oihw(x):
+    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
+
+
+def one_axis(x):
+    """Heads and their width as one axis, `[out, in]`."""
+    return x.reshape(128, 128).T if x.ndim == 3 else x.reshape(-1)
 
 
 def load(tmp_path, arrays, variant="demo/16", **options):
@@ -277,49 +256,37 @@ def flat_swin():
     return random_parameters(vpt_jax.Swin("T"))
 
 
+SWIN = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
+SWIN["norm"] = "norm"
+
+
 def swin_names(flat, late):
     """Names of timm (`late`: merging starts a stage) or of the original code."""
     result = {}
     for name, a in flat.items():
         parts = name.split("/")
         leaf = {"kernel": "weight", "scale": "weight"}.get(parts[-1], parts[-1])
-        if parts[0] in ("patch_embed", "patch_norm", "norm"):
-            where = {
-                "patch_embed": "patch_embed.proj",
-                "patch_norm": "patch_embed.norm",
-                "norm": "norm",
-            }
-            a = a.transpose(3, 2, 0, 1) if a.ndim == 4 else a
-            result[f"{where[parts[0]]}.{leaf}"] = a
+        if parts[0] in SWIN:
+            result[f"{SWIN[parts[0]]}.{leaf}"] = oihw(a)
         elif parts[0].startswith("merging"):
             stage = int(parts[0][-1]) + late
             result[f"layers.{stage}.downsample.{parts[1]}.{leaf}"] = a.T
         else:
             _, stage, block = parts[0].split("_")
             here = f"layers.{stage}.blocks.{block}"
-            if parts[1] == "attention" and parts[2] in ("query", "key", "value"):
-                if parts[2] != "query":
-                    continue
-                three = [
-                    flat[name.replace("query", n)] for n in ("query", "key", "value")
+            if parts[-2] == "query":
+                three = [flat[name.replace("query", n)] for n in PARTS]
+                rows = [
+                    x.reshape(len(a), -1).T if x.ndim == 3 else x.ravel() for x in three
                 ]
-                d = a.size if a.ndim == 2 else a.shape[0]
-                shape = (d, d) if a.ndim == 3 else (d,)
-                qkv = np.concatenate([x.reshape(shape).T for x in three])
-                result[f"{here}.attn.qkv.{leaf}"] = qkv
-            elif parts[2:3] == ["out"]:
+                result[f"{here}.attn.qkv.{leaf}"] = np.concatenate(rows)
+            elif parts[-2] == "out":
                 a = a.reshape(a.shape[-1], -1).T if a.ndim == 3 else a
                 result[f"{here}.attn.proj.{leaf}"] = a
             elif parts[-1] == "relative_position_bias_table":
                 result[f"{here}.attn.relative_position_bias_table"] = a
-            else:
-                where = {
-                    "LayerNorm_0": "norm1",
-                    "LayerNorm_1": "norm2",
-                    "Dense_0": "mlp.fc1",
-                    "Dense_1": "mlp.fc2",
-                }[parts[-2]]
-                result[f"{here}.{where}.{leaf}"] = a.T
+            elif parts[-2] not in PARTS:
+                result[f"{here}.{NAMES['timm'][parts[-2]]}.{leaf}"] = a.T
     return result
 
 
@@ -438,70 +405,38 @@ def test_other_dtypes_in_file_and_out(flat, tmp_path):
     assert {x.dtype for x in jax.tree.leaves(backbone)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize(
-    ("path", "start", "normalisation", "readout"),
-    [
-        ("a/vit-s-300ep.pth.tar", "MoCo", "imagenet", "cls"),
-        (
-            "models--timm--vit_base_patch16_224.mae/snapshots/25ec/model.safetensors",
-            "MAE",
-            "imagenet",
-            "mean_with_prompts",
-        ),
-        (
-            "/c/models--facebook--vit-mae-base/snapshots/25/w/model.safetensors",
-            "MAE",
-            "imagenet",
-            "mean_with_prompts",
-        ),
-        ("vit-mae-large/pytorch_model.bin", "MAE", "imagenet", "mean_with_prompts"),
-        (
-            "https://huggingface.co/facebook/vit-mae-base/resolve/main/w.safetensors",
-            "MAE",
-            "imagenet",
-            "mean_with_prompts",
-        ),
-        ("0123456789abcdef-vit-b-300ep.pth", "MoCo", "imagenet", "cls"),
-        (
-            "google--vit-base-patch16-224-in21k/model.safetensors",
-            "ViT, ImageNet-21k (orig",
-            "half",
-            "cls",
-        ),
-        (
-            "swin-tiny-patch4-window7-224/model.safetensors",
-            "Swin",
-            "imagenet",
-            "mean_with_prompts",
-        ),
-        ("gs://vit_models/imagenet21k/ViT-B_16.npz", "ViT, ", "half", "cls"),
-        ("imagenet21k_ViT-B_16.npz", "ViT, ImageNet-21k (orig", "half", "cls"),
-        ("a/B_16-i21k-300ep-lr_0.001-aug_medium1.npz", "ViT, Im", "half", "cls"),
-        (
-            "hf://timm/vit_base_patch16_224.augreg_in21k@main/model.safetensors",
-            "ViT, ImageNet-21k (Aug",
-            "half",
-            "cls",
-        ),
-        ("vit_small_patch16_224.dino/model.safetensors", "DINO,", "imagenet", "cls"),
-        ("dinov2_vits14_reg4_pretrain.pth", "DINOv2 with", "imagenet", "cls"),
-        ("hf://facebook/dinov2-base/model.safetensors", "DINOv2,", "imagenet", "cls"),
-        ("deit_small_patch16_224-cd65a155.pth", "DeiT", "imagenet", "cls"),
-        ("mae_pretrain_vit_base.pth", "MAE", "imagenet", "mean_with_prompts"),
-        ("mocov3_linear-vit-b-300ep.pth.tar", "MoCo", "imagenet", "cls"),
-        (
-            "swin_base_patch4_window7_224_22k.pth",
-            "Swin",
-            "imagenet",
-            "mean_with_prompts",
-        ),
-    ],
-)
-def test_known_files(path, start, normalisation, readout):
+KNOWN = """
+a/vit-s-300ep.pth.tar                                                   | MoCo
+0123456789abcdef-vit-b-300ep.pth                                        | MoCo
+mocov3_linear-vit-b-300ep.pth.tar                                       | MoCo
+models--timm--vit_base_patch16_224.mae/snapshots/25/model.safetensors   | MAE
+/c/models--facebook--vit-mae-base/snapshots/25/w/model.safetensors      | MAE
+vit-mae-large/pytorch_model.bin                                         | MAE
+https://huggingface.co/facebook/vit-mae-base/resolve/main/w.safetensors | MAE
+mae_pretrain_vit_base.pth                                               | MAE
+google--vit-base-patch16-224-in21k/model.safetensors    | ViT, ImageNet-21k (orig
+gs://vit_models/imagenet21k/ViT-B_16.npz                | ViT, ImageNet-21k (orig
+imagenet21k_ViT-B_16.npz                                | ViT, ImageNet-21k (orig
+a/B_16-i21k-300ep-lr_0.001-aug_medium1.npz              | ViT, ImageNet-21k (Aug
+hf://timm/vit_base_patch16_224.augreg_in21k@main/x.bin  | ViT, ImageNet-21k (Aug
+swin-tiny-patch4-window7-224/model.safetensors          | Swin
+swin_base_patch4_window7_224_22k.pth                    | Swin
+vit_small_patch16_224.dino/model.safetensors            | DINO,
+dinov2_vits14_reg4_pretrain.pth                         | DINOv2 with
+hf://facebook/dinov2-base/model.safetensors             | DINOv2,
+deit_small_patch16_224-cd65a155.pth                     | DeiT
+"""
+
+
+@pytest.mark.parametrize("line", KNOWN.strip().splitlines())
+def test_known_files(line):
+    path, start = (part.strip() for part in line.split("|"))
     known = known_backbone(path)
     assert known is not None and known.name.startswith(start)
-    assert (known.normalisation, known.readout) == (normalisation, readout)
-    assert known.card()["normalisation"] == normalisation
+    half, mean = start.startswith("ViT"), start in ("MAE", "Swin")
+    assert known.normalisation == ("half" if half else "imagenet")
+    assert known.readout == ("mean_with_prompts" if mean else "cls")
+    assert known.card()["normalisation"] == known.normalisation
     assert known.card().get("num_heads") == (12 if start == "MoCo" else None)
 
 

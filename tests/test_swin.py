@@ -97,8 +97,7 @@ as64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
 
 
 @pytest.mark.parametrize(
-    ("num", "deep"),
-    [(None, True), (NUM, True), ((0, 2, 0), True), (SHALLOW, False)],
+    ("num", "deep"), [(None, True), (NUM, True), ((0, 2, 0), True), (SHALLOW, False)]
 )
 def test_agrees_with_a_float64_reference_in_numpy(swin, backbone, images, num, deep):
     model, run = swin
@@ -492,8 +491,6 @@ def test_wrong_models(sizes, message):
     [
         ({"images": jnp.zeros((2, 16, 16, 3))}, r"\(2, 16, 16, 3\).*\[b, 32, 32, 3\]"),
         ({"prompts": (jnp.zeros((2, 8)),) * 3}, r"prompts\[1\].*width 16"),
-        ({"formulation": "kw"}, "unknown formulation 'kw'"),
-        ({"prompt_mask": (jnp.ones(2, bool),) * 3}, "need prompts; got None"),
     ],
 )
 def test_wrong_calls(backbone, kwargs, message):

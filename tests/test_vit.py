@@ -10,13 +10,11 @@ from conftest import make_tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
-from reference import features as reference_features
 
 import vpt_jax
 from vpt_jax.models.attention import attend
 from vpt_jax.models.xla import gelu, swiglu, weighted_exp
 
-RAGGED = ((4, 4, 4), (3, 0, 5), (0, 2, 0), (0, 0, 7))
 # Float32 sums in another order: 1e-5 relative to the largest value.
 close = functools.partial(np.testing.assert_allclose, rtol=0)
 
@@ -52,46 +50,6 @@ def images(getkey):
     return jax.random.normal(getkey(), (5, 8, 8, 3))
 
 
-@pytest.mark.parametrize("num", [None, *RAGGED])
-@pytest.mark.parametrize("deep", [True, False])
-def test_agrees_with_a_float64_reference_in_numpy(tiny, run, images, getkey, num, deep):
-    model, backbone = tiny
-    if num is not None and not deep:
-        num = (sum(num), 0, 0)
-    prompts = None if num is None else big_prompts(getkey(), model, num)
-    got, _ = run(images, prompts=prompts, deep=deep)
-    as64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
-    expected = [
-        reference_features(as64(backbone), image, as64(prompts), deep)
-        for image in as64(images)
-    ]
-    assert relative(got, expected) < 1e-5
-
-
-@pytest.mark.parametrize("num", RAGGED)
-@pytest.mark.parametrize("masked", [False, True])
-def test_key_value_formulation_equals_token_formulation(
-    tiny, run, images, getkey, num, masked
-):
-    model, backbone = tiny
-    prompts = big_prompts(getkey(), model, num)
-    mask = some_mask(prompts) if masked else None
-
-    def loss(prompts, formulation):
-        features, _ = run(
-            images, prompts=prompts, prompt_mask=mask, formulation=formulation
-        )
-        return jnp.sin(features).sum(), features
-
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    kv, tokens = grad(prompts, "kv"), grad(prompts, "tokens")
-    assert relative(kv[1], tokens[1]) < 1e-5
-    for a, b in zip(kv[0], tokens[0], strict=True):
-        if a.size:
-            assert np.abs(b).max() > 0
-            assert relative(a, b) < 1e-5
-
-
 def test_formulations_report_the_same_prompt_attention(tiny, run, images, getkey):
     model, backbone = tiny
     prompts = big_prompts(getkey(), model, (3, 2, 4))
@@ -107,18 +65,6 @@ def test_formulations_report_the_same_prompt_attention(tiny, run, images, getkey
             atol=1e-6,
         )
         close(kv[i]["tokens"], tokens[i]["tokens"][:, :q], atol=1e-5)
-
-
-@pytest.mark.parametrize("deep", [True, False])
-def test_mask_equals_condense(tiny, run, images, getkey, deep):
-    model, backbone = tiny
-    prompts = big_prompts(getkey(), model, (3, 4, 5) if deep else (6, 0, 0))
-    mask = some_mask(prompts)
-    run = functools.partial(run, images, deep=deep)
-    masked, _ = run(prompts=prompts, prompt_mask=mask)
-    condensed, _ = run(prompts=vpt_jax.condense(prompts, mask))
-    assert relative(masked, condensed) < 1e-5
-    assert relative(masked, run(prompts=prompts)[0]) > 1e-2
 
 
 @pytest.mark.parametrize("deep", [True, False])
@@ -159,18 +105,6 @@ def test_order_of_prompts_within_a_layer_does_not_matter(tiny, run, images, getk
     a, _ = run(images, prompts=prompts)
     b, _ = run(images, prompts=order)
     assert relative(a, b) < 1e-5
-
-
-def test_prefilled_keys_and_values_replace_prompts(tiny, run, images, getkey):
-    model, backbone = tiny
-    prompts = big_prompts(getkey(), model, (3, 0, 5))
-    mask = some_mask(prompts)
-    ready = vpt_jax.prefill(model, backbone, prompts)
-    assert [kv.key.shape for kv in ready] == [(2, 3, 8), (2, 0, 8), (2, 5, 8)]
-    for extra in ({}, {"prompt_mask": mask}):
-        a, _ = run(images, prompts=prompts, **extra)
-        b, _ = run(images, prompts=ready, **extra)
-        assert relative(a, b) < 1e-6
 
 
 def test_shallow_prompts_evolve_and_deep_ones_are_replaced(tiny, run, images, getkey):
@@ -236,12 +170,6 @@ def test_removed_keys_cannot_starve_or_overflow_the_softmax():
 
     assert out(weight) == 1.0
     assert np.isfinite(jax.grad(out)(weight)).all()
-
-
-def test_gelu_is_exact():
-    x = jnp.linspace(-6, 6, 101)
-    np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=False), atol=2e-6)
-    assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
 
 
 @pytest.mark.parametrize("activation", [gelu, swiglu])

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts for Linen vision transformers that were not written for them.
 
-`with prompted(prompts): model.apply(...)` puts each layer's prompts into the tokens
-that the model hands to its encoder block, and takes them out of what the block returns
-(`flax.linen.intercept_methods`; the model's code and parameters stay as they are). It
-knows blocks by name, `encoderblock_{i}` as in vit_jax, big_vision and scenic, and
-raises if a layer was not reached. `PromptedModel` gives such a model the calls of
+`with prompted(prompts): model.apply(...)` puts each layer's prompts among the tokens of
+its encoder block, and takes them out of what the block returns. The model's code and
+parameters stay as they are. `PromptedModel` gives such a model the calls of
 `vpt_jax.ViT`, so that scoring and condensing work on it unchanged.
 
 Prompts are tokens here (what `vpt_jax.ViT` calls `formulation="tokens"`): a block that
@@ -26,23 +24,17 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from vpt_jax.files.checks import check_layers
+from vpt_jax.models.foreign import ATTENTION, FIRST, weighted_attention
 from vpt_jax.models.inputs import Inputs, check_normalised, check_prompts, prepare
-from vpt_jax.models.vit import drop, insert, with_rows
+from vpt_jax.models.vit import drop, insert
 
 BLOCK = r"encoderblock_(\d+)"
 """How vit_jax, big_vision and scenic name their encoder blocks."""
 
-ATTENTION = "prompt_attention"
-"""The variable collection that holds attention weights, if it is mutable."""
-
-FIRST = 1  # Prompts stand after the class token; attention does not see where.
-
 # Part of the key under which JAX caches what it has traced: nothing that was traced
-# with prompts is used without them, or the other way round. In a context that stands
-# inside a compiled function the value is an object of its own. Around one it is the
-# same for all, or every operation would compile again in each: what was traced before
-# is traced anew there, so that `_Run` meets the model in it and refuses it, and what is
-# refused is not kept.
+# with prompts is used without them, or the other way round. The value is an object of
+# its own in a context within a compiled function. Around one it is the same for all, or
+# every operation would compile anew; `_Run` meets the model there and refuses it.
 _traced_with = jax.make_user_context(default_value=None)
 _EAGER = "eager"
 
@@ -65,10 +57,9 @@ def prompted(
     passes as it is; where that has a row per token, rows `1 : 1 + n` are the prompts'.
 
     Under `jax.jit`, write the context inside the compiled function, with the prompts
-    among its arguments. JAX traces a function once: what is traced around the model
-    would keep these prompts for ever, so a compiled function that calls the model is an
-    error inside the context, whether it was compiled before or not. (Not seen: other
-    threads, and programs without Python left to run, `lower().compile()` or `export`.)
+    among its arguments. What was compiled around the model would keep these prompts for
+    ever, so calling it inside the context is an error. (Not seen: other threads, and
+    programs without Python left to run, `lower().compile()` or `export`.)
 
     Masks and gates need blocks whose attention is a
     `flax.linen.MultiHeadDotProductAttention` (or a subclass) with an `attention_fn`
@@ -133,7 +124,6 @@ def first(result: Any) -> Any:
 class PromptedModel:
     """A Linen vision transformer with the calls of `vpt_jax.ViT`.
 
-    What `vpt_jax.init_prompts`, `vpt_jax.importance` and training code need of a model.
     Hashed by identity (static under jit, whatever the model's attributes): make it
     once, or everything compiles again.
 
@@ -191,9 +181,9 @@ class PromptedModel:
           images: What the module takes, batch first, normalised: floats. (A module that
             normalises uint8 pictures itself runs in `prompted`.)
           prompts: None runs the model as it is; else see `prompted`.
-          prompt_mask: See `prompted`.
-          prompt_gate: See `prompted`.
-          deep: See `prompted`.
+          prompt_mask: Likewise.
+          prompt_gate: Likewise.
+          deep: Likewise.
 
         Returns:
           `features [b, d]` and `out`: `result`, what the module returned, and `blocks`,
@@ -211,10 +201,7 @@ class PromptedModel:
                 raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
             result, blocks = run(), []
         else:
-            context = prompted(
-                prompts, prompt_mask, prompt_gate, deep, block=self.block
-            )
-            with context:
+            with prompted(prompts, prompt_mask, prompt_gate, deep, block=self.block):
                 result, state = run(mutable=[ATTENTION])
             blocks = [
                 {"prompt_attention": weights}
@@ -244,9 +231,9 @@ def _received(state: Any, depth: int) -> list[jax.Array]:
 
 def _no_attention(layer: int) -> str:
     return (
-        f"block {layer} called no flax.linen.MultiHeadDotProductAttention, through"
-        " which masks, gates and attention weights go. With another attention, use"
-        " `with prompted(prompts)` and condensed prompts."
+        f"block {layer} called no flax.linen.MultiHeadDotProductAttention; expected one"
+        " for masks, gates and attention weights. With another attention, use `with"
+        " prompted(prompts)` and condensed prompts."
     )
 
 
@@ -335,10 +322,9 @@ class _Run:
             scanned = any(self.pattern.search(path + n) for n in ("_0", "0") if path)
         if scanned:
             raise ValueError(
-                f"the encoder is scanned: one module, {path!r}, runs for many layers,"
-                " and prompts cannot differ between them. Build the model with"
-                " scan=False and unstack its parameters into one tree per layer"
-                " (big_vision: models.vit.scan_to_pyloop)."
+                f"the encoder is scanned: one module, {path!r}, runs for many layers."
+                " Build the model with scan=False and unstack its parameters into one"
+                " tree per layer (big_vision: models.vit.scan_to_pyloop)."
             )
         if match is None:
             self.others[path] = None
@@ -369,12 +355,10 @@ class _Run:
                 f"block {layer} was called where block {self.done} was due; each apply"
                 f" must run blocks 0 ... {depth - 1} once, in order."
             )
-        if args:
-            x, args = args[0], args[1:]
-        else:  # by the name of the first parameter after self
+        if not args:  # by the name of the first parameter after self
             name = list(inspect.signature(type(module).__call__).parameters)[1]
-            kwargs = dict(kwargs)
-            x = kwargs.pop(name)
+            args, kwargs = (kwargs[name],), {k: kwargs[k] for k in kwargs if k != name}
+        x, args = args[0], args[1:]
         if jnp.ndim(x) != 3:
             raise ValueError(
                 f"block {layer} was given shape {jnp.shape(x)}; expected tokens"
@@ -417,7 +401,20 @@ class _Run:
         if self.in_attention or (weight is None and not sow):
             return call(*args, **kwargs)
         attend: Callable = module.attention_fn  # pyright: ignore[reportAttributeAccessIssue]
-        weighted = self._weighted(attend, weight, module if sow else None)
+        weigh = weighted_attention(
+            attend,
+            weight,
+            module if sow else None,
+            self.layer,
+            self._num_prompts(self.layer),
+            self.num_tokens,
+        )
+
+        @functools.wraps(attend)
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            self.weighted = True
+            return weigh(*args, **kwargs)
+
         # Modules are frozen; this one lives for a single apply and is put back.
         object.__setattr__(module, "attention_fn", weighted)
         self.in_attention = True
@@ -426,73 +423,6 @@ class _Run:
         finally:
             self.in_attention = False
             object.__setattr__(module, "attention_fn", attend)
-
-    def _weighted(
-        self, attend: Callable, weight: jax.Array | None, sow_in: nn.Module | None
-    ) -> Callable:
-        """`attend` with `log weight` added to the prompts' logits.
-
-        Args:
-          attend: `nn.dot_product_attention` or what takes its `bias` and `mask`.
-          weight: None, `[b or 1, n]` or, by head and token, `[b, h, t, n]`; 0
-            removes a key.
-          sow_in: None, or the module that is to keep the attention weights.
-        """
-        layer, num_tokens = self.layer, self.num_tokens
-        num = self._num_prompts(layer or 0)
-        accepted = inspect.signature(attend).parameters
-        if weight is not None and not {"bias", "mask"} <= set(accepted):
-            raise ValueError(
-                f"the attention_fn of block {layer} takes {tuple(accepted)}; masks and"
-                " gates need one that takes bias= and mask=, as"
-                " flax.linen.dot_product_attention does."
-            )
-
-        # wraps: the module reads the signature to see what it may pass.
-        @functools.wraps(attend)
-        def weighted(
-            query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **rest
-        ) -> Any:
-            self.weighted = True
-            if key.shape[-3] != num_tokens:
-                raise ValueError(
-                    f"an attention of block {layer} has {key.shape[-3]} keys where the"
-                    f" block has {num_tokens} tokens, so it is not known which are"
-                    " prompts. (With nested contexts, masks and gates go to the inner.)"
-                )
-            if weight is not None:
-                # [rows, 1, 1, t] for all heads and queries alike, or [b, h, t, t].
-                w = weight if weight.ndim == 4 else weight[:, None, None, :]
-                dtype, heads = weight.dtype, query.shape[-2]
-                if weight.ndim == 4:
-                    if w.shape[1:3] != (heads, num_tokens - num):
-                        raise ValueError(
-                            f"prompt_gate of block {layer} has shape {w.shape}; its"
-                            f" attention has {heads} heads and {num_tokens - num}"
-                            " tokens besides the prompts. Pass [b, n_i]."
-                        )
-                    # What the prompts attend to ends with this block.
-                    w = with_rows(w, num, FIRST)
-                own = jnp.ones((*w.shape[:-1], num_tokens - num), dtype)
-                w = jnp.concatenate([own[..., :FIRST], w, own[..., FIRST:]], axis=-1)
-                # Not log 0: its gradient is not finite. Masked weights are exactly 0.
-                keep = w > 0
-                log = jnp.log(jnp.where(keep, w, jnp.ones((), dtype)))
-                log = log.astype(query.dtype)
-                bias = log if bias is None else bias + log
-                mask = keep if mask is None else mask.astype(bool) & keep
-            if sow_in is not None:
-                received = nn.dot_product_attention_weights(
-                    query, key, bias, mask, deterministic=True
-                )
-                received = drop(received, num, FIRST, axis=2)
-                received = received[..., FIRST : FIRST + num]
-                sow_in.sow(ATTENTION, str(layer), received)
-            given = {"bias": bias, "mask": mask}
-            given = {name: x for name, x in given.items() if x is not None}
-            return attend(query, key, value, **given, **rest)
-
-        return weighted
 
     def finish(self) -> None:
         """Raises ValueError if the model has not run."""
@@ -505,16 +435,15 @@ class _Run:
         return (
             f"the prompts have {len(self.given.prompts)} layers but {got} reached, by"
             f" paths that end in {self.pattern.pattern!r}; other modules that ran:"
-            f" {others or 'none'}. If the blocks have other names, pass block=; another"
-            " transformer runs outside of the context. Blocks made by nn.jit are traced"
+            f" {others or 'none'}. Of blocks with other names pass block=; run another"
+            " transformer outside of the context. Blocks made by nn.jit are traced"
             " once for all layers: build the model without."
         )
 
 
 def _around_compiled(what: str) -> str:
     return (
-        f"{what} is called by a compiled function inside `with prompted`; compiled"
-        " before, it has no prompts, compiled now, it would keep them. Write `with"
-        " prompted` inside the function that jax.jit compiles (jax.lax.map, scan and"
-        " eval_shape likewise)."
+        f"{what} is called by a compiled function inside `with prompted`, which would"
+        " keep these prompts, or has none. Write `with prompted` inside the function"
+        " that jax.jit compiles (jax.lax.map, scan and eval_shape likewise)."
     )

@@ -80,6 +80,15 @@ def check_layers(name: str, given: Any, *ranks: int, shape: str) -> None:
     )
 
 
+def check_shallow(num: tuple[int, ...]) -> None:
+    """Raises ValueError if counts are not those of shallow prompts."""
+    if any(num[1:]):
+        raise ValueError(
+            f"prompts have counts {num} with deep=False; shallow prompts belong to the"
+            " first layer only, later counts must be 0."
+        )
+
+
 def check_head(head: Any) -> None:
     """Raises ValueError unless `head` is `{'kernel': [d, k], 'bias': [k]}`."""
     check_keys("head", head, HEAD)

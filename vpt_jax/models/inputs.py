@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.files.checks import check_layers, check_model, is_array, said
+from vpt_jax.files.checks import (
+    check_layers,
+    check_model,
+    check_shallow,
+    is_array,
+    said,
+)
 from vpt_jax.models.attention import wide
 from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice
@@ -97,13 +103,10 @@ def prepare(
     dtype: Any,
     batch: Any = None,
 ) -> Inputs:
-    """Checks the arguments that every model of this package takes.
+    """Checks the arguments that every model of this package takes; else ValueError.
 
     Shallow prompts always run as tokens; a model without prompts as the plain network.
     `batch` is the number of pictures, where it is known already.
-
-    Raises:
-      ValueError: If something does not fit, with got, expected and what to do.
     """
     check_choice("formulation", formulation, FORMULATIONS)
     depth = len(widths)
@@ -120,11 +123,7 @@ def prepare(
                 f"prompt_gate has shape {weights[0].shape}, by head and query, with"
                 " deep=False; shallow prompts act in every layer, pass [b, n_0]."
             )
-        if any(num[1:]):
-            raise ValueError(
-                f"prompts have counts {num} with deep=False; shallow prompts belong to"
-                " the first layer only, later counts must be 0."
-            )
+        check_shallow(num)
         weights, formulation = [weights[0]] * depth, "tokens"
     if prefilled and formulation == "tokens":
         raise ValueError(
@@ -137,15 +136,35 @@ def prepare(
     return Inputs(cast, weights, deep, formulation)
 
 
+def given_to(
+    model: Any,
+    images: jax.Array,
+    prompts: Sequence[Any] | None,
+    mask: Sequence[jax.Array] | None,
+    gate: Sequence[jax.Array] | None,
+    deep: bool,
+    formulation: str,
+) -> Inputs:
+    """`prepare` for a model of this package, whose pictures are checked too."""
+    check_images(images, model.image_size)
+    return prepare(
+        prompts,
+        mask,
+        gate,
+        widths=model.widths,
+        deep=deep,
+        formulation=formulation,
+        dtype=model.dtype,
+        batch=images.shape[0],
+    )
+
+
 def check_prompts(
     prompts: Any, widths: tuple[int, ...], batch: Any = None
 ) -> tuple[int, ...]:
-    """Raises ValueError unless there is one array of the right width per layer.
+    """The counts, or ValueError unless there is one array of its width per layer.
 
     One set per example must be as many as the `batch`, or one for all.
-
-    Returns:
-      The counts.
     """
     arrays = prompts
     if isinstance(prompts, tuple | list):  # a `KeyValue` stands for its layer
@@ -158,23 +177,18 @@ def check_prompts(
             f" pass one array per layer (an empty [0, {widths[0]}] array for none)."
         )
     num = []
-    for i, (p, width) in enumerate(zip(prompts, widths, strict=True)):
-        if isinstance(p, KeyValue):
-            h, n, c = p.key.shape[-3:]
-            got, own = h * c, p.key.ndim == 4
-        else:
-            own = p.ndim == 3
-            n, got = p.shape[-2:] if p.ndim in (2, 3) else (0, -1)
-        if got != width:
-            shape = tuple(jnp.shape(p.key if isinstance(p, KeyValue) else p))
+    for i, (p, array, width) in enumerate(zip(prompts, arrays, widths, strict=True)):
+        shape, own = tuple(array.shape), 4 if isinstance(p, KeyValue) else 3
+        fits = len(shape) in (own - 1, own)
+        if not fits or shape[-1] * (shape[-3] if own == 4 else 1) != width:
             raise ValueError(
                 f"prompts[{i}] has shape {shape} but that layer has width {width};"
                 f" expected [n, {width}] (or [b, n, {width}]). Were these prompts made"
                 " for another backbone?"
             )
-        if own:
-            _check_rows(f"prompts[{i}]", p.key if isinstance(p, KeyValue) else p, batch)
-        num.append(n)
+        if len(shape) == own:
+            _check_rows(f"prompts[{i}]", array, batch)
+        num.append(shape[-2])
     return tuple(num)
 
 

@@ -121,6 +121,13 @@ class OutProjection(nn.Module):
         return y + bias.astype(self.dtype)[None, None]
 
 
+def projections(attention: Any) -> tuple[nn.Module, ...]:
+    """Query, key, value and out of a multi-head attention."""
+    kinds = {"dtype": attention.dtype, "param_dtype": attention.param_dtype}
+    heads = [HeadProjection(attention.num_heads, **kinds) for _ in range(3)]
+    return *heads, OutProjection(**kinds)
+
+
 class Attention(nn.Module):
     """Multi-head attention whose keys and values may be extended."""
 
@@ -130,13 +137,7 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        projection = functools.partial(
-            HeadProjection, self.num_heads, self.dtype, self.param_dtype
-        )
-        self.query = projection()
-        self.key = projection()
-        self.value = projection()
-        self.out = OutProjection(self.dtype, self.param_dtype)
+        self.query, self.key, self.value, self.out = projections(self)
 
     def key_value(self, x: jax.Array) -> KeyValue:
         return KeyValue(self.key(x), self.value(x))

@@ -36,7 +36,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.models.inputs import check_images, check_prompts, prepare
+from vpt_jax.files.messages import did_you_mean
+from vpt_jax.models.inputs import check_prompts, given_to
 from vpt_jax.models.layers import (
     KeyValue,
     LayerNorm,
@@ -44,7 +45,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     mean_tokens,
 )
-from vpt_jax.models.variants import canonical, similar
+from vpt_jax.models.variants import canonical
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
 from vpt_jax.prompts import check_choice, per_example
 
@@ -196,9 +197,10 @@ class Swin(nn.Module):
             if letter not in VARIANTS:
                 known = [f"Swin-{v}" for v in VARIANTS]
                 raise ValueError(
-                    f"unknown variant {self.variant!r}{similar(self.variant, known)};"
-                    f" known: {', '.join(known)}. For free sizes"
-                    " pass embed_dim=, depths= and num_heads= instead."
+                    f"unknown variant {self.variant!r};"
+                    f" {did_you_mean(canonical(self.variant), known)}known:"
+                    f" {', '.join(known)}. For free sizes pass embed_dim=, depths= and"
+                    " num_heads= instead."
                 )
             put(variant=f"Swin-{letter}")
             put(**{k: v for k, v in VARIANTS[letter].items() if not getattr(self, k)})
@@ -299,16 +301,8 @@ class Swin(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        check_images(images, self.image_size)
-        given = prepare(
-            prompts,
-            prompt_mask,
-            prompt_gate,
-            widths=self.widths,
-            deep=deep,
-            formulation=formulation,
-            dtype=self.dtype,
-            batch=images.shape[0],
+        given = given_to(
+            self, images, prompts, prompt_mask, prompt_gate, deep, formulation
         )
         last, reads_prompts = self.depth - 1, self.readout == "mean_with_prompts"
         if reads_prompts and isinstance(given.prompts[last], KeyValue):

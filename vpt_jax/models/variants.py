@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of variants: ours, and those by which other projects call the same sizes."""
 
-import difflib
 import re
-from collections.abc import Iterable
 
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 _LETTERS |= {short.lower(): short for short in _LETTERS.values()}
@@ -43,10 +41,3 @@ def canonical(variant: str) -> str:
         if match := _VIT.fullmatch(name):
             return f"{_LETTERS[match['size']]}/{match['patch']}"
     return variant
-
-
-def similar(variant: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'B/16'?)"`, or nothing where no known name is like it."""
-    names = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(canonical(variant).lower(), names, 1, 0.5)
-    return f" (did you mean {names[close[0]]!r}?)" if close else ""

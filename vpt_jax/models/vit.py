@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision transformer (Dosovitskiy et al., arXiv 2010.11929) that takes prompts.
 
-Parameter paths are those of `vit_jax`'s Linen `VisionTransformer`, byte for byte, so
-parameters move between the two without a rename table. Prompts are an argument.
+Parameter paths are those of `vit_jax`'s Linen `VisionTransformer`, byte for byte.
 
 Deep prompts enter as keys and values (`formulation="kv"`): every layer throws the
 previous layer's prompt outputs away and only the class token is read, so a prompt acts
-on the network only as one more key and value of its layer's attention. Queries, output
-projection and MLP of prompt tokens are work without effect and are not computed. The
-reference formulation, prompts as tokens through every block, is kept as
-`formulation="tokens"`: the oracle in tests, the peer in benchmarks, and what
+only as one more key and value of its layer's attention; what else published code
+computes of it is work without effect. That form, prompts as tokens through every block,
+is `formulation="tokens"`: the oracle in tests, the peer in benchmarks, and what
 VPT-Shallow needs, where prompts evolve from layer to layer. A read-out that averages
 over the prompts' outputs needs it too, in the last block only.
 
@@ -23,8 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.files.messages import did_you_mean
 from vpt_jax.models.attention import ATTENTIONS
-from vpt_jax.models.inputs import Inputs, check_images, check_prompts, prepare
+from vpt_jax.models.inputs import Inputs, check_prompts, given_to
 from vpt_jax.models.layers import (
     AddPositionEmbs,
     Block,
@@ -32,7 +31,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     mean_tokens,
 )
-from vpt_jax.models.variants import canonical, similar
+from vpt_jax.models.variants import canonical
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import check_choice, per_example
 
@@ -44,13 +43,7 @@ VARIANTS = {
     "L": {"width": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
     "H": {"width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120},
     # Oquab et al., arXiv 2304.07193 (DINOv2): SwiGLU, so `mlp_dim` is 8/3 of the width.
-    "g": {
-        "width": 1536,
-        "depth": 40,
-        "num_heads": 24,
-        "mlp_dim": 4096,
-        "swiglu": True,
-    },
+    "g": {"width": 1536, "depth": 40, "num_heads": 24, "mlp_dim": 4096, "swiglu": True},
     # The small backbone that ships with the package (32x32 pictures).
     "demo": {
         "width": 128,
@@ -81,10 +74,11 @@ def decode_variant(variant: str) -> dict[str, Any]:
     Raises:
       ValueError: If the string is not `SIZE/PATCH` with a known size.
     """
-    size, _, patch = canonical(variant).partition("/")
+    name = canonical(variant)
+    size, _, patch = name.partition("/")
     if size not in VARIANTS or not patch.isdecimal() or int(patch) == 0:
         raise ValueError(
-            f"unknown variant {variant!r}{similar(variant, NAMED_VARIANTS)}; known:"
+            f"unknown variant {variant!r}; {did_you_mean(name, NAMED_VARIANTS)}known:"
             f" {', '.join(NAMED_VARIANTS)}, or"
             f" another patch size for one of {', '.join(VARIANTS)}. For free sizes pass"
             " width=, depth=, num_heads=, mlp_dim= and patch= instead."
@@ -439,16 +433,8 @@ class ViT(nn.Module):
         Raises:
           ValueError: If a shape does not fit, with got, expected and what to do.
         """
-        check_images(images, self.image_size)
-        given = prepare(
-            prompts,
-            prompt_mask,
-            prompt_gate,
-            widths=self.widths,
-            deep=deep,
-            formulation=formulation,
-            dtype=self.dtype,
-            batch=images.shape[0],
+        given = given_to(
+            self, images, prompts, prompt_mask, prompt_gate, deep, formulation
         )
         x = self.embedding(images)
         if self.class_token:

@@ -13,11 +13,7 @@ import numpy as np
 from jax import lax
 
 from vpt_jax.models.attention import wide
-from vpt_jax.models.layers import (
-    HeadProjection,
-    KeyValue,
-    OutProjection,
-)
+from vpt_jax.models.layers import KeyValue, projections
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -133,13 +129,7 @@ class WindowAttention(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        projection = functools.partial(
-            HeadProjection, self.num_heads, self.dtype, self.param_dtype
-        )
-        self.query = projection()
-        self.key = projection()
-        self.value = projection()
-        self.out = OutProjection(self.dtype, self.param_dtype)
+        self.query, self.key, self.value, self.out = projections(self)
         self.relative_position_bias_table = self.param(
             "relative_position_bias_table",
             nn.initializers.truncated_normal(0.02),

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.files.checks import check_head, check_layers, check_model, said
+from vpt_jax.files.checks import (
+    check_head,
+    check_layers,
+    check_model,
+    check_shallow,
+    said,
+)
 from vpt_jax.files.durable import atomic_path
 from vpt_jax.files.messages import shown
 from vpt_jax.models.attention import wide
@@ -35,19 +41,30 @@ from vpt_jax.weights.families import refuse_families
 from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.weights.naming import Named, named_leaves, read_names
 from vpt_jax.weights.readers import CheckpointError, read_arrays
-from vpt_jax.weights.release import check_header, fields_of, file_of, source_of
+from vpt_jax.weights.release import (
+    AGAIN,
+    check_fields,
+    check_header,
+    fields_of,
+    file_of,
+    is_text,
+    source_of,
+)
 from vpt_jax.weights.remote import local_path
 from vpt_jax.weights.shards import open_weights
-from vpt_jax.weights.sidecar import NAMES
+from vpt_jax.weights.sidecar import NAMES, json_object
 
 DEMO_BACKBONE = Path(__file__).parent.parent / "assets" / "demo_vit.safetensors"
 FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)  # one line per file of which something was assumed
 _ENDS = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".json")
 _FACTS = ("num_heads", "activation", "epsilon")
-_LISTS = {"counts": int, "class_names": str}  # in the header of prompts
-_WORDS = ("backbone", "backbone_hash")
-_AGAIN = "it is damaged or was written by something else: fetch it again"
+_CARD = {  # what a model card may say, and of the first four any text
+    **dict.fromkeys(("normalisation", "readout", "norm", "resize"), is_text),
+    "num_heads": lambda x: type(x) is int and x > 0,
+    "activation": lambda x: is_text(x) and x in ACTIVATIONS,
+    "epsilon": lambda x: type(x) is float and 0 < x < 1,
+}
 
 
 class PromptFile(NamedTuple):
@@ -147,39 +164,35 @@ def load_backbone(
             " .safetensors or PyTorch file (--config.backbone.checkpoint=PATH). Only"
             f" 'demo/4' ships with the package. {where_to_get(variant)}."
         )
-    _check_there(path, variant)
+    if not local_path(path, beside=NAMES).exists():
+        raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
     given = {"readout": readout, "norm": norm, "resize": resize}
     given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
     given = {name: value for name, value in given.items() if value}
     with open_weights(path) as file:
         refuse_families(file.arrays, path)
         card = card_of(path, _own_card(path, file.metadata))
-        told = {**card, **given}
+        told = {"readout": "", "norm": "", "num_heads": 0, **card, **given}
         named = read_names(file.arrays, path, skip)
         check_sizes(named, card, path)
-        model = wanted or infer(named, path, told.get("num_heads", 0))
+        model = wanted or infer(named, path, told["num_heads"])
         model = model.clone(dtype=dtype, param_dtype=param_dtype)
         if isinstance(model, Swin):
             if facts := [name for name in _FACTS if name in given]:
                 raise ValueError(f"{facts[0]}= is for a ViT; leave it out for a Swin.")
-            model = match_swin(
-                *(model, named, path),
-                readout=told.get("readout", ""),
-                image_size=image_size,
-            )
+            read = {"readout": told["readout"], "image_size": image_size}
+            model = match_swin(model, named, path, **read)
         else:
-            model = model.clone(**{n: told[n] for n in _FACTS if n in told})
-            model = match_vit(
-                *(model, named, path),
-                readout=told.get("readout", ""),
-                norm=told.get("norm", ""),
-                posemb=posemb,
-            )
+            model = model.clone(**{n: told[n] for n in _FACTS if told.get(n)})
+            read = {"readout": told["readout"], "norm": told["norm"]}
+            model = match_vit(model, named, path, **read, posemb=posemb)
         tree = parameters(named, model, path, skip, param_dtype)
         ask(model, named, card, given, path)
         networks = file.metadata.get("networks", "")
     resized = bool(image_size and image_size != model.image_size)
-    _say(path, [_taken(named, networks), assumed(model, card, given, resized)])
+    notes = [_taken(named, networks), assumed(model, card, given, resized)]
+    if any(notes):
+        _LOG.warning("%s: %s.", path, "; ".join(filter(None, notes)))
     if resized:
         model = model.clone(image_size=image_size)
         if posemb == "learned":
@@ -200,23 +213,12 @@ def told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
     return ("", first) if alone and not path else (canonical(first), path)
 
 
-def _check_there(path: str | os.PathLike, variant: str) -> None:
-    """Raises if a local file is absent, and says where one may be had."""
-    if not local_path(path, beside=NAMES).exists():
-        raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
-
-
 def _taken(named: Named, networks: str) -> str:
     """Which of several networks in a file was read; empty if there is one."""
     if any("momentum" in name for name in named.left_out):
         source = named.entries[0].source
         networks = f"{source.partition('encoder')[0]}encoder, not its moving average"
     return networks and f"several networks are in the file; took {networks}"
-
-
-def _say(path: Any, notes: Sequence[str]) -> None:
-    if notes := [note for note in notes if note]:
-        _LOG.warning("%s: %s.", path, "; ".join(notes))
 
 
 def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
@@ -241,24 +243,9 @@ def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
 
 
 def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, Any]:
-    card = _described(path, "model_card", metadata.get("model_card", "{}"))
-    for name in ("normalisation", "readout", "norm", "resize"):
-        if not isinstance(card.get(name, ""), str):
-            raise CheckpointError(
-                f"{path} has {name} {shown(card[name])} in its model card;"
-                f" expected a word; {_AGAIN}."
-            )
-    known = {
-        "num_heads": lambda x: type(x) is int and x > 0,
-        "activation": lambda x: isinstance(x, str) and x in ACTIVATIONS,
-        "epsilon": lambda x: type(x) is float and 0 < x < 1,
-    }
-    for name, good in known.items():
-        if name in card and not good(card[name]):
-            raise CheckpointError(
-                f"{path} has {name} {shown(card[name])} in its model card;"
-                f" expected what load_backbone takes; {_AGAIN}."
-            )
+    text = metadata.get("model_card", "{}")
+    card = json_object(text, f"the model card of {path}", AGAIN)
+    check_fields(path, "model card", card, _CARD)
     return card
 
 
@@ -338,17 +325,14 @@ def _check_released(
     check_layers("prompts", prompts, 2, shape="[n_i, d]")
     num = check_prompts(prompts, model.widths)
     check_head(head)
-    if not deep and any(num[1:]):
-        raise ValueError(
-            f"prompts have counts {num} with deep=False; shallow prompts belong to the"
-            " first layer only, later counts must be 0."
-        )
+    if not deep:
+        check_shallow(num)
     width, classes = head["kernel"].shape
     if width != model.width:
         raise ValueError(
             f"head has width {width} but the model's features have {model.width}."
         )
-    if isinstance(class_names, str) or not all(isinstance(c, str) for c in class_names):
+    if is_text(class_names) or not all(map(is_text, class_names)):
         raise ValueError(
             f"class_names is {said(class_names)}; expected one text per class."
         )
@@ -383,16 +367,17 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     arrays, metadata = read_arrays(path)
     if "vpt_jax" not in metadata:
         raise CheckpointError(
-            f"{path} is a safetensors file without a vpt_jax header; expected a file"
-            " written by vpt_jax.save_prompts."
+            f"{path} is a file without a vpt_jax header; expected one written by"
+            " vpt_jax.save_prompts."
         )
-    header = _described(path, "vpt_jax", metadata["vpt_jax"])
+    header = json_object(metadata["vpt_jax"], f"the header of {path}", AGAIN)
     if header.get("version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {shown(header.get('version'))} but this"
-            f" vpt_jax reads version {FORMAT_VERSION}, as is expected; install the"
-            " version that wrote it."
+            f" vpt_jax reads version {FORMAT_VERSION}; install the version that wrote"
+            " it."
         )
+    check_header(path, header)
     _check_prompt_arrays(path, arrays, header)
     depth = len(header["counts"])
     prompts = tuple(jnp.asarray(arrays[f"prompts/{i:02d}"]) for i in range(depth))
@@ -402,69 +387,36 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
             raise CheckpointError(
                 f"{path} belongs to another backbone: its prompts were trained on"
                 f" {shown(header['backbone'])} with hash"
-                f" {shown(header['backbone_hash'])}, but the"
-                f" backbone given has hash {got}. Load the weights they were trained"
-                " on."
+                f" {shown(header['backbone_hash'])}, the one given has hash {got}. Load"
+                " the weights they were trained on."
             )
     head = {n: jnp.asarray(arrays[f"head/{n}"]) for n in ("kernel", "bias")}
     return PromptFile(prompts, head, header)
-
-
-def _described(path: str | os.PathLike, name: str, text: str) -> dict[str, Any]:
-    """The JSON object that a file has in its header under a name."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a header {name!r} that is no JSON ({error}); {_AGAIN}."
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path} has {shown(found)} as its header {name!r}; expected an"
-            f" object of JSON; {_AGAIN}."
-        )
-    return found
 
 
 def _check_prompt_arrays(
     path: str | os.PathLike, arrays: dict[str, np.ndarray], header: dict[str, Any]
 ) -> None:
     """Raises unless the arrays are those that the header describes, and finite."""
-    wrong = [n for n in _WORDS if not isinstance(header.get(n), str)]
-    for name, kind in _LISTS.items():
-        values = header.get(name)
-        if not isinstance(values, list) or not all(type(x) is kind for x in values):
-            wrong.append(name)
-    if wrong:
-        raise CheckpointError(
-            f"{path} has {wrong[0]} {shown(header.get(wrong[0]))} in its header;"
-            " expected what vpt_jax.save_prompts writes (texts, lists of counts and of"
-            f" class names); {_AGAIN}."
-        )
-    check_header(path, header, _AGAIN)
-    names = [f"prompts/{i:02d}" for i in range(len(header["counts"]))]
-    names += ["head/bias", "head/kernel"]
-    if sorted(arrays) != sorted(names):
+    classes = len(header["class_names"])
+    expected: dict[str, tuple[int | str, ...]] = {
+        f"prompts/{i:02d}": (n, "d") for i, n in enumerate(header["counts"])
+    }
+    expected |= {"head/bias": (classes,), "head/kernel": ("d", classes)}
+    if arrays.keys() != expected.keys():
         raise CheckpointError(
             f"{path} holds {shown(sorted(arrays), 500)}; expected"
-            f" {shown(names, 500)}, as its header says; {_AGAIN}."
+            f" {shown(list(expected), 500)}, as its header says; {AGAIN}."
         )
-    classes = len(header["class_names"])
-    for name, n in zip(names, [*header["counts"], None, None], strict=True):
+    for name, shape in expected.items():
         array = arrays[name]
-        shape = {"head/bias": "[classes]", "head/kernel": "[d, classes]"}.get(
-            name, "[count, d]"
+        fits = len(shape) == array.ndim and all(
+            n in ("d", size) for n, size in zip(shape, array.shape, strict=True)
         )
-        good = array.ndim == (1 if name == "head/bias" else 2)
-        if n is None:
-            good = good and array.shape[-1] == classes
-        else:
-            good = good and array.shape[0] == n
-        if not good or array.dtype != np.float32:
+        if not fits or array.dtype != np.float32:
             raise CheckpointError(
                 f"{path} has {name} {array.dtype} {list(array.shape)}; expected float32"
-                f" {shape} with {classes if n is None else n} of them, as its header"
-                f" says; {_AGAIN}."
+                f" [{', '.join(map(str, shape))}], as its header says; {AGAIN}."
             )
         if not np.isfinite(array).all():
             raise CheckpointError(

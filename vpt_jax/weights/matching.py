@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which model a file of weights holds, and its parameters, exactly or not at all."""
 
+import contextlib
 import functools
 import math
 import re
@@ -37,8 +38,7 @@ def match_vit(
 ) -> ViT:
     """The ViT in the file: `wanted` with what the file says of its other attributes.
 
-    Raises:
-      CheckpointError: If the file holds another variant or kind of network.
+    Raises CheckpointError if the file holds another variant or kind of network.
     """
     shapes = named.shapes
     found = vit_sizes(named) if named.kind == "vit" else {}
@@ -69,14 +69,15 @@ def match_vit(
 def match_swin(
     wanted: Swin, named: Named, path: Any, *, readout: str, image_size: int
 ) -> Swin:
-    """The Swin in the file: `wanted` with the file's window.
-
-    Raises:
-      CheckpointError: If the file holds another variant or kind of network.
-    """
+    """The Swin in the file: `wanted` with its window. Raises like `match_vit`."""
     found = swin_sizes(named) if named.kind == "swin" else {}
     windows = found.pop("windows", ())
-    _check_windows(windows, path)
+    if len(set(windows[:-1])) > 1:
+        raise CheckpointError(
+            f"{path} holds a Swin whose stages have windows of {windows} (Swin S3),"
+            " which is not supported: it has one window for all stages here. Take"
+            " hf://timm/swin_tiny_patch4_window7_224.ms_in1k/model.safetensors."
+        )
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (embed_dim"
@@ -92,60 +93,55 @@ def match_swin(
     )
 
 
-def _check_windows(windows: tuple[int, ...], path: Any) -> None:
-    """Raises if the stages of a Swin, but for the last, have different windows."""
-    if len(set(windows[:-1])) > 1:
-        raise CheckpointError(
-            f"{path} holds a Swin whose stages have windows of {windows} (Swin S3),"
-            " which is not supported: it has one window for all stages here. Take"
-            " hf://timm/swin_tiny_patch4_window7_224.ms_in1k/model.safetensors."
-        )
-
-
 def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
     """The model of the file's sizes, where the caller names no variant.
 
-    Raises:
-      CheckpointError: If the sizes are not all there, or no variant's and the number
-        of heads is not known.
+    Raises CheckpointError if sizes are absent, or are no variant's and the heads
+    unknown.
     """
-    if named.kind == "swin":
-        found = swin_sizes(named)
-        windows = found.pop("windows")
-        _check_windows(windows, path)
-        for letter, sizes in swin.VARIANTS.items():
-            if found == sizes:
-                return Swin(letter)
-        try:
-            return Swin(**found, window=max(windows, default=0))
-        except ValueError as error:
-            raise CheckpointError(f"{path} holds {describe(named)}: {error}") from error
-    refuse_structures(named.shapes, path, pooled=True)
-    found: dict[str, Any] = vit_sizes(named)
-    for name, sizes in vit.VARIANTS.items():
-        same = {"swiglu": False, **sizes}
-        if all(
-            found.get(n) == same[n] for n in ("width", "depth", "mlp_dim", "swiglu")
-        ):
-            return ViT(f"{name}/{found['patch']}")
-    usual = HEADS.get(found.get("width", 0), ())
-    heads = num_heads or (usual[0] if usual else 0)
-    if not heads or not {"width", "patch", "depth", "mlp_dim"} <= found.keys():
-        raise CheckpointError(
-            f"{path} holds {describe(named)}, and how many heads it has is not known;"
-            " pass num_heads=."
-        )
+    swins, variant = named.kind == "swin", _variant(named)
+    if not swins:
+        refuse_structures(named.shapes, path, pooled=True)
+    found = _sizes(named)
+    if variant:
+        return Swin(variant) if swins else ViT(f"{variant}/{found['patch']}")
+    if swins:
+        found["window"] = max(found.pop("windows"), default=0)
+    else:
+        usual = HEADS.get(found.get("width", 0), (0,))[0]
+        found |= {"num_heads": num_heads or usual, "image_size": found.get("patch", 0)}
+        if not all(found.get(n) for n in ("num_heads", "patch", "depth", "mlp_dim")):
+            raise CheckpointError(
+                f"{path} holds {describe(named)}, and how many heads it has is not"
+                " known; pass num_heads=."
+            )
     try:
-        return ViT(num_heads=heads, image_size=found["patch"], **found)
+        return Swin(**found) if swins else ViT(**found)
     except ValueError as error:
         raise CheckpointError(f"{path} holds {describe(named)}: {error}") from error
 
 
-def vit_sizes(named: Named) -> dict[str, int]:
-    """`width`, `patch`, `depth`, `mlp_dim`, `swiglu` of the file's ViT.
+def _sizes(named: Named) -> dict[str, Any]:
+    return swin_sizes(named) if named.kind == "swin" else vit_sizes(named)
 
-    Sizes whose arrays are absent are left out: those are reported as missing later.
-    """
+
+def _variant(named: Named) -> str:
+    """Our name of the network's sizes, of a ViT without the patch; empty for none."""
+    found = {"swiglu": False, **_sizes(named)}
+    if named.kind == "swin":
+        known = {f"Swin-{letter}": sizes for letter, sizes in swin.VARIANTS.items()}
+    else:
+        names = ("width", "depth", "mlp_dim", "swiglu")
+        known = {
+            variant: {n: sizes.get(n, False) for n in names}
+            for variant, sizes in vit.VARIANTS.items()
+        }
+    fitting = [name for name, sizes in known.items() if sizes.items() <= found.items()]
+    return fitting[0] if fitting else ""
+
+
+def vit_sizes(named: Named) -> dict[str, int]:
+    """The sizes of the file's ViT; those whose arrays are absent are left out."""
     shapes = named.shapes
     kernel = shapes.get("embedding/kernel", ())
     found = {}
@@ -185,29 +181,21 @@ def swin_sizes(named: Named) -> dict[str, Any]:
 
 def describe(named: Named) -> str:
     """Which network a file holds, in words; its variant if it is one of ours."""
-    if named.kind == "swin":
-        found = swin_sizes(named)
-        for letter, sizes in swin.VARIANTS.items():
-            if all(found[n] == size for n, size in sizes.items()):
-                return f"a 'Swin-{letter}' with window {max(found['windows'])}"
-        shown = ", ".join(f"{n} {v}" for n, v in found.items())
-        return f"a Swin of {shown}, which is none of our variants"
-    found = vit_sizes(named)
-    for name, sizes in vit.VARIANTS.items():
-        same = {"swiglu": False, **sizes}
-        if all(found.get(n) == same[n] for n in ("width", "depth", "mlp_dim")):
-            return f"a '{name}/{found.get('patch')}'"
-    shown = ", ".join(f"{n} {v}" for n, v in found.items() if n != "swiglu")
-    return f"a ViT of {shown}, which is none of our variants"
+    found, variant = _sizes(named), _variant(named)
+    if variant and named.kind == "swin":
+        return f"a {variant!r} with window {max(found['windows'])}"
+    if variant:
+        return f"a '{variant}/{found.get('patch')}'"
+    sizes = ", ".join(f"{n} {v}" for n, v in found.items() if n != "swiglu")
+    kind = "Swin" if named.kind == "swin" else "ViT"
+    return f"a {kind} of {sizes}, which is none of our variants"
 
 
 def differing(named: Named, told: dict[str, Any]) -> list[str]:
     """Sizes of a `config.json` that are not the file's, as a message shows them."""
+    found = _sizes(named)
     if named.kind == "swin":
-        sizes = swin_sizes(named)
-        found = {"width": sizes["embed_dim"], "depth": sizes["depths"]}
-    else:
-        found = vit_sizes(named)
+        found = {"width": found["embed_dim"], "depth": found["depths"]}
     return [
         f"{n} {told[n]} (the file has {found.get(n)})"
         for n in ("width", "depth")
@@ -220,9 +208,8 @@ def parameters(
 ) -> dict[str, Any]:
     """The model's parameters, read one array after the other.
 
-    Raises:
-      CheckpointError: If names and shapes are not exactly the model's, but for what
-        `skip` names; or a value is NaN or infinite.
+    Raises CheckpointError if names and shapes are not exactly the model's, but for what
+    `skip` names; or a value is NaN or infinite.
     """
     expected, skip = _expected(model), tuple(skip)
     entries = [
@@ -258,11 +245,7 @@ def parameters(
 
 
 def finite(array: np.ndarray, name: str, path: Any, dtype: Any) -> np.ndarray:
-    """The array in `dtype`, if its values are numbers there.
-
-    Raises:
-      CheckpointError: If one is NaN or infinite; it names the array.
-    """
+    """The array in `dtype`, or a CheckpointError if a value is no number there."""
     with np.errstate(over="ignore"):  # too large for `dtype`: infinite there
         array = array.astype(dtype, copy=False)
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -284,13 +267,10 @@ _IN_BLOCK = re.compile(
 def refuse_skips(
     named: Named, expected: dict[str, Any], path: Any, skip: tuple[str, ...]
 ) -> None:
-    """Raises if `skip` names an array that the network's function needs.
+    """Raises CheckpointError if `skip` names what the network's function needs.
 
     That is a parameter of the model which nothing else in the file gives, and any array
     within a block, the model's or not.
-
-    Raises:
-      CheckpointError: It names the array.
     """
     if not skip:
         return
@@ -304,9 +284,8 @@ def refuse_skips(
     needed += [n for n in named.skipped if _IN_BLOCK.search(n)]
     for name in needed:
         raise CheckpointError(
-            f"{path}: skip= names {name!r}, which the network's function needs; left"
-            " out, it would be another network. Only what is no part of the features,"
-            " such as a further head, can be left out."
+            f"{path}: skip= names {name!r}, which the network's function needs; leave"
+            " out only what is no part of the features, such as a further head."
         )
 
 
@@ -341,8 +320,7 @@ def _check(
     unused = {found[n][1] for n in set(found) - set(expected)}
     unused |= {n for n in named.unknown if not skipped(n, skip)}
     problems += [f"unused {n}" for n in sorted(unused)]
-    whole = [e.source for e in entries if e.lazy.dtype.kind in "iub"]
-    if whole:
+    if whole := [e.source for e in entries if e.lazy.dtype.kind in "iub"]:
         raise CheckpointError(
             f"{path} holds a quantised network, which is not supported: {whole[0]} has"
             " whole numbers. Take the file from before the quantisation, in float32,"
@@ -355,21 +333,22 @@ def _check(
     ]
     everything = [*expected, *named.unknown, *named.left_out, *named.skipped]
     everything += [n for e in named.entries for n in (e.source, *e.names)]
-    for part in skip:
-        if not any(skipped(n, (part,)) for n in everything):
-            problems.append(f"skip names {part!r}, which is neither in file nor model")
+    problems += [
+        f"skip names {part!r}, which is neither in file nor model"
+        for part in skip
+        if not any(skipped(n, (part,)) for n in everything)
+    ]
     if problems:
         more = len(problems) - _SHOWN
         advice = (
-            " Expected exactly the variant's arrays: another kind of network is not"
+            "Expected exactly the variant's arrays: another kind of network is not"
+            " loaded in part."
         )
-        advice += " loaded in part."
         if len(problems) == len(unused) and not any(map(_IN_BLOCK.search, unused)):
-            advice = " What is no part of the features, such as a head, is named in"
-            advice += " skip=."
+            advice = "Name what is no part of the features, such as a head, in skip=."
         raise CheckpointError(
             f"{path} does not fit {model.variant!r}: {'; '.join(problems[:_SHOWN])}"
-            f"{f'; and {more} more' if more > 0 else ''}.{advice}"
+            f"{f'; and {more} more' if more > 0 else ''}. {advice}"
         )
 
 
@@ -398,8 +377,7 @@ def _odd_squares(least: int) -> set[int]:
 def _centre(table: np.ndarray, rows: int) -> np.ndarray:
     """The part of a window's bias table `[(2 m - 1)**2, h]` for a smaller window.
 
-    A picture smaller than the file's window has one smaller window; patches at the same
-    distance keep their bias.
+    Patches at the same distance keep their bias.
     """
     old, new = math.isqrt(table.shape[0]), math.isqrt(rows)
     cut = (old - new) // 2
@@ -423,10 +401,8 @@ def _grid(shapes: dict[str, tuple[int, ...]], class_token: bool, path: Any) -> i
     """Patches per side; a table without a row for the class token counts too."""
     shape, registers = shapes[POSITIONS], shapes.get("registers", ())
     for with_row in (class_token, False):
-        try:
+        with contextlib.suppress(ValueError):
             return grid_side(shape, with_row)
-        except ValueError:
-            continue
     first = int(class_token) + (registers[1] if len(registers) == 3 else 0)
     patches = shape[1] - first if len(shape) == 3 else -1
     if first > 1 and patches > 0 and math.isqrt(patches) ** 2 == patches:

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pretrained files call their parameters, and what we call them.
 
-`read_names` looks at names and shapes only. It finds the network in the file (below a
-prefix such as `module.base_encoder.`), leaves heads and what else is no backbone out,
-and gives for every array our parameter names with the transposition or split that makes
-our parameters of it. Known are Google's names (original ViT, AugReg, big_vision), those
-of timm and the original PyTorch code (ViT, DeiT, MAE, MoCo v3, DINO, DINOv2, Swin),
-transformers (`ViTModel`, `Dinov2Model`, `SwinModel`) and VPT's own ViT.
+`read_names` looks at names and shapes only. Known are Google's names (original ViT,
+AugReg, big_vision), those of timm and the original PyTorch code (ViT, DeiT, MAE,
+MoCo v3, DINO, DINOv2, Swin), transformers (`ViTModel`, `Dinov2Model`, `SwinModel`) and
+VPT's own ViT.
 """
 
 import collections
@@ -43,17 +41,16 @@ _CONV = {"weight": ("kernel", "convolution"), "bias": ("bias", "same")}
 _SCALE = {n: ("gamma", "same") for n in ("gamma", "lambda1")}
 _QKV = {"weight": ("kernel", "split"), "bias": ("bias", "split")}
 _BARE = {"": ("", "same")}
+_MHA = "MultiHeadDotProductAttention_0"
+_TABLE = "relative_position_bias_table"
 
 # (their name, our name, what becomes of the last part); `{}` in ours is the group.
+_PATCHES = r"patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?"
 _VIT = (
     (r"(?:embeddings\.)?cls_token", "cls", _BARE),
     (r"pos_embed|embeddings\.position_embeddings", POSITIONS, _BARE),
     (r"(?:embeddings\.)?(?:reg_token|register_tokens)", "registers", _BARE),
-    (
-        r"patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?",
-        "embedding",
-        _CONV,
-    ),
+    (_PATCHES, "embedding", _CONV),
     (r"norm|fc_norm|layernorm|encoder\.encoder_norm", FINAL_NORM, _NORM),
 )
 _VIT_BLOCK = re.compile(
@@ -62,18 +59,10 @@ _VIT_BLOCK = re.compile(
 _IN_VIT_BLOCK = (
     (r"norm1|layernorm_before|attention_norm", "LayerNorm_0", _NORM),
     (r"norm2|layernorm_after|ffn_norm", "LayerNorm_1", _NORM),
-    (r"attn\.qkv", "MultiHeadDotProductAttention_0/{qkv}", _QKV),
-    (
-        r"(?:attention\.attention|attn)\.(query|key|value)",
-        "MultiHeadDotProductAttention_0/{}",
-        _DENSE,
-    ),
-    (r"attention\.([qkv])_proj", "MultiHeadDotProductAttention_0/{}", _DENSE),
-    (
-        r"attn\.(?:proj|out)|attention\.output\.dense|attention\.o_proj",
-        "MultiHeadDotProductAttention_0/out",
-        _DENSE,
-    ),
+    (r"attn\.qkv", f"{_MHA}/{{qkv}}", _QKV),
+    (r"(?:attention\.attention|attn)\.(query|key|value)", f"{_MHA}/{{}}", _DENSE),
+    (r"attention\.([qkv])_proj", f"{_MHA}/{{}}", _DENSE),
+    (r"attn\.(?:proj|out)|attention\.(?:output\.dense|o_proj)", f"{_MHA}/out", _DENSE),
     (
         r"mlp\.(?:fc1|w12|weights_in)|ffn\.fc1|intermediate\.dense",
         "MlpBlock_0/Dense_0",
@@ -88,11 +77,7 @@ _IN_VIT_BLOCK = (
     (r"ls2|layer_scale2", "LayerScale_1", _SCALE),
 )
 _SWIN = (
-    (
-        r"patch_embed\.proj|embeddings\.patch_embeddings\.projection",
-        "patch_embed",
-        _CONV,
-    ),
+    (_PATCHES, "patch_embed", _CONV),
     (r"(?:patch_embed|embeddings)\.norm", "patch_norm", _NORM),
     (r"norm|layernorm", "norm", _NORM),
 )
@@ -107,9 +92,8 @@ _IN_SWIN_BLOCK = (
     (r"attention\.([qkv])_proj", "attention/{}", _DENSE),
     (r"attn\.proj|attention\.(?:output\.dense|o_proj)", "attention/out", _DENSE),
     (
-        r"(?:attn|attention\.self|attention\.relative_position_bias)"
-        r"\.relative_position_bias_table",
-        "attention/relative_position_bias_table",
+        r"(?:attn|attention\.self|attention\.relative_position_bias)\." + _TABLE,
+        f"attention/{_TABLE}",
         _BARE,
     ),
     (r"mlp\.fc1|intermediate\.dense", "MlpBlock_0/Dense_0", _DENSE),
@@ -173,15 +157,10 @@ def skipped(name: str, skip: Sequence[str]) -> bool:
 
 
 def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Named:
-    """Finds the network in a file and names its parameters as we do.
+    """Finds the network in a file, named by `path`, and names its parameters as we do.
 
-    Args:
-      arrays: By the file's names.
-      path: For messages.
-      skip: Names to leave alone, see `skipped`.
-
-    Raises:
-      CheckpointError: If there is no network of a known kind in the file, or several.
+    Leaves alone what `skipped` says. Raises CheckpointError if there is no network of a
+    known kind, or several.
     """
     prefix = _prefix(list(arrays), path)
     inside = {n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)}

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of released prompts says, so that it answers as the run did.
-
-Beside prompts and head: the model's own fields, how its backbone was loaded and where
-it came from, and what happens to a picture before it. Files of earlier versions say
-less; `checkpoint.load_prompts` reads them, and who needs the rest asks for it.
-"""
+"""What a file of released prompts says, so that it answers as the run did."""
 
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpt_jax.files.messages import shown
 from vpt_jax.weights.readers import CheckpointError
 from vpt_jax.weights.remote import local_path
 
@@ -32,11 +28,45 @@ ARGUMENTS = {
     "skip": list,
     "dtype": str,
 }
-_WORDS = ("variant", "readout", "normalisation", "resize", "source")
 _MAX_SIDE = 4096  # px
+AGAIN = "it is damaged or was written by something else: fetch it again"
 _REPOSITORY = re.compile(r"hf://[\w.-]+/[\w.-]+(@[^/@]+)?/?")
 # Where Hugging Face keeps its downloads.
 _HUB = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([^/]+)/(.+)$")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is one, whatever it says."""
+    return isinstance(value, str)
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_text, values))
+
+
+def _arguments(given: Any) -> bool:
+    return isinstance(given, dict) and all(
+        isinstance(value, ARGUMENTS.get(name, ())) and (name != "skip" or _texts(value))
+        for name, value in given.items()
+    )
+
+
+_ALWAYS = ("backbone", "backbone_hash", "counts", "class_names")
+_HEADER: dict[str, Callable[[Any], bool]] = {
+    "backbone": is_text,
+    "backbone_hash": is_text,
+    "counts": lambda x: isinstance(x, list) and all(type(n) is int for n in x),
+    "class_names": _texts,
+    "variant": is_text,
+    "readout": is_text,
+    "normalisation": is_text,
+    "resize": is_text,
+    "source": is_text,
+    "image_size": lambda x: type(x) is int and 1 <= x <= _MAX_SIDE,
+    "deep": lambda x: type(x) is bool,
+    "model": lambda x: isinstance(x, dict),
+    "load": _arguments,
+}
 
 
 def fields_of(model: Any) -> dict[str, Any]:
@@ -50,16 +80,12 @@ def fields_of(model: Any) -> dict[str, Any]:
 
 
 def with_fields(path: Any, model: Any, fields: Mapping[str, Any]) -> Any:
-    """The model with the fields that a file names.
-
-    Raises:
-      CheckpointError: If it has no such field, or a value is of another kind.
-    """
+    """The model with the fields that a file names, or a CheckpointError."""
     own, changed = fields_of(model), {}
     for name, value in fields.items():
         if name not in own or type(value) is not type(own[name]):
             raise CheckpointError(
-                f"{path} says of its model {ascii(name)[:80]} = {ascii(value)[:80]};"
+                f"{path} says of its model {shown(name, 80)} = {shown(value, 80)};"
                 f" expected the fields of {type(model).__name__}. Install the version"
                 " of vpt_jax that wrote the file, or a newer one."
             )
@@ -94,9 +120,6 @@ def file_of(path: str | os.PathLike) -> Path:
     """The file of released prompts: itself, of an address, or in a shared folder.
 
     `hf://ORG/NAME`, or with `@REVISION`, is such a folder on the hub.
-
-    Raises:
-      CheckpointError: If an address cannot be had, see `remote.local_path`.
     """
     text = os.fspath(path)
     if _REPOSITORY.fullmatch(text):
@@ -105,23 +128,21 @@ def file_of(path: str | os.PathLike) -> Path:
     return local / FOLDER if (local / FOLDER).is_file() else local
 
 
-def check_header(path: Any, header: Mapping[str, Any], again: str) -> None:
+def check_header(path: Any, header: Mapping[str, Any]) -> None:
     """Raises CheckpointError for what a header must not say, whichever version."""
-    wrong = [n for n in _WORDS if not isinstance(header.get(n, ""), str)]
-    wrong += [n for n in ("load", "model") if not isinstance(header.get(n, {}), dict)]
-    side = header.get("image_size", 1)
-    if type(side) is not int or not 1 <= side <= _MAX_SIDE:
-        wrong.append("image_size")
-    if type(header.get("deep", True)) is not bool:
-        wrong.append("deep")
-    if not wrong:
-        for name, value in header.get("load", {}).items():
-            kind = ARGUMENTS.get(name)
-            texts = not isinstance(value, list) or all(type(x) is str for x in value)
-            if kind is None or not isinstance(value, kind) or not texts:
-                wrong.append("load")
-    if wrong:
-        raise CheckpointError(
-            f"{path} has {wrong[0]} {ascii(header[wrong[0]])[:200]} in its header;"
-            f" expected what vpt_jax.save_prompts writes; {again}."
-        )
+    check_fields(path, "header", {**dict.fromkeys(_ALWAYS), **header}, _HEADER)
+
+
+def check_fields(
+    path: Any,
+    where: str,
+    fields: Mapping[str, Any],
+    rules: Mapping[str, Callable[[Any], bool]],
+) -> None:
+    """Raises CheckpointError for a value that is there and not as its rule says."""
+    for name, good in rules.items():
+        if name in fields and not good(fields[name]):
+            raise CheckpointError(
+                f"{path} has {name} {shown(fields[name])} in its {where}; expected what"
+                f" vpt_jax writes there; {AGAIN}."
+            )

@@ -20,8 +20,7 @@ _INDEX = re.compile(r".*\.(safetensors|bin)\.index\.json")
 def open_weights(path: str | os.PathLike) -> Iterator[Arrays]:
     """`open_arrays` of a file or address; of a shard or an index, of all shards.
 
-    Raises:
-      CheckpointError: As `open_arrays`; if a shard is absent, or an array lies in two.
+    Raises CheckpointError also if a shard is absent, or an array lies in two.
     """
     folder, slash, _ = os.fspath(path).rpartition("/")
     names = _siblings(path)

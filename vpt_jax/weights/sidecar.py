@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the `config.json` beside a file of weights says that the weights can not.
 
-transformers and timm write one into the folder of every model. Read are heads,
-activation and LayerNorm's epsilon, how pictures are normalised (timm's
-`pretrained_cfg`, transformers' `preprocessor_config.json`), and the name of the
-architecture. How the model classifies (timm's `global_pool`) is not how its features
-are read.
+transformers and timm write one into the folder of every model. How the model classifies
+(timm's `global_pool`) is not how its features are read.
 """
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpt_jax.files.messages import shown
+from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.weights.readers import CheckpointError
 
 NAMES = ("config.json", "preprocessor_config.json")
@@ -32,133 +32,137 @@ _KINDS = {  # transformers' model types that are plain ViTs or Swin, and what th
     "dinov2_with_registers": {"resize": "bicubic_antialias"},
     "swin": {"readout": "mean_with_prompts"},
 }
-_NESTED = ("vision_config", "backbone_config", "encoder")
-_NORMALISATIONS = {
-    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)): "half",
-    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
-    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)): "none",
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if good and 0 < value < 2**31 else None
+
+
+def _count(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _counts(values: Any) -> tuple[int, ...] | None:
+    good = isinstance(values, list) and all(type(v) is int for v in values)
+    return tuple(values) if good else None
+
+
+def _activation(value: Any) -> str | None:
+    return _ACTIVATIONS.get(value.lower()) if isinstance(value, str) else None
+
+
+_EXPECTED: dict[Callable[[Any], Any], str] = {
+    _number: "a positive number",
+    _count: "a positive whole number",
+    _counts: "a list of whole numbers",
+    _activation: f"one of {', '.join(_ACTIVATIONS)}, which we compute",
 }
+# Their names, ours, and how a value is read.
+_VIT = {
+    "num_attention_heads": ("num_heads", _count),
+    "hidden_size": ("width", _count),
+    "num_hidden_layers": ("depth", _count),
+    "layer_norm_eps": ("epsilon", _number),
+    "hidden_act": ("activation", _activation),
+}
+_SWIN = {
+    "num_heads": ("num_heads", _counts),
+    "depths": ("depth", _counts),
+    "embed_dim": ("width", _count),
+    "layer_norm_eps": ("epsilon", _number),
+    "hidden_act": ("activation", _activation),
+}
+_TIMM = {
+    "num_heads": ("num_heads", _count),
+    "embed_dim": ("width", _count),
+    "depth": ("depth", _count),
+    "act_layer": ("activation", _activation),
+}
+_NESTED = ("vision_config", "backbone_config", "encoder")
 
 
 def config_facts(path: str | os.PathLike) -> dict[str, Any]:
     """The facts in the `config.json` beside a local file; `{}` where there is none.
 
-    Returns:
-      `num_heads` (of a Swin a tuple), `activation`, `epsilon`, `readout`, `norm`,
-      `resize`, `normalisation` as far as they are said; `architecture`, timm's name
-      with its tag; `width` and `depth`, to be held against the weights.
-
-    Raises:
-      CheckpointError: If the file is there and is no JSON object, or says what no model
-        of ours computes.
+    `num_heads` (of a Swin a tuple), `activation`, `epsilon`, `readout`, `norm`,
+    `resize` and `normalisation` as far as they are said; `architecture`, timm's name
+    with its tag; and, to be held against the weights, `width` and `depth`. Raises
+    CheckpointError for a file that is no JSON object, or says what no model of ours
+    computes.
     """
     folder = Path(path).parent
     config = _object(folder / NAMES[0])
     if "architecture" in config and "pretrained_cfg" in config:
         return _timm(config, folder)
-    for name in ("", *_NESTED):
-        part = config.get(name, {}) if name else config
-        if isinstance(part, dict) and part.get("model_type") in _KINDS:
-            facts = _transformers(part, folder)
-            return facts | _normalisation(_object(folder / NAMES[1]), "image_")
+    for part in (config, *(config.get(name) for name in _NESTED)):
+        if not isinstance(part, dict):
+            continue
+        if (kind := str(part.get("model_type"))) in _KINDS:
+            part = {**part, "hidden_act": None} if part.get("use_swiglu_ffn") else part
+            facts = _read(part, _SWIN if kind == "swin" else _VIT, folder)
+            facts |= _normalisation(_object(folder / NAMES[1]), "image_")
+            return {"kind": kind, **_KINDS[kind], **facts}
     return {}
+
+
+def json_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in a text, or a CheckpointError that says `where`."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is no JSON ({error}); {remedy}.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{where} is {shown(found)}; expected an object of JSON; {remedy}."
+        )
+    return found
 
 
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; `{}` if there is no file."""
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
+            text = file.read(MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
-    try:
-        found = json.loads(text) if len(text) <= MAX_BYTES else None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} lies beside the weights and is no JSON ({error}); expected what"
-            " transformers or timm write there. Repair it or move it away."
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path} lies beside the weights and holds no JSON object of at most"
-            f" {MAX_BYTES >> 20} MB, as transformers and timm write it there. Move it"
-            " away."
-        )
-    return found
-
-
-def _transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    kind = config["model_type"]
-    facts: dict[str, Any] = {"kind": kind, **_KINDS[kind]}
-    heads = _Field(config, folder)
-    if kind == "swin":
-        facts |= heads.numbers("num_heads", "num_heads") | heads.numbers(
-            "depths", "depth"
-        )
-        facts |= heads.number("embed_dim", "width")
-    else:
-        facts |= heads.number("num_attention_heads", "num_heads")
-        facts |= heads.number("hidden_size", "width")
-        facts |= heads.number("num_hidden_layers", "depth")
-    facts |= heads.number("layer_norm_eps", "epsilon", float)
-    if not config.get("use_swiglu_ffn"):
-        facts |= heads.activation("hidden_act")
-    return facts
+    return json_object(
+        text,
+        f"{path} lies beside the weights and",
+        f"expected at most {MAX_BYTES >> 20} MB of JSON, as transformers and timm write"
+        " there. Repair it or move it away",
+    )
 
 
 def _timm(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    pretrained = config["pretrained_cfg"]
-    pretrained = pretrained if isinstance(pretrained, dict) else {}
-    args = config.get("model_args") or {}
-    args = _Field(args if isinstance(args, dict) else {}, folder)
-    name = config["architecture"]
-    facts: dict[str, Any] = {"architecture": name if isinstance(name, str) else ""}
-    if isinstance(pretrained.get("tag"), str) and "." not in facts["architecture"]:
-        facts["architecture"] += f".{pretrained['tag']}"
-    facts |= args.number("num_heads", "num_heads") | args.number("embed_dim", "width")
-    facts |= args.number("depth", "depth") | args.activation("act_layer")
-    return facts | _normalisation(pretrained, "")
+    args, pretrained = (
+        given if isinstance(given := config.get(key), dict) else {}
+        for key in ("model_args", "pretrained_cfg")
+    )
+    name = config["architecture"] if isinstance(config["architecture"], str) else ""
+    if isinstance(pretrained.get("tag"), str) and "." not in name:
+        name += f".{pretrained['tag']}"
+    facts = _read(args, _TIMM, folder) | _normalisation(pretrained, "")
+    return {"architecture": name, **facts}
 
 
-class _Field:
-    """Checked values of a config."""
-
-    def __init__(self, config: dict[str, Any], folder: Path):
-        self.config, self.path = config, folder / NAMES[0]
-
-    def number(self, theirs: str, ours: str, kind: type = int) -> dict[str, Any]:
-        value = self.config.get(theirs)
-        if value is None:
-            return {}
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not 0 < value < 2**31 or (kind is int and value != int(value)):
-            self.refuse(theirs, "a positive number")
-        return {ours: kind(value)}
-
-    def numbers(self, theirs: str, ours: str) -> dict[str, Any]:
-        values = self.config.get(theirs)
-        if values is None:
-            return {}
-        if not isinstance(values, list) or not all(type(v) is int for v in values):
-            self.refuse(theirs, "a list of whole numbers")
-        return {ours: tuple(values)}
-
-    def activation(self, theirs: str) -> dict[str, str]:
-        value = self.config.get(theirs)
-        if value is None:
-            return {}
-        if not isinstance(value, str) or value.lower() not in _ACTIVATIONS:
-            self.refuse(theirs, f"one of {', '.join(_ACTIVATIONS)}, which we compute")
-        return {"activation": _ACTIVATIONS[value.lower()]}
-
-    def refuse(self, name: str, expected: str) -> None:
-        raise CheckpointError(
-            f"{self.path} beside the weights has {name}"
-            f" {ascii(self.config[name])[:80]}; expected {expected}. If it belongs to"
-            " another model, move it away."
-        )
+def _read(config: Any, names: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Checked values of a config, by our names."""
+    facts = {}
+    for theirs, (ours, read) in names.items():
+        if (given := config.get(theirs)) is None:
+            continue
+        if (value := read(given)) is None:
+            raise CheckpointError(
+                f"{folder / NAMES[0]} beside the weights has {theirs}"
+                f" {shown(given, 80)}; expected {_EXPECTED[read]}. If it belongs to"
+                " another model, move it away."
+            )
+        facts[ours] = value
+    return facts
 
 
 def _normalisation(config: dict[str, Any], prefix: str) -> dict[str, str]:
@@ -166,7 +170,7 @@ def _normalisation(config: dict[str, Any], prefix: str) -> dict[str, str]:
     if config.get("do_normalize") is False:
         return {"normalisation": "none"}
     found = [config.get(f"{prefix}{name}") for name in ("mean", "std")]
-    for values, name in _NORMALISATIONS.items():
+    for name, values in NORMALISATIONS.items():
         if found == [list(v) for v in values]:
             return {"normalisation": name}
     return {}

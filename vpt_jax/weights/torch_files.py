@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's files as descriptions of tensors, without PyTorch and without pickle.
 
-Such a file is a pickle that describes tensors, next to their raw bytes. Loading a
-pickle runs whatever it says, so this module does not load it. `unpickle` decodes the
-opcodes and obeys the few that state dicts need; the only things it builds are dicts,
-lists, tuples, numbers, strings and `Tensor` (where a tensor's values lie, not the
-values). A pickle that names anything else is refused with that name.
-
-Time and memory are bounded by `MAX_PICKLE` and `MAX_OPCODES`: every opcode costs at
-most what it adds, and nothing walks a structure to its leaves, so shared or endless
-structures do no harm.
+Loading a pickle runs whatever it says. `unpickle` decodes the opcodes instead and obeys
+the few that state dicts need: it builds dicts, lists, tuples, numbers, strings and
+`Tensor` (where values lie, not the values), and refuses all else by name. Every opcode
+costs at most what it adds, and nothing walks a structure to its leaves, so shared or
+endless structures do no harm.
 """
 
 import io
 import math
 import pickletools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.files.messages import printable, shown
+from vpt_jax.weights.zips import MAX_HEADER, Refused
 
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-MAX_PICKLE = 4 << 20  # of a ViT-L with its optimiser: 0.3 MB
+MAX_PICKLE = MAX_HEADER  # of a ViT-L with its optimiser: 0.3 MB
 MAX_OPCODES = 1_000_000
 MAX_DIMS = 32
 # Where training scripts put the state dict; the first that holds tensors counts.
@@ -54,17 +52,12 @@ _LITERALS = frozenset(
     " SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES"
     " SHORT_BINBYTES BINBYTES8".split()
 )
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_IDLE = frozenset({"PROTO", "FRAME", "STOP"})
+_STATE_DICT = "re-save it with torch.save(model.state_dict(), path)"
 _RESAVE = (
-    "Only tensors are read, and nothing in the file is executed. If you trust the"
-    " file, re-save its weights alone with PyTorch: torch.save(model.state_dict(),"
-    " path), or the state dict that torch.load(path, weights_only=False) holds."
+    "Only tensors are read, and nothing in the file is executed. If you trust it,"
+    f" {_STATE_DICT}, or what torch.load(path, weights_only=False) gives."
 )
-
-
-class Refused(ValueError):
-    """The file is sound, but holds what is not read; the message says what to do."""
 
 
 class Storage(NamedTuple):
@@ -108,34 +101,35 @@ class _Inert:
 
 
 def unpickle(stream: io.BytesIO) -> Pickled:
-    """Follows one pickle from `stream` up to its end.
+    """Follows one pickle of at most `MAX_PICKLE` bytes up to its end.
 
-    Args:
-      stream: At most `MAX_PICKLE` long.
-
-    Raises:
-      Refused: If the pickle holds anything but tensors and plain values.
-      Exception: Of many kinds, if it is no well-formed pickle.
+    Raises Refused for anything but tensors and plain values, and exceptions of many
+    kinds if it is no well-formed pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
     storages: dict[str, Storage] = {}
 
-    def since_mark() -> list[Any]:
-        start = marks.pop()
+    def taken(count: int | None) -> list[Any]:
+        """The last `count` values, or those since the mark."""
+        start = marks.pop() if count is None else len(stack) - count
         items = stack[start:]
+        if count is not None and start < 0:
+            raise ValueError("its pickle takes more values than it has")
         del stack[start:]
         return items
 
-    for count, (opcode, arg, _) in enumerate(_opcodes(stream)):
-        if count >= MAX_OPCODES:
+    for number, (opcode, arg, _) in enumerate(_opcodes(stream)):
+        if number >= MAX_OPCODES:
             raise Refused(
                 f"its pickle has more than {MAX_OPCODES} opcodes; a state dict needs"
                 f" far fewer. {_RESAVE}"
             )
         name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT", "PUT"):
+        if name in _LITERALS:
+            stack.append(arg)
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
             if not 0 <= arg < 2**32:  # other numbers could be made to collide
                 raise ValueError("its pickle has a memo index beyond 32 bits")
             memo[arg] = stack[-1]
@@ -143,84 +137,35 @@ def unpickle(stream: io.BytesIO) -> Pickled:
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[arg])
-        elif name in _LITERALS:
-            stack.append(arg)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
         elif name == "MARK":
             marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in _TUPLES:
-            items = tuple(stack.pop() for _ in range(_TUPLES[name]))
-            stack.append(items[::-1])
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "DICT":
-            stack.append(_set_items({}, since_mark()))
-        elif name == "SETITEMS":
-            items = since_mark()
-            _set_items(stack[-1], items)
-        elif name == "SETITEM":
-            items = [stack.pop(), stack.pop()]
-            _set_items(stack[-1], items[::-1])
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "LIST":
-            stack.append(since_mark())
-        elif name == "APPENDS":
-            items = since_mark()
-            _expect(stack[-1], list).extend(items)
-        elif name == "APPEND":
-            item = stack.pop()
-            _expect(stack[-1], list).append(item)
-        elif name == "GLOBAL":
+        elif name in _MADE:
+            count, make = _MADE[name]
+            stack.append(make(taken(count)))
+        elif name in _ADDED:
+            count, add = _ADDED[name]
+            items = taken(count)
+            add(stack[-1], items)
+        elif name in ("GLOBAL", "INST"):
             stack.append(_known(arg.replace(" ", ".", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_known(f"{_expect(module, str)}.{_expect(attribute, str)}"))
-        elif name == "BINPERSID":
-            storage = _storage(stack.pop())
+            if name == "INST":
+                raise Refused(f"its pickle makes objects (INST). {_RESAVE}")
+        elif name not in _IDLE:
+            raise Refused(f"its pickle uses the opcode {name}, unknown here. {_RESAVE}")
+        if name == "BINPERSID":
+            storage = stack[-1]
             if storages.setdefault(storage.key, storage) != storage:
                 raise ValueError("two types or sizes are given for the same storage")
-            stack.append(storage)
-        elif name == "REDUCE":
-            args = _expect(stack.pop(), tuple)
-            stack.append(_build(_expect(stack.pop(), _Global).name, args))
-        elif name == "BUILD":
-            # Attributes of an OrderedDict (`_metadata`) or of what is not rebuilt.
-            stack.pop()
-            if not isinstance(stack[-1], dict | _Inert):
-                raise Refused(
-                    f"its pickle sets attributes of {_kind(stack[-1])}. {_RESAVE}"
-                )
-        elif name == "INST":
-            _known(arg.replace(" ", ".", 1))
-            raise Refused(f"its pickle makes objects (INST). {_RESAVE}")
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise Refused(
-                f"its pickle uses the opcode {name}, which no state dict needs."
-                f" {_RESAVE}"
-            )
     return Pickled(stack.pop(), storages)
 
 
 def state_dict(value: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name.
+    """The tensors of a state dict, or of a checkpoint that holds one; else Refused.
 
-    Args:
-      value: Of `unpickle`: a state dict, or a dict that holds one under a name of
-        `WRAPPERS` (the first in that order that holds tensors). Entries that are no
-        tensors, such as epochs and the optimiser's state, are left out.
-
-    Raises:
-      Refused: If there is no such dict.
+    What is no tensor, such as epochs and the optimiser's state, is left out.
     """
     if not isinstance(value, dict):
-        raise Refused(
-            f"it holds {_kind(value)}; expected a state dict. Re-save it with"
-            " torch.save(model.state_dict(), path)"
-        )
+        raise Refused(f"it holds {_kind(value)}; expected a state dict; {_STATE_DICT}")
     for tree in [value.get(key) for key in WRAPPERS] + [value]:
         if isinstance(tree, dict):
             found = {n: leaf for n, leaf in tree.items() if isinstance(leaf, Tensor)}
@@ -229,16 +174,12 @@ def state_dict(value: Any) -> dict[str, Tensor]:
     keys = [key[:40] for key in list(value)[:12]]
     raise Refused(
         f"it holds no state dict: its top-level keys are {keys}, expected tensors there"
-        f" or under one of {list(WRAPPERS)}. Re-save with"
-        " torch.save(model.state_dict(), path)"
+        f" or under one of {list(WRAPPERS)}; {_STATE_DICT}"
     )
 
 
 def networks(value: Any) -> str:
-    """Which of several networks `state_dict` takes; empty where there is one.
-
-    A checkpoint may hold the network and an average of it over the steps (`model_ema`).
-    """
+    """Which of several networks (some are averages) `state_dict` takes; else empty."""
     if not isinstance(value, dict):
         return ""
     held = {
@@ -256,20 +197,14 @@ def networks(value: Any) -> str:
 
 def as_array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
     """The tensor as a contiguous array; `values` are the `span` elements it covers."""
-    if 0 in tensor.shape or _is_contiguous(tensor):
-        return values.reshape(tensor.shape)
     strides = [stride * values.itemsize for stride in tensor.strides]
     raw = values.view(np.uint8)  # this way NumPy checks the strides
-    return np.ndarray(tensor.shape, values.dtype, raw, 0, strides).copy()
+    array = np.ndarray(tensor.shape, values.dtype, raw, 0, strides)
+    return array if array.flags.c_contiguous else array.copy()
 
 
 def legacy_storages(stream: io.BytesIO) -> tuple[Pickled, list[Storage]]:
-    """Follows the pickles at the start of a file of PyTorch before 1.6.
-
-    Returns:
-      What the file describes, and its storages in the order in which they follow:
-      each as its size in eight bytes, then its values.
-    """
+    """What a file of PyTorch before 1.6 describes, and its storages in their order."""
     for expected in ("magic number", "protocol"):
         if type(unpickle(stream).value) is not int:
             raise ValueError(f"its {expected} is not a number")
@@ -299,7 +234,9 @@ def _known(name: str) -> _Global:
     )
 
 
-def _build(name: str, args: tuple) -> Any:
+def _build(called: list[Any]) -> Any:
+    function, args = called
+    name, args = _expect(function, _Global).name, _expect(args, tuple)
     if name in _INERT:
         return _Inert()
     if name not in _BUILDERS:
@@ -328,6 +265,12 @@ def _set_items(target: Any, items: list[Any]) -> dict[str, Any]:
     return target
 
 
+def _set_state(target: Any, _: list[Any]) -> None:
+    """Attributes of an OrderedDict (`_metadata`), or of what is not rebuilt: left."""
+    if not isinstance(target, dict | _Inert):
+        raise Refused(f"its pickle sets attributes of {_kind(target)}. {_RESAVE}")
+
+
 def _counts(values: Any, what: str) -> tuple[int, ...]:
     values = tuple(values) if isinstance(values, tuple | list) else (values,)
     if len(values) > MAX_DIMS:
@@ -337,7 +280,8 @@ def _counts(values: Any, what: str) -> tuple[int, ...]:
     return values
 
 
-def _storage(pid: Any) -> Storage:
+def _storage(taken: list[Any]) -> Storage:
+    (pid,) = taken
     if not isinstance(pid, tuple) or not pid or pid[0] != "storage":
         said = pid[0] if isinstance(pid, tuple) and pid else pid
         what = shown(said, 40) if isinstance(said, str) else _kind(said)
@@ -376,31 +320,36 @@ def _rebuild_tensor(
     return tensor
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Tensor:
-    return _expect(data, Tensor)
-
-
-def _size(sizes: Any) -> tuple:
-    return _expect(sizes, tuple)
-
-
-def _ordered_dict() -> dict[str, Any]:
-    return {}
-
-
-_BUILDERS = {
-    "collections.OrderedDict": _ordered_dict,
-    "torch.Size": _size,
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: {},
+    "torch.Size": lambda sizes: _expect(sizes, tuple),
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: _expect(data, Tensor),
 }
-
-
-def _is_contiguous(tensor: Tensor) -> bool:
-    step = 1
-    for size, stride in zip(tensor.shape[::-1], tensor.strides[::-1], strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
+# Opcodes that put a value in the place of as many others, or (None) of those since the
+# mark; and opcodes that add such values to the one below them.
+_MADE: dict[str, tuple[int | None, Callable[[list[Any]], Any]]] = {
+    "NONE": (0, lambda _: None),
+    "NEWTRUE": (0, lambda _: True),
+    "NEWFALSE": (0, lambda _: False),
+    "EMPTY_TUPLE": (0, tuple),
+    "EMPTY_LIST": (0, list),
+    "EMPTY_DICT": (0, lambda _: {}),
+    "TUPLE": (None, tuple),
+    "TUPLE1": (1, tuple),
+    "TUPLE2": (2, tuple),
+    "TUPLE3": (3, tuple),
+    "LIST": (None, list),
+    "DICT": (None, lambda items: _set_items({}, items)),
+    "STACK_GLOBAL": (2, lambda names: _known(".".join(names))),
+    "BINPERSID": (1, _storage),
+    "REDUCE": (2, _build),
+}
+_ADDED: dict[str, tuple[int | None, Callable[[Any, list[Any]], Any]]] = {
+    "SETITEM": (2, _set_items),
+    "SETITEMS": (None, _set_items),
+    "APPEND": (1, lambda target, items: _expect(target, list).extend(items)),
+    "APPENDS": (None, lambda target, items: _expect(target, list).extend(items)),
+    "BUILD": (1, _set_state),
+}
