@@ -2,6 +2,10 @@
 """Strict JAX for every test, and the tiny model that most of them use."""
 
 import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 # Before JAX starts: eight devices, so that sharding is tested for real.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -80,6 +84,34 @@ def save_small_backbone(path, variant=SMALL):
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
     return path
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_config(path, arg=""):
+    """The ConfigDict of a config file."""
+    return runpy.run_path(str(ROOT / path))["get_config"](arg)
+
+
+def start_command(*args, python=("-m", "vpt_jax.main"), cwd=ROOT, **environment):
+    """A command in a process of its own, on one device as users' are."""
+    own = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, *python, *args],
+        cwd=cwd,
+        env=os.environ | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(*args, **options):
+    """`start_command` until it ends."""
+    process = start_command(*args, **options)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import load_config
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_main import load_config
 
 import vpt_jax
 from vpt_jax import predict, train
@@ -288,12 +288,8 @@ def test_a_stream_goes_on_past_what_is_broken_and_reads_no_further(classifier, z
 
 def test_the_best_model_is_chosen_on_val_and_ties_are_plain(finished):
     def row(val, counts, stage="tune", test=0.0):
-        return {
-            "val_accuracy": val,
-            "counts": counts,
-            "stage": stage,
-            "test_accuracy": test,
-        }
+        accuracies = {"val_accuracy": val, "test_accuracy": test}
+        return {**accuracies, "counts": counts, "stage": stage}
 
     rows = [row(0.8, [9], test=1.0), row(0.9, [5]), row(0.9, [3]), row(0.9, [3])]
     assert experiment.best(rows) == (
@@ -471,10 +467,6 @@ def test_the_command_writes_rows_and_names_what_it_cannot_read(
         top = np.sort(expected.probabilities[number])[::-1][:2]
         assert [p for _, p in line["top"]] == pytest.approx(top.tolist(), rel=1e-5)
         assert row["label_2"] == line["top"][1][0]
-
-
-def test_the_command_ends_with_0_if_all_was_read(finished, zoo, capsys, monkeypatch):
-    monkeypatch.setattr("vpt_jax.files.cli.keep_compiled", lambda: None)
     assert predict.main([str(finished[1]), str(zoo)]) == 0
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 30 and "30 pictures in" in shown.err

@@ -2,9 +2,9 @@
 """The benchmarks' protocol: what is tried, what is chosen, which runs follow."""
 
 import itertools
-from pathlib import Path
 
 import pytest
+from conftest import load_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +18,7 @@ FGVC = [name for name, row in BENCHMARKS.items() if row.group == "fgvc"]
 
 def load(name, arg=""):
     """The ConfigDict of a file in configs/."""
-    module = {}
-    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
-    exec(compile(path.read_text(), str(path), "exec"), module)
-    return module["get_config"](arg)
+    return load_config(f"configs/{name}.py", arg)
 
 
 def small(**changes):
@@ -83,11 +80,11 @@ def test_vtab_is_the_published_protocol():
 
 
 def test_trial_runs_never_see_the_test_set():
-    for name, arg in (("vtab", ""), ("fgvc", ""), ("swin", "task=svhn")):
-        for job in protocol.planned(protocol.parse(load(name, arg))):
+    for name in ("vtab", "fgvc", "swin:task=svhn", "vtab:search,task=dtd"):
+        for job in protocol.planned(protocol.parse(load(*name.split(":")))):
             if job.kind != "final":
                 assert job.config.task.splits == "select"
-                assert job.config.condense.keep_ratios == ()
+                assert job.config.condense.keep_ratios == job.config.baselines == ()
 
 
 def test_fgvc_has_the_published_grid_and_trains_on_train():
@@ -223,13 +220,8 @@ def test_prompt_counts_bring_their_batch_size():
 
 def test_the_rate_is_scaled_once():
     """The last runs have the batch size of the trials, so their rate is the same."""
-    bench = small()
-    grid = {(j.config.tune.base_lr, j.config.tune.batch_size) for j in planned(bench)}
-    assert grid == {(1.0, 128), (10.0, 128)}
-
-
-def planned(bench):
-    return [j for j in protocol.planned(bench) if j.task == "svhn"]
+    jobs = [job.config.tune for job in protocol.planned(small()) if job.task == "svhn"]
+    assert {(t.base_lr, t.batch_size) for t in jobs} == {(1.0, 128), (10.0, 128)}
 
 
 # Which runs there are.
@@ -255,9 +247,9 @@ def test_jobs_come_task_by_task_and_are_those_planned():
 
 def test_a_job_is_a_function_of_its_config():
     """The same config gives equal jobs: names tell all that differs."""
-    first, again = protocol.planned(small()), protocol.planned(small())
-    assert first == again
-    configs_of = {job.name: parsing.to_dict(job.config) for job in first}
+    planned = protocol.planned(small())
+    assert planned == protocol.planned(small())
+    configs_of = {job.name: parsing.to_dict(job.config) for job in planned}
     assert len({str(c) for n, c in configs_of.items() if "grid" in n}) == 8
 
 
@@ -289,27 +281,15 @@ def test_the_board_has_rows_choices_and_what_is_missing():
     assert empty["dtd"]["missing"] == 10
 
 
-def test_a_run_that_diverged_counts_with_its_last_finite_epoch():
-    bench = small()
-    results = results_of(bench, lambda *_: 0.5)
-    name = bench.trials["svhn"]["grid"][0].name
-    results[name] = {
-        "rows": [{"val_accuracy": 0.7, "epochs": 3, "planned_epochs": 100}]
-    }
-    (row,) = (
-        r for r in protocol.grid(bench, "svhn", "grid", results) if r["epochs"] < 9
-    )
-    assert row["val_accuracy"] == 0.7
-    assert protocol.chosen(bench, "svhn", "grid", results)["val_accuracy"] == 0.7
-
-
-def test_a_run_that_was_never_finite_is_not_chosen():
+def test_a_run_that_diverged_counts_if_it_was_ever_finite():
     bench = small()
     results = results_of(bench, lambda *_: 0.5)
     first, second, *_ = (job.name for job in bench.trials["svhn"]["grid"])
     row = {"val_accuracy": 0.9, "epochs": 0, "planned_epochs": 100}
     results[first] = {"rows": [row]}
     results[second] = {"rows": [row | {"val_accuracy": 0.6, "epochs": 1}]}
+    tried = protocol.grid(bench, "svhn", "grid", results)
+    assert sorted(row["epochs"] for row in tried) == [0, 1, 100, 100]
     picked = protocol.chosen(bench, "svhn", "grid", results)
     assert picked["val_accuracy"] == 0.6
 
@@ -321,12 +301,12 @@ def test_a_run_that_was_never_finite_is_not_chosen():
     ("changes", "message"),
     [
         ({"benchmark__mode": "best"}, "mode 'best'"),
-        ({"benchmark__rates": ()}, "rates or decays are empty"),
+        ({"benchmark__rates": ()}, r"rates is \(\) in mode 'sweep'; expected at least"),
         ({"benchmark__rates": (1.0, 1.0)}, "a value is there twice"),
         ({"benchmark__rates": (1.0, -1.0)}, "rates is -1"),
         ({"benchmark__final_splits": "select"}, "final_splits"),
         ({"benchmark__speed": 1}, "unknown config key config.benchmark.speed"),
-        ({"tasks": {}}, "config.tasks is empty"),
+        ({"tasks": {}}, "config.tasks is {}; expected at least one task"),
         ({"tasks__svhn": {"num_prompts": 5}}, "config.tasks.svhn.base_lr is missing"),
         ({"tune__base_lr": 1.0}, "which chooses it; set benchmark.rates"),
         ({"tune__weight_decay": 0.0}, "set benchmark.decays"),
@@ -335,13 +315,12 @@ def test_a_run_that_was_never_finite_is_not_chosen():
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "no repeats"),
         ({"score__score": "none"}, "unknown score"),
+        (
+            {"benchmark__mode": "published", "benchmark__num_prompts": (1, 2)},
+            "tries none",
+        ),
     ],
 )
 def test_what_cannot_work(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
-
-
-def test_published_mode_has_no_counts_to_try():
-    with pytest.raises(ValueError, match="tries none"):
-        small(benchmark__mode="published", benchmark__num_prompts=(1, 2))

@@ -30,10 +30,9 @@ _SAY_S = 30.0  # between lines of progress where there is no terminal
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = __doc__ or ""
     parser = argparse.ArgumentParser(
         prog="python -m vpt_jax.predict",
-        description=text,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="RUN_OR_FILE")
@@ -87,10 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"--top is {args.top} and --batch_size {args.batch_size}; expected 1 or"
-            " more."
-        )
+        got = f"--top is {args.top} and --batch_size {args.batch_size}"
+        raise ValueError(f"{got}; expected 1 or more.")
     if args.out and Path(args.out).suffix not in (".csv", ".jsonl"):
         raise ValueError(f"--out is {args.out!r}; expected a name in .csv or .jsonl.")
     from vpt_jax.files import cli, durable
@@ -155,29 +152,27 @@ def _answer(
 def _writer(
     args: argparse.Namespace, file: Any
 ) -> Callable[[str, list[tuple[str, float]], str], None]:
-    """Writes a row of CSV, or a line of JSON, per picture."""
-    if args.out.endswith(".jsonl"):
-
-        def line(path: str, answers: list[tuple[str, float]], error: str) -> None:
-            row: dict[str, Any] = {"path": path}
-            if error:
-                row["error"] = error
-            else:
-                row |= {"label": answers[0][0], "probability": answers[0][1]}
-                row["top"] = answers
-            file.write(json.dumps(row) + "\n")
-
-        return line
+    """Writes a line of JSON, or a row of CSV, per picture."""
+    numbers = range(2, args.top + 1)
+    more = [f"{name}_{k}" for k in numbers for name in ("label", "probability")]
     rows = csv.writer(file)
-    more = [
-        f"{n}_{k}" for k in range(2, args.top + 1) for n in ("label", "probability")
-    ]
-    rows.writerow(["path", "label", "probability", *more, "error"])
+
+    def line(path: str, answers: list[tuple[str, float]], error: str) -> None:
+        row: dict[str, Any] = {"path": path, "error": error}
+        if answers:
+            label, probability = answers[0]
+            row = {"path": path, "label": label, "probability": probability}
+            row["top"] = answers
+        file.write(json.dumps(row) + "\n")
 
     def row(path: str, answers: list[tuple[str, float]], error: str) -> None:
         cells = [x for name, p in answers for x in (name, f"{p:.6g}")]
-        rows.writerow([path, *cells, *[""] * (2 * args.top - len(cells)), error])
+        empty = [""] * (2 * args.top - len(cells))
+        rows.writerow([path, *cells, *empty, error])
 
+    if args.out.endswith(".jsonl"):
+        return line
+    rows.writerow(["path", "label", "probability", *more, "error"])
     return row
 
 

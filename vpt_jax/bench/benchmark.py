@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a benchmark: hands its jobs to a launcher, collects results, writes the board.
 
-In the workdir: `runs/TASK/NAME/` of every finished run, and the leaderboard, written
-whenever a task is complete. A job is done when its folder is there, so the same command
-goes on with what is missing. `status` is what `--list` shows.
+A job is done when its folder `runs/TASK/NAME/` is there, so the same command goes on
+with what is missing. `status` is what `--list` shows.
 """
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,7 @@ def run(
     launcher: Launcher,
     command: str = "",
 ) -> dict[str, Any]:
-    """Performs all jobs that are not done and writes the leaderboard.
-
-    Returns:
-      The content of leaderboard.json.
+    """Performs all jobs that are not done; the content of leaderboard.json, as written.
 
     Raises:
       ValueError: If the config or a data set cannot work, before anything is written;
@@ -66,9 +63,17 @@ def run(
                     failed[job.name] = error
                     print(f"{job.name} failed: {error}", flush=True)
                     continue
-                results[job.name] = _result(workdir, job)
+                result = jobs.result_of(workdir, job)
+                if result is None:
+                    raise ValueError(
+                        f"{job.name} ended without a result in"
+                        f" {jobs.folder(workdir, job.name)}; expected the engine's"
+                        " nodes to share --workdir (Slurm)."
+                    )
+                results[job.name] = result
                 _tell(bench, results, job, start)
-                if not _left(bench, job.task, results):
+                own = (j for j in protocol.planned(bench) if j.task == job.task)
+                if all(j.name in results for j in own):
                     leaderboard.write(board(bench, results, command), workdir)
         content = board(bench, results, command)
         leaderboard.write(content, workdir)
@@ -99,11 +104,9 @@ def check_data(bench: Benchmark) -> None:
         raise advised(
             f"{len(missing)} of {len(bench.tasks)} data sets are not prepared:"
             f" {', '.join(missing)}.",
-            "Prepare them once, in any environment; only this needs TensorFlow:",
+            "Prepare them once (only this needs TensorFlow), or run others: task=NAME.",
             "  pip install 'vpt_jax[prepare]'",
             f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}",
-            "`python -m vpt_jax.data list` shows sizes, and what is fetched by hand. Or"
-            " run those that are there: task=NAME after the config's file name.",
         )
 
 
@@ -126,9 +129,8 @@ def board(
     bench: Benchmark, results: Mapping[str, Mapping[str, Any]], command: str
 ) -> dict[str, Any]:
     """The content of leaderboard.json: nothing in it depends on the clock."""
-    known = [
-        results[j.name] for j in protocol.jobs(bench, results) if j.name in results
-    ]
+    named = [job.name for job in protocol.jobs(bench, results)]
+    known = [results[name] for name in named if name in results]
     versions: dict[str, set[str]] = {}
     for result in known:
         for name, value in result["versions"].items():
@@ -138,7 +140,13 @@ def board(
         "command": command,
         "versions": {k: ", ".join(sorted(v)) for k, v in versions.items()},
         "backbone": known[0]["backbone"] if known else {},
-        "config": protocol.to_dict(bench),
+        "config": parsing.plain(
+            {
+                **bench.base,
+                "benchmark": dataclasses.asdict(bench.settings),
+                "tasks": {n: dataclasses.asdict(own) for n, own in bench.tasks.items()},
+            }
+        ),
         "tasks": protocol.board(bench, results),
     }
 
@@ -198,8 +206,7 @@ def print_status(bench: Benchmark, workdir: Path) -> None:
             _duration(row.seconds_left),
         )
     console.print(table)
-    done = sum(row.grid[0] + row.final[0] for row in rows)
-    total = sum(row.grid[1] + row.final[1] for row in rows)
+    done, total = (sum(row.grid[i] + row.final[i] for row in rows) for i in (0, 1))
     running = [name for row in rows for name in row.running]
     for name in running[:10]:
         console.print(f"running: {name}")
@@ -210,22 +217,6 @@ def print_status(bench: Benchmark, workdir: Path) -> None:
     if done == total:
         left = "all done"
     console.print(f"{done} of {total} runs done, {len(running)} running; {left}.")
-
-
-def _result(workdir: Path, job: Job) -> dict[str, Any]:
-    result = jobs.result_of(workdir, job)
-    if result is None:
-        raise ValueError(
-            f"{job.name} ended without a result in {jobs.folder(workdir, job.name)};"
-            " expected the engine's nodes to share --workdir (Slurm)."
-        )
-    return result
-
-
-def _left(bench: Benchmark, task: str, results: Mapping[str, Any]) -> int:
-    return sum(
-        job.name not in results for job in protocol.planned(bench) if job.task == task
-    )
 
 
 def _tell(bench: Benchmark, results: Mapping[str, Any], job: Job, start: float) -> None:
@@ -263,10 +254,13 @@ def _work(job: Job) -> float:
         return train * _FORWARD
     work = 0.0
     for unit in experiment.plan(job.config):
-        stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
-        epochs = getattr(job.config, stage).epochs if stage != "condense" else 0
-        if stage == "linear":
-            epochs = _FORWARD  # features once
+        epochs = {
+            "linear": _FORWARD,  # features once
+            "tune": job.config.tune.epochs,
+            "scratch": job.config.tune.epochs,
+            "condense": 0,
+            "finetune": job.config.finetune.epochs,
+        }[unit.stage]
         work += epochs * train + _FORWARD * test
     return work
 
@@ -276,18 +270,13 @@ def _sizes(job: Job) -> tuple[int, int]:
     row, splits = vtab.BENCHMARKS.get(job.task), job.config.task.splits
     if row is None:  # tasks of tasks.py
         return 1000, 2000
-    parts = vtab.split_expressions(row)
     short = {"train800": "train", "val200": "val", "train800val200": "trainval"}
-    sizes = {short.get(n, n): _length(e) for n, e in parts.items()}  # short ones win
+    sizes = {  # short ones win
+        short.get(name, name): sum(stop - start for _, start, stop in runs)
+        for name, runs in vtab.part_runs(row).items()
+    }
     train = sizes["trainval" if splits == "final" else "train"]
     return train, sizes["val" if splits == "select" else "test"]
-
-
-def _length(expression: str) -> int:
-    """Examples in `train[0:800]+validation[0:200]`."""
-    runs = [run.partition("[")[2].rstrip("]") for run in expression.split("+")]
-    pairs = [run.split(":") for run in runs]
-    return sum(int(stop) - int(start) for start, stop in pairs)
 
 
 def _duration(seconds: float | None) -> str:

@@ -55,52 +55,41 @@ class BenchmarkConfig:
     head_inits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        def expect(right: bool, name: str, expected: str) -> None:
+            if not right:
+                got = f"{name} is {shown(getattr(self, name))} in mode {self.mode!r}"
+                raise ValueError(f"{got}; {expected}.")
+
         check_choice("mode", self.mode, MODES)
         check_choice("final_splits", self.final_splits, ("final", "all"))
         configs.positive(finetune_rate=self.finetune_rate)
         for rate in self.rates:
             configs.positive(rates=rate)
-        if self.mode == "published" and self.num_prompts:
-            raise ValueError(
-                f"num_prompts is {self.num_prompts} in mode 'published', which tries"
-                " none; set prompts.num_prompts, or mode 'sweep'."
-            )
-        if self.mode != "published" and not (self.rates and self.decays):
-            raise ValueError(
-                f"rates or decays are empty; mode {self.mode!r} needs both."
-            )
-        if (self.mode == "search") != bool(self.shares):
-            raise ValueError(
-                f"shares is {self.shares} in mode {self.mode!r}; mode 'search' needs"
-                " them, the others have none."
-            )
-        if (self.mode == "search") != bool(self.head_inits):
-            raise ValueError(
-                f"head_inits is {self.head_inits} in mode {self.mode!r}; mode 'search'"
-                " needs them, the others have none."
-            )
         for init in self.head_inits:
             check_choice("head_inits", init, configs.HEAD_INITS)
-        if not all(0 < share <= 1 for share in self.shares):
-            raise ValueError(f"shares is {self.shares}; each must be in (0, 1].")
-        for decay in self.decays:
-            if not 0 <= decay < math.inf:
-                raise ValueError(f"decays has {decay}; each must be >= 0 and finite.")
-        if self.num_prompts and not min(self.num_prompts) > 0:
-            raise ValueError(
-                f"num_prompts is {shown(self.num_prompts)}; each must be"
-                " greater than 0."
-            )
-        if len(set(self.head_inits)) != len(self.head_inits):
-            raise ValueError(f"head_inits is {self.head_inits}; expected each once.")
-        for name in ("rates", "decays", "num_prompts"):
+        published, searched = self.mode == "published", self.mode == "search"
+        for name in ("rates", "decays"):
+            there = bool(getattr(self, name))
+            expect(there or published, name, "expected at least one")
+        for name in ("shares", "head_inits"):
+            there = bool(getattr(self, name))
+            expect(there == searched, name, "mode 'search' needs some, no other does")
+        tried = "that mode tries none; set prompts.num_prompts, or mode 'sweep'"
+        expect(not (published and self.num_prompts), "num_prompts", tried)
+        expect(
+            all(n > 0 for n in self.num_prompts), "num_prompts", "expected 1 or more"
+        )
+        expect(
+            all(0 < s <= 1 for s in self.shares), "shares", "expected each in (0, 1]"
+        )
+        finite = all(0 <= decay < math.inf for decay in self.decays)
+        expect(finite, "decays", "expected each from 0, and finite")
+        for name in ("rates", "decays", "num_prompts", "head_inits"):
             values = getattr(self, name)
             # As the runs' folders are called: two that print alike would be one run.
-            if len({f"{value:g}" for value in values}) != len(values):
-                raise ValueError(
-                    f"{name} is {shown(values)}; a value is there twice (to six"
-                    " digits); expected each once."
-                )
+            printed = {x if isinstance(x, str) else f"{x:g}" for x in values}
+            once = len(printed) == len(values)
+            expect(once, name, "a value is there twice (to six digits); expected once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,30 +151,21 @@ def complete(values: ConfigDict) -> None:
         if isinstance(found, ConfigDict):
             parsing.complete(found, SearchConfig)
         return
-    kinds: dict[str, Any] = {"benchmark": BenchmarkConfig, **parsing.GROUPS}
-    groups: dict[str, ConfigDict] = {}
-    for name in kinds:
-        if name not in values:
-            values[name] = ConfigDict()
-        group = values[name]
-        if isinstance(group, ConfigDict):  # else `parse` says what it is
-            groups[name] = group
     if "diverged" not in values:  # as in VPT's sweeps
         values.diverged = "last_finite"
-    # None, whatever the default of a run is: each task's own.
-    for name, keys in {"prompts": ("num_prompts",), "tune": tuple(_OWN)}.items():
-        for key in keys:
-            if name in groups and key not in groups[name]:
-                kind = _OWN.get(key, (object,))[-1]
-                groups[name][key] = config_dict.placeholder(kind)
-    filled = [
-        (groups[name], key)
-        for name, keys in _FILLED.items()
-        for key in keys
-        if name in groups and key not in groups[name]
-    ]
-    for name, group in groups.items():
-        parsing.complete(group, kinds[name])
+    filled: list[tuple[ConfigDict, str]] = []
+    for name in ("benchmark", *parsing.GROUPS):
+        values[name] = values.get(name, ConfigDict())
+        group: Any = values[name]
+        if not isinstance(group, ConfigDict):  # `parse` says what it is
+            continue
+        # None, whatever the default of a run is: each task's own.
+        for key in {"prompts": ("num_prompts",), "tune": _OWN}.get(name, ()):
+            if key not in group:
+                group[key] = config_dict.placeholder(_OWN.get(key, (object,))[-1])
+        filled += [(group, key) for key in _FILLED.get(name, ()) if key not in group]
+    if isinstance(values.benchmark, ConfigDict):
+        parsing.complete(values.benchmark, BenchmarkConfig)
     parsing.complete(values)
     for group, key in filled:
         del group[key]
@@ -198,10 +178,7 @@ def complete(values: ConfigDict) -> None:
 def words(
     arg: str, tasks: Sequence[str], known: Sequence[str]
 ) -> tuple[list[str], set[str]]:
-    """The argument of a config file: `task=NAME` and single words, by commas.
-
-    Returns:
-      The names of tasks, and the other words.
+    """Names of tasks, and other words, of a config file's argument `task=NAME,smoke`.
 
     Raises:
       ValueError: For what is not among `tasks` or `known`; names the nearest.
@@ -227,13 +204,7 @@ def vpt(name: str, mode: str, tasks: Mapping[str, Mapping[str, Any]]) -> ConfigD
     """VPT's protocol, which the configs of VTAB-1k, FGVC and Swin share.
 
     A grid of base rates (times batch_size / 256) and decays, 100 epochs of SGD, five
-    seeds with the best pair. Rates, decays and batch sizes of all stages come from the
-    grid, or from the tasks in mode published.
-
-    Args:
-      name: Of the leaderboard.
-      mode: One of `MODES`.
-      tasks: What each task has of its own, see `OwnConfig`.
+    seeds with the best pair; in mode published the pairs come from the `tasks`.
     """
     c: Any = ConfigDict()
     c.benchmark = ConfigDict(
@@ -278,7 +249,6 @@ def recipe(c: Any) -> None:
         return
     c.tune.weight_decay = 0.0
     c.finetune.update(batch_size=32, weight_decay=0.0)
-    c.finetune.warmup_epochs = 0
     # Of the probe only the decay is used, and that where there is no val to choose it.
     c.linear.update(batch_size=32, base_lr=1.0, weight_decay=PROBE_DECAY)
     complete(c)
@@ -300,42 +270,32 @@ def shorten(c: Any, *, image_size: int) -> None:
 
 def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
     """Raises ValueError for what `parsing.parse` cannot tell, as tasks fill it in."""
+
+    def expect(right: bool, key: str, got: Any, expected: str) -> None:
+        if not right:
+            raise ValueError(f"config.{key} is {shown(got)}; {expected}.")
+
     for name, kind in parsing.GROUPS.items():
         parsing.check_keys(kind, plain.get(name, {}), f"config.{name}.")
     for name, keys in _FILLED.items():
         for key in keys:
-            if plain.get(name, {}).get(key) is not None:
-                raise ValueError(
-                    f"config.{name}.{key} is {shown(plain[name][key])}; a"
-                    " benchmark fills it in from config.tasks and its grid. Leave it"
-                    " out."
-                )
-    if not isinstance(tasks, Mapping):
-        got = shown(tasks)
-        raise ValueError(f"config.tasks is {got}; expected a group of keys.")
-    if not tasks:
-        raise ValueError("config.tasks is empty; expected at least one task.")
+            got = plain.get(name, {}).get(key)
+            instead = "a benchmark fills it in from config.tasks and its grid; drop it"
+            expect(got is None, f"{name}.{key}", got, instead)
+    expect(isinstance(tasks, Mapping), "tasks", tasks, "expected a group of keys")
+    expect(bool(tasks), "tasks", tasks, "expected at least one task")
     for name in tasks:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"config.tasks has {shown(name)}; expected names of letters,"
-                " digits, '_', '.' and '-'."
-            )
+        right = isinstance(name, str) and bool(_NAME.fullmatch(name))
+        letters = "expected names of letters, digits, '_', '.' and '-'"
+        expect(right, "tasks", name, letters)
     for name, kind in (("seeds", int), ("baselines", str)):
         got = plain.get(name, ())
-        if not isinstance(got, tuple | list) or not all(type(x) is kind for x in got):
-            raise ValueError(
-                f"config.{name} is {shown(got)}; expected tuple[{kind.__name__}, ...]."
-            )
-    tune = plain.get("tune", {})
+        right = isinstance(got, tuple | list) and all(type(x) is kind for x in got)
+        expect(right, name, got, f"expected tuple[{kind.__name__}, ...]")
     for key, kinds in _OWN.items():
-        value = tune.get(key)
-        if value is None:
-            continue
-        if type(value) not in kinds or not 0 <= value <= sys.float_info.max:
-            raise ValueError(
-                f"config.tune.{key} is {shown(value)}; expected"
-                f" {kinds[-1].__name__} from 0, or None for each task's own."
-            )
+        got = plain.get("tune", {}).get(key)
+        right = type(got) in kinds and 0 <= got <= sys.float_info.max
+        own = f"expected {kinds[-1].__name__} from 0, or None for each task's own"
+        expect(got is None or right, f"tune.{key}", got, own)
     if plain.get("prompts", {}).get("num_prompts") is not None:
         parsing.build(configs.PromptConfig, plain["prompts"], "config.prompts.")

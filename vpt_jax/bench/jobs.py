@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Performs one run of a benchmark: its folder appears, by a rename, when it is whole.
 
-Until then the run lies in a hidden folder beside it, from which it goes on if it was
-interrupted. What jobs share (the backbone, the pictures on the device, compiled
-functions) stays in the process from one job to the next.
+Until then it is a hidden folder beside it, from which the run goes on. What jobs share
+(backbone, pictures, compiled functions) stays in the process from one to the next.
 """
 
-import contextlib
 import dataclasses
 import functools
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from vpt_jax.bench.protocol import Job
 from vpt_jax.files import durable, workdirs
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment
-from vpt_jax.run.stages import Run, Unit
+from vpt_jax.run.stages import Unit
 
 FOLDER = "runs"  # of the workdir
 RESULT = "result.json"
@@ -68,13 +65,8 @@ def result_of(workdir: Path, job: Job) -> dict[str, Any] | None:
 def perform(job: Job, workdir: Path, prefix: str = "") -> dict[str, Any]:
     """Runs a job in this process, from where it stopped; its folder is whole after.
 
-    Args:
-      job: What to run.
-      workdir: Of the benchmark.
-      prefix: Of lines that tell how far it is.
-
-    Returns:
-      The result: `rows`, and `seconds` if all of it is timed, else None.
+    The result has `rows`, and `seconds` if all of it is timed, else None; `prefix` is
+    of the lines that tell how far it is.
     """
     path, partial = folder(workdir, job.name), partial_folder(workdir, job.name)
     # A job that was submitted twice is waited for, not done twice.
@@ -127,26 +119,15 @@ def _forget_compiled(task: str) -> None:
     jax.clear_caches()
 
 
-@contextlib.contextmanager
-def _started(job: Job, workdir: Path) -> Iterator[Run]:
-    """What the job's units share, with what it shares with other jobs."""
+def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
+    timed, start = not workdir.exists(), time.perf_counter()
+    units = experiment.plan(job.config)
+    if job.kind == "linear":
+        units = [Unit("linear", job.config.seeds[0], keep_ratio=0.0)]
     _forget_compiled(job.task)
     model = _load_model(job.config.backbone)
     pictures = _load_pictures(job.config.task, model.model.image_size)
     with experiment.started(job.config, workdir, model, pictures, echo=False) as shared:
-        yield shared
-
-
-def _units(job: Job) -> list[Unit]:
-    if job.kind == "linear":
-        return [Unit("linear", job.config.seeds[0], keep_ratio=0.0)]
-    return experiment.plan(job.config)
-
-
-def _run(job: Job, workdir: Path, prefix: str) -> dict[str, Any]:
-    timed, start = not workdir.exists(), time.perf_counter()
-    units = _units(job)
-    with _started(job, workdir) as shared:
         rows, seconds = experiment.run_units(shared, units, prefix)
         if job.kind == "final":
             experiment.write_best(shared, rows)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the runs of a benchmark are performed: here, or by an engine on a cluster.
 
-A launcher takes jobs and tells when they are done. `Here` performs one after another in
-this process. `Ray` makes each a Ray task, retried when its node dies; the workdir need
-not be seen from there, the files of a run come back as its result. `Slurm` submits job
-arrays through submitit; they write into the workdir, which all nodes must share.
+`Here` performs one after another in this process. `Ray` makes each a Ray task, whose
+files come back as its result. `Slurm` submits job arrays through submitit, which write
+into the workdir: all nodes must share it.
 """
 
 import logging
@@ -38,7 +37,6 @@ class Launcher(Protocol):
 
     def submit(self, ready: Sequence[Job]) -> None:
         """Takes jobs, to be performed in this order."""
-        ...
 
     def wait(self) -> Finished:
         """Blocks for some seconds or until a job ends; jobs that ended since."""

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' protocol: which runs there are, and what is made of their results.
 
-A benchmark is a list of tasks. In mode `sweep`, every task's rate and decay are chosen
-as VPT's are: one training per pair of a grid, each on the smaller training set, judged
-on the validation set after its last epoch. Then every seed trains with the chosen pair
-and is tested once. In mode `published`, the pairs come from the config. In mode
-`search`, many short trainings and few longer ones find the rate (successive halving,
-Jamieson and Talwalkar, AISTATS 2016): own pictures are a benchmark of one task.
-
-All is pure. A `Job` is one run, a function of its config alone; `jobs` names those that
-can be named from the results there are; `board` is what a leaderboard shows. Nothing
-here reads a clock or a file, so results in any order, from any machine, give one board.
+In mode `sweep`, every task's rate and decay are chosen as VPT's are: a training per
+pair of a grid, on the smaller training set, judged on the validation set after its last
+epoch; then every seed trains with the chosen pair and is tested once. In mode
+`published`, the pairs come from the config. In mode `search`, many short trainings and
+few longer ones find the rate (successive halving, Jamieson and Talwalkar, AISTATS
+2016). All is pure: results in any order, from any machine, give one board.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -114,23 +110,6 @@ def make(
     return bench
 
 
-def to_dict(bench: Benchmark) -> dict[str, Any]:
-    """Plain values for JSON."""
-    return parsing.plain(
-        {
-            **bench.base,
-            "benchmark": dataclasses.asdict(bench.settings),
-            "tasks": {n: dataclasses.asdict(own) for n, own in bench.tasks.items()},
-        }
-    )
-
-
-def batch_size(num_prompts: int | Sequence[int]) -> int:
-    """The reference's: 64 from 100 prompts per layer on, else 128."""
-    most = num_prompts if isinstance(num_prompts, int) else max(num_prompts)
-    return 64 if most >= 100 else 128
-
-
 def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
     """The values that are tried for a task: the order breaks exact ties.
 
@@ -139,27 +118,24 @@ def choices(bench: Benchmark, task: str) -> list[dict[str, Any]]:
     """
     settings, own, base = bench.settings, bench.tasks[task], bench.base
     fixed = base.get("prompts", {}).get("num_prompts")
-    counts = settings.num_prompts or (own.num_prompts if fixed is None else fixed,)
+    counts = sorted(settings.num_prompts)
+    counts = counts or [own.num_prompts if fixed is None else fixed]
     tune = base.get("tune", {})
     rates, decays = sorted(settings.rates), sorted(settings.decays)
     if settings.mode == "published":
         given = tune.get("base_lr"), tune.get("weight_decay")
         rates = [own.base_lr if given[0] is None else given[0]]
         decays = [own.weight_decay if given[1] is None else given[1]]
-    size = tune.get("batch_size")
     starts = [{"head_init": start} for start in settings.head_inits] or [{}]
-    return [
-        {
-            "num_prompts": count,
-            "base_lr": rate,
-            "weight_decay": decay,
-            "batch_size": batch_size(count) if size is None else size,
-        }
-        | start
-        for count, rate, decay, start in itertools.product(
-            sorted(counts) if settings.num_prompts else counts, rates, decays, starts
-        )
-    ]
+    found = []
+    for count, rate, decay, start in itertools.product(counts, rates, decays, starts):
+        values = {"num_prompts": count, "base_lr": rate, "weight_decay": decay}
+        most = count if isinstance(count, int) else max(count)
+        size = tune.get("batch_size")
+        if size is None:  # the reference's
+            size = 64 if most >= 100 else 128
+        found.append({**values, "batch_size": size, **start})
+    return found
 
 
 def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
@@ -167,27 +143,19 @@ def jobs(bench: Benchmark, results: Results) -> Iterator[Job]:
     for task in bench.tasks:
         trials = [job for kind in TRIALS for job in _named(bench, task, kind, results)]
         yield from trials
-        ended = bench.settings.mode != "search" or _ended(bench, task, results)
+        # Mode `search`: the last rung is known; it may have results or not.
+        rung = list(rungs(bench, task, results))
+        ended = len(rung) == len(bench.settings.shares)
         if ended and all(job.name in results for job in trials):
-            yield from _final(
-                bench,
-                task,
-                chosen(bench, task, "grid", results),
-                chosen(bench, task, "linear", results),
-            )
+            best, probe = (chosen(bench, task, k, results) for k in ("grid", "linear"))
+            yield from _final(bench, task, best, probe)
 
 
-def single(bench: Benchmark, task: str, results: Results) -> configs.Config:
-    """The config of one run of all seeds with the chosen values.
+def single(bench: Benchmark, task: str, best: Mapping[str, Any]) -> configs.Config:
+    """The config of one run of all seeds with values of `choices`.
 
     It stops where training diverges, if its config says so.
     """
-    best = chosen(bench, task, "grid", results)
-    return run_with(bench, task, best)
-
-
-def run_with(bench: Benchmark, task: str, best: Mapping[str, Any]) -> configs.Config:
-    """As `single`, with one of `choices`."""
     splits = bench.base.get("task", {}).get("splits") or bench.settings.final_splits
     config = _config(bench, task, best, best, splits, bench.seeds)
     return dataclasses.replace(config, diverged=bench.base.get("diverged", "error"))
@@ -208,12 +176,10 @@ def planned(bench: Benchmark) -> list[Job]:
 
 
 def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str, Any]:
-    """The best values of a task: highest validation accuracy after the last epoch.
+    """As `choices`, the best of a task, with `how` it was found and its `val_accuracy`.
 
-    A run that diverged counts with its last finite epoch. See `choices` for ties.
-
-    Returns:
-      As `choices`, with `how` they were found and their `val_accuracy`.
+    The highest validation accuracy after the last epoch, of a run that diverged after
+    its last finite one. See `choices` for ties.
     """
     tried = choices(bench, task)
     if kind == "linear" and bench.settings.mode == "search":
@@ -226,9 +192,8 @@ def chosen(bench: Benchmark, task: str, kind: str, results: Results) -> dict[str
         return {**tried[0], "how": how, "val_accuracy": None}
     rows = grid(bench, task, kind, results)
     if bench.settings.mode == "search":  # of the longest trials
-        rows = [
-            row for row in rows if row["planned_epochs"] == rows[-1]["planned_epochs"]
-        ]
+        longest = rows[-1]["planned_epochs"]
+        rows = [row for row in rows if row["planned_epochs"] == longest]
     # max keeps the first of equals, and choices are in the order of preference. A run
     # that was never finite has learnt nothing: the reference skips it.
     best = max(rows, key=lambda row: (row["epochs"] > 0, row["val_accuracy"]))
@@ -248,20 +213,17 @@ def grid(
             continue
         row = results[job.name]["rows"][0]
         stage = getattr(job.config, "tune" if kind == "grid" else "linear")
-        searched = bench.settings.mode == "search"
-        start = {"head_init": job.config.prompts.head_init} if searched else {}
-        found.append(
-            {
-                **start,
-                "num_prompts": job.config.prompts.num_prompts,
-                "base_lr": stage.base_lr,
-                "weight_decay": stage.weight_decay,
-                "batch_size": stage.batch_size,
-                "val_accuracy": row["val_accuracy"],
-                "epochs": row.get("epochs", stage.epochs),
-                "planned_epochs": stage.epochs,
-            }
-        )
+        start = {"head_init": job.config.prompts.head_init}
+        values = {
+            "num_prompts": job.config.prompts.num_prompts,
+            "base_lr": stage.base_lr,
+            "weight_decay": stage.weight_decay,
+            "batch_size": stage.batch_size,
+            "val_accuracy": row["val_accuracy"],
+            "epochs": row.get("epochs", stage.epochs),
+            "planned_epochs": stage.epochs,
+        }
+        found.append(start | values if bench.settings.mode == "search" else values)
     return found
 
 
@@ -307,12 +269,6 @@ def rungs(
         left = [left[i] for i in sorted(order[: math.ceil(len(left) / 2)])]
 
 
-def _ended(bench: Benchmark, task: str, results: Results) -> bool:
-    """Whether the last rung is known; it may have results or not."""
-    found = list(rungs(bench, task, results))
-    return len(found) == len(bench.settings.shares)
-
-
 def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float) -> Job:
     """A trial of a share of the epochs, warm-up and fall of the rate included."""
     config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
@@ -330,12 +286,12 @@ def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float)
 def _chosen_probe(bench: Benchmark, task: str, results: Results) -> dict[str, Any]:
     """The regularised probe's decay, which it chose itself; the rate is unused."""
     first = choices(bench, task)[0]
-    jobs_of_probe = bench.trials[task]["linear"]
-    if not jobs_of_probe or jobs_of_probe[0].name not in results:
-        return {**first, "how": "default", "val_accuracy": None}
-    row = results[jobs_of_probe[0].name]["rows"][0]
-    how = {"how": "search", "val_accuracy": row["val_accuracy"]}
-    return {**first, "weight_decay": row["decay"], **how}
+    for job in bench.trials[task]["linear"]:
+        if job.name in results:
+            row = results[job.name]["rows"][0]
+            how = {"how": "search", "val_accuracy": row["val_accuracy"]}
+            return {**first, "weight_decay": row["decay"], **how}
+    return {**first, "how": "default", "val_accuracy": None}
 
 
 def _named(bench: Benchmark, task: str, kind: str, results: Results) -> tuple[Job, ...]:
@@ -351,51 +307,41 @@ def _trials(bench: Benchmark, task: str, kind: str) -> tuple[Job, ...]:
     """The runs among which rate and decay of the prompts, or of the probe, are chosen.
 
     They never see the test set. The linear probe has a grid of its own, as published.
+    In mode `search` it chooses its decay itself, here only where the last runs have no
+    val to do so; the trials of the prompts are `rungs`.
     """
-    if bench.settings.mode == "published":
+    mode, probe = bench.settings.mode, kind == "linear"
+    unwanted = probe and "linear" not in bench.base.get("baselines", ())
+    if mode == "published" or unwanted:
         return ()
-    if kind == "linear" and "linear" not in bench.base.get("baselines", ()):
-        return ()
-    if bench.settings.mode == "search":
-        return _probe_trial(bench, task) if kind == "linear" else ()
+    tried = choices(bench, task)
+    if mode == "search":
+        asked = probe and bench.settings.final_splits != "all"
+        tried = tried[:1] if asked else []
     found = {}
-    for choice in choices(bench, task):
-        config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
+    for choice in tried:
         name = f"{task}/{kind}"
-        if kind == "grid":
-            name += f"-{_count(choice['num_prompts'])}"
-        name += f"-lr{choice['base_lr']:g}-wd{choice['weight_decay']:g}"
+        if not probe:
+            counts = choice["num_prompts"]
+            counts = [counts] if isinstance(counts, int) else counts
+            name += f"-{'+'.join(map(str, counts))}prompts"
+        if mode != "search":
+            name += f"-lr{choice['base_lr']:g}-wd{choice['weight_decay']:g}"
+        config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
         # The probe has no prompts: other counts would be the same run again.
         found.setdefault(name, Job(name, kind, config))
     return tuple(found.values())
 
 
-def _probe_trial(bench: Benchmark, task: str) -> tuple[Job, ...]:
-    """The probe that chooses its decay, where the last runs have no val to do so."""
-    if bench.settings.final_splits == "all":
-        return ()
-    choice = choices(bench, task)[0]
-    config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
-    return (Job(f"{task}/linear", "linear", config),)
-
-
 def _final(
     bench: Benchmark, task: str, best: Mapping[str, Any], linear: Mapping[str, Any]
 ) -> list[Job]:
-    splits = bench.settings.final_splits
-    return [
-        Job(
-            f"{task}/final-seed{seed}",
-            "final",
-            _config(bench, task, best, linear, splits, (seed,)),
-        )
-        for seed in bench.seeds
-    ]
-
-
-def _count(num_prompts: int | Sequence[int]) -> str:
-    counts = [num_prompts] if isinstance(num_prompts, int) else num_prompts
-    return f"{'+'.join(map(str, counts))}prompts"
+    found = []
+    for seed in bench.seeds:
+        splits = bench.settings.final_splits
+        config = _config(bench, task, best, linear, splits, (seed,))
+        found.append(Job(f"{task}/final-seed{seed}", "final", config))
+    return found
 
 
 def _config(
@@ -407,16 +353,16 @@ def _config(
     seeds: tuple[int, ...],
 ) -> configs.Config:
     """A run's config: the base with a task, its prompts, rates and decays filled in."""
-    base, less = bench.base, bench.settings.finetune_rate
+    base = bench.base
     values = dict(base)
     values["task"] = {**base.get("task", {}), "name": task, "splits": splits}
     values["prompts"] = {**base.get("prompts", {}), "num_prompts": best["num_prompts"]}
-    if bench.settings.mode == "search":
-        values["prompts"]["head_init"] = best["head_init"]
     values["tune"] = _stage(base, "tune", best)
     values["linear"] = _stage(base, "linear", linear)
+    less = bench.settings.finetune_rate
     values["finetune"] = _stage(base, "finetune", best, less)
     if bench.settings.mode == "search":
+        values["prompts"]["head_init"] = best["head_init"]
         for name in ("linear", "finetune"):  # what a config gives stands
             values[name] |= {k: v for k, v in base[name].items() if v is not None}
         found = linear.get("how") == "search" and splits == "final"

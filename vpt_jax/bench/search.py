@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run that finds its rate by itself: a benchmark of one task, then the run.
 
-A config whose `tune.base_lr` is None has its rate chosen on the validation set, by
-successive halving (`protocol.rungs`): many short trainings, few longer ones. The trials
-are jobs of `jobs.py` under `WORKDIR/runs`, so an interrupted search goes on. What the
-search chose fills in the config of the run, which is then like any other. Lengths that
-are None too are chosen for the number of pictures.
+A rate that is None is chosen on the validation set by `protocol.rungs`: the trials are
+jobs under `WORKDIR/runs`, so an interrupted search goes on. Lengths that are None are
+chosen for the number of pictures.
 """
 
 import math
@@ -24,7 +22,6 @@ from vpt_jax.run import experiment, parsing
 
 STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
-_FORWARD = 1 / 3  # of the work of a training step
 
 
 Values = ConfigDict | Mapping[str, Any]
@@ -34,11 +31,9 @@ def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
     plain = parsing.plain_dict(values)
     stages = [plain.get(name) for name in ("tune", "finetune")]
-    return any(
-        isinstance(stage, Mapping) and stage.get(key, 0) is None
-        for stage in stages
-        for key in ("base_lr", "epochs", "warmup_epochs")
-    )
+    keys = ("base_lr", "epochs", "warmup_epochs")
+    groups = [stage for stage in stages if isinstance(stage, Mapping)]
+    return any(group.get(key, 0) is None for group in groups for key in keys)
 
 
 def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
@@ -63,12 +58,11 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     results = perform_trials(bench, workdir)
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
-    return experiment.run(
-        protocol.single(bench, task, results), workdir, command, found
-    )
+    config = protocol.single(bench, task, found["chosen"])
+    return experiment.run(config, workdir, command, found)
 
 
-def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
+def print_status(values: Values, workdir: Path) -> None:
     """Prints the units of a run, and which of them are done; touches nothing."""
     plain = parsing.plain_dict(values)
     plain.pop("search", None)
@@ -81,11 +75,12 @@ def print_status(values: ConfigDict | Mapping[str, Any], workdir: Path) -> None:
     config = parsing.parse(plain)
     if not searched:
         experiment.check_same_config(config, workdir)
-    units = experiment.plan(config)
-    done = [(workdir / "results" / f"{u.name}.json").exists() for u in units]
-    for unit, there in zip(units, done, strict=True):
+    done = 0
+    for unit in (units := experiment.plan(config)):
+        there = (workdir / "results" / f"{unit.name}.json").exists()
+        done += there
         print(f"{'done' if there else 'left'}  {unit.name}")
-    print(f"{sum(done)} of {len(units)} done in {workdir}")
+    print(f"{done} of {len(units)} done in {workdir}")
 
 
 def fixed(values: Values, rate: float = 0.03) -> configs.Config:
@@ -109,12 +104,11 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         parsing.check_keys(kind, plain.setdefault(name, {}), f"config.{name}.")
     tune, finetune = plain["tune"], plain["finetune"]
     if tune.get("epochs") is None:
-        num = jobs.num_train(
-            parsing.build(
-                configs.BackboneConfig, plain["backbone"], "config.backbone."
-            ),
-            parsing.build(configs.TaskConfig, plain["task"], "config.task."),
+        backbone = parsing.build(
+            configs.BackboneConfig, plain["backbone"], "config.backbone."
         )
+        task = parsing.build(configs.TaskConfig, plain["task"], "config.task.")
+        num = jobs.num_train(backbone, task)
         size = tune.get("batch_size")
         if not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -172,7 +166,7 @@ def summary(
     """What the report says of a search: its trials, its choice, its price."""
     best = protocol.chosen(bench, task, "grid", results)
     trials = protocol.grid(bench, task, "grid", results)
-    whole = protocol.single(bench, task, results).tune.epochs
+    whole = protocol.single(bench, task, best).tune.epochs
     cost = sum(row["planned_epochs"] for row in trials) / whole
     return {
         "trials": trials,
@@ -188,8 +182,6 @@ def summary(
 
 def check_same(bench: protocol.Benchmark, task: str, workdir: Path) -> None:
     """Raises ValueError if the workdir is another's, whatever a search may choose."""
-    choices = protocol.choices(bench, task)
-    found = [protocol.run_with(bench, task, choice) for choice in choices]
-    # Of what a search may choose, the nearest.
+    found = [protocol.single(bench, task, x) for x in protocol.choices(bench, task)]
     near = min(found, key=lambda config: len(experiment.changed_keys(config, workdir)))
     experiment.check_same_config(near, workdir)

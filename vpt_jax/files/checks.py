@@ -36,31 +36,34 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def expect(right: Any, name: str, value: Any, expected: str) -> None:
+    """Raises ValueError with what was got and what was expected, unless it is right."""
+    if not right:
+        raise ValueError(f"{name} is {said(value)}; expected {expected}.")
+
+
 def check_integer(name: str, value: Any, least: int) -> int:
     """The integer, of Python or NumPy; raises ValueError if it is none or too small."""
     try:
         number = operator.index(value)
     except TypeError:  # that of a traced one too
         number = least - 1
-    if number < least:
-        raise ValueError(f"{name} is {said(value)}; expected an integer >= {least}.")
+    expect(number >= least, name, value, f"an integer >= {least}")
     return number
 
 
 def check_model(model: Any, *attributes: str) -> None:
     """Raises ValueError unless `model` has these attributes."""
-    if isinstance(model, type) or not all(hasattr(model, a) for a in attributes):
-        raise ValueError(
-            f"model is {said(model)}; expected one with {', '.join(attributes)}, as"
-            " load_backbone returns it before the parameters."
-        )
+    right = not isinstance(model, type) and all(hasattr(model, a) for a in attributes)
+    one = f"one with {', '.join(attributes)}, as load_backbone returns it before the"
+    expect(right, "model", model, f"{one} parameters")
 
 
 def check_keys(name: str, given: Any, expected: Mapping[str, str]) -> None:
     """Raises ValueError unless `given` is a dict that has the expected keys."""
-    if not isinstance(given, Mapping) or not expected.keys() <= given.keys():
-        keys = ", ".join(f"{key!r} ({what})" for key, what in expected.items())
-        raise ValueError(f"{name} is {said(given)}; expected a dict with {keys}.")
+    right = isinstance(given, Mapping) and expected.keys() <= given.keys()
+    keys = ", ".join(f"{key!r} ({what})" for key, what in expected.items())
+    expect(right, name, given, f"a dict with {keys}")
 
 
 def check_layers(name: str, given: Any, *ranks: int, shape: str) -> None:
@@ -68,16 +71,12 @@ def check_layers(name: str, given: Any, *ranks: int, shape: str) -> None:
 
     A list is as good as a tuple; a named tuple (one `KeyValue`, a `PromptFile`) is not.
     """
-    wrong: Any = given
+    wrong = [given]
     if isinstance(given, tuple | list) and not hasattr(given, "_fields"):
-        others = [x for x in given if not is_array(x) or x.ndim not in ranks]
-        if not others:
-            return
-        wrong = others[0]
+        wrong = [x for x in given if not is_array(x) or x.ndim not in ranks]
         name = f"a layer of {name}"
-    raise ValueError(
-        f"{name} is {said(wrong)}; expected a tuple with one array {shape} per layer."
-    )
+    if wrong:
+        expect(False, name, wrong[0], f"a tuple with one array {shape} per layer")
 
 
 def check_shallow(num: tuple[int, ...]) -> None:
@@ -144,14 +143,10 @@ def check_batch(batch: Any, num_classes: int | None) -> None:
     check_keys("a batch", batch, BATCH if with_labels else {"image": BATCH["image"]})
     image, mask = batch["image"], batch.get("mask")
     b = len(image) if is_array(image) and image.ndim else 0
-    if not b:
-        raise ValueError(f"image is {said(image)}; expected {BATCH['image']}.")
-    if mask is not None:
-        if not is_array(mask) or mask.shape != (b,) or mask.dtype != bool:
-            raise ValueError(
-                f"mask is {said(mask)}; expected booleans [{b}], False for examples"
-                " that do not count."
-            )
+    expect(b, "image", image, BATCH["image"])
+    right = is_array(mask) and mask.shape == (b,) and mask.dtype == bool
+    counted = f"booleans [{b}], False for examples that do not count"
+    expect(mask is None or right, "mask", mask, counted)
     if with_labels:
         check_labels(batch["label"], num_classes, b, mask)
 

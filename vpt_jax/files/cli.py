@@ -94,7 +94,7 @@ def find_config(name: str) -> str:
 class _Tuple(flags.ArgumentParser):
     """A tuple on the command line: `(0.3, 0.1)`, or one value.
 
-    Given again it counts anew, as other flags do; ml_collections' own would append.
+    Given again it counts anew; ml_collections' own would append.
     """
 
     def parse(self, argument: Any) -> tuple:
@@ -124,9 +124,7 @@ def start(
 ) -> None:
     """Parses the flags and calls `main(config, workdir, command)`; does not return.
 
-    Args:
-      main: The program.
-      complete: Adds the keys that a config file leaves out, so that they can be set.
+    `complete` adds the keys that a config file leaves out, so that they can be set.
     """
     flags.FLAGS["config"].parser = _ConfigFile(complete)
     program = sys.modules["__main__"].__spec__
@@ -145,12 +143,11 @@ def start(
         try:
             join()
             main(CONFIG.value, workdir, command)
-        except preemption.Preempted:
-            print("\nSIGTERM; the same command continues here", file=sys.stderr)
-            leave(preemption.EXIT_CODE)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command continues here", file=sys.stderr)
-            leave(INTERRUPTED)
+        except (preemption.Preempted, KeyboardInterrupt) as end:
+            sigterm = isinstance(end, preemption.Preempted)
+            said = "SIGTERM" if sigterm else "interrupted"
+            print(f"\n{said}; the same command continues here", file=sys.stderr)
+            leave(preemption.EXIT_CODE if sigterm else INTERRUPTED)
         except Exception as error:
             lost = several() and lost_another(error)
             ours = isinstance(error, ValueError | FloatingPointError | OSError)
@@ -160,11 +157,9 @@ def start(
                 traceback.print_exc()
                 leave(1)
             if lost:
-                fail(
-                    "another process of this job was lost; start all of them again,"
-                    f" and they continue here ({reason(error)})",
-                    code=1,
-                )
+                again = "start all of them again, and they continue here"
+                said = f"another process of this job was lost; {again}"
+                fail(f"{said} ({reason(error)})", code=1)
             fail(durable.explain(error) if isinstance(error, OSError) else error)
 
     app.run(run, flags_parser=parse_flags)
@@ -182,7 +177,7 @@ def join() -> None:
     if None in named and not DISTRIBUTED.value:
         raise ValueError(
             "--coordinator, --num_processes and --process_id belong together; pass all"
-            " three, or --distributed alone where JAX finds them (Slurm, TPU pods)."
+            " three, or --distributed alone (Slurm, TPU pods)."
         )
     import jax
 
@@ -204,7 +199,7 @@ def alone(what: str) -> None:
     if several():
         raise ValueError(
             f"{what} runs in one process, on all of its devices; leave --coordinator"
-            " and --distributed out. Several processes are for one run of main."
+            " and --distributed out."
         )
 
 
@@ -217,11 +212,9 @@ def lost_another(error: Exception) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Exits; at once if something may still be computing.
+    """Exits; at once if the device may still compute, or others wait for this process.
 
-    Interrupted, the device may be in the middle of a program, and Python's end would
-    take away what it reads. As one of several processes, JAX's own end waits for the
-    others, who may be waiting for this one.
+    Python's end would take away what a program reads, and JAX's waits for the others.
     """
     if several() or code in (preemption.EXIT_CODE, INTERRUPTED):
         sys.stdout.flush()
@@ -249,9 +242,8 @@ def keep_compiled() -> None:
 def spare_memory(values: ConfigDict) -> None:
     """With `backbone.remat`, has XLA's CPU code run what frees memory first.
 
-    In its own order all that is computed a second time would be computed at once (of
-    ViT-B/16, 935 MB instead of 249). A flag of the CPU backend alone, read when it
-    starts; one that the caller has set stays.
+    Otherwise all is computed a second time at once (of ViT-B/16, 935 MB instead of
+    249). The flag is read when the CPU backend starts; the caller's own stays.
     """
     backbone = values.get("backbone")
     remat = backbone.get("remat") if isinstance(backbone, ConfigDict) else None
@@ -277,9 +269,8 @@ def local_folder(workdir: str) -> Path:
     """The workdir as a path; exits if it is an address, which a path would mangle."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
         fail(
-            f"--workdir is {workdir!r}, an address; expected a folder of this machine,"
-            " as checkpoints need its renames and locks. Copy the folder there when"
-            " the run has ended, or mount the bucket."
+            f"--workdir is {workdir!r}, an address; expected a folder of this machine."
+            " Copy it there when the run has ended, or mount the bucket."
         )
     return Path(workdir)
 
@@ -311,10 +302,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if not isinstance(CONFIG.value, ConfigDict):
             # A file that could not be loaded says so when it is looked at.
             getattr(CONFIG.value, "seeds", None)
-            raise TypeError(
-                f"got {type(CONFIG.value).__name__} from its get_config; expected a"
-                " ConfigDict"
-            )
+            kind = type(CONFIG.value).__name__
+            raise TypeError(f"got {kind} from its get_config; expected a ConfigDict")
         return rest
     except Exception as error:  # a config file is a program: it raises what it likes
         if "--traceback" in argv:

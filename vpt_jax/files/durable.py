@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or absent, whenever the process or the machine ends.
 
-A file is written under a temporary name, flushed to disk, renamed, and the rename is
-flushed too. What a disk refuses is an OSError that names the file; `explain` makes a
-sentence of it.
+A file is written under a temporary name, flushed, renamed, and the rename is flushed
+too. What a disk refuses is an OSError that names the file.
 """
 
 import contextlib

@@ -48,15 +48,11 @@ def reason(error: BaseException, longest: int = LONGEST) -> str:
 def advised(message: str, *lines: str) -> ValueError:
     """An error with lines of advice, such as a command to paste.
 
-    The lines are the error's notes: the command line prints each on a line of its own,
-    and Python shows them under a traceback. The message itself stays one line.
+    The lines are notes: the command line prints each on a line of its own.
 
     Example:
-      >>> raise advised("got no data set; prepare it:", "  make data")
-      Traceback (most recent call last):
-        ...
-      ValueError: got no data set; prepare it:
-        make data
+      >>> advised("got no data set; prepare it:", "  make data").__notes__
+      ['  make data']
     """
     error = ValueError(message)
     for line in lines:

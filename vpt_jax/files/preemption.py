@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM, the notice before a machine is taken away: save, then exit with 75.
 
-`watch` makes SIGTERM raise `Preempted`, as Ctrl-C raises KeyboardInterrupt: what lies
-on disk is whole at any moment. Where something is worth saving first, `deferred` holds
-the exception back and `requested` is asked between two compiled calls. A second SIGTERM
-ends the process at once. Should Python swallow the exception, as it does in finalisers,
-`requested` stays true, and the next training, which asks, saves and stops.
+`watch` makes SIGTERM raise `Preempted`, as Ctrl-C raises KeyboardInterrupt. Where
+something is worth saving first, `deferred` holds the exception back and `requested` is
+asked between two compiled calls. A second SIGTERM ends the process at once.
 """
 
 import contextlib

@@ -80,11 +80,10 @@ def restore_newest(
         for number, path in sorted(_numbered(directory), reverse=True):
             try:
                 check_checkpoint(path)
+                sound = number
+                break
             except workdirs.Damaged:
                 workdirs.set_aside(path, report)
-                continue
-            sound = number
-            break
     sound = parallel.agreed(sound)
     if sound < 0:
         return None

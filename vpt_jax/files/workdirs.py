@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a run: atomic writes, records with a checksum, the lock, the log.
 
-A workdir survives a kill at any moment: a file is either the old one or the new one
-(`durable.py`). What a later command reads back carries a checksum; what is damaged is
-moved aside, named, and made again.
+A kill at any moment leaves a file old or new (`durable.py`). A record that turns out to
+be damaged is moved aside, named, and made again.
 """
 
 import contextlib
@@ -41,10 +40,6 @@ def exists(path: str | os.PathLike) -> bool:
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file, if this process writes; one that dies lets it go.
-
-    Args:
-      path: The file; its folder is created.
-      wait: For the other process, if one holds it.
 
     Raises:
       ValueError: If another process holds it and `wait` is False.
@@ -94,19 +89,15 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       Damaged: If the file is torn, or not what was written.
     """
+    again = "delete it, and the same command makes it again"
     try:
         value = json.loads(Path(path).read_bytes())
         found = value.pop("sha256")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(
-            f"{path} is damaged: expected JSON with a checksum; delete it, and the same"
-            " command makes it again."
-        ) from error
+        said = f"{path} is damaged: expected JSON with a checksum; {again}."
+        raise Damaged(said) from error
     if found != _checksum(value):
-        raise Damaged(
-            f"{path} is damaged: its checksum is wrong; delete it, and the same command"
-            " makes it again."
-        )
+        raise Damaged(f"{path} is damaged: its checksum is wrong; {again}.")
     return value
 
 
@@ -159,13 +150,7 @@ def _checksum(value: Any) -> str:
 class Log:
     """A progress line on a terminal, plain lines in a file, TensorBoard events."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        events: str | os.PathLike,
-        *,
-        echo: bool = True,
-    ) -> None:
+    def __init__(self, path: Path, events: Path, *, echo: bool = True) -> None:
         """`echo=False` keeps lines off the terminal; progress is still shown there."""
         self._start = time.perf_counter()
         self._quiet, self._echo = not writes(), echo
@@ -175,10 +160,10 @@ class Log:
         # Not SummaryWriter: its thread dies of a full disk, and the run waits for it.
         from tensorboardX.event_file_writer import EventsWriter
 
-        for folder in (Path(path).parent, Path(events)):
+        for folder in (path.parent, events):
             durable.make_folder(folder)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
-        self._events = EventsWriter(str(Path(events) / "events"))
+        self._events = EventsWriter(str(events / "events"))
 
     def line(self, text: str) -> None:
         """A line for the terminal and the file."""

@@ -2,7 +2,6 @@
 """What a leaderboard's numbers can be compared with, in sentences."""
 
 from collections import Counter
-from typing import Any
 
 from vpt_jax.report import published
 from vpt_jax.report.standings import Board, Line, complete_tasks, task_names
@@ -21,15 +20,7 @@ _HOW = {
 
 
 def notes(board: Board, lines: list[Line]) -> list[str]:
-    """Says what is in, and what is comparable with what.
-
-    Args:
-      board: The content of leaderboard.json.
-      lines: What `leaderboard` made of it.
-
-    Returns:
-      Sentences, the most needed first.
-    """
+    """Sentences on what is in, and what compares with what, the most needed first."""
     return [
         *_progress(board),
         *_diverged(board, lines),
@@ -43,18 +34,18 @@ def _progress(board: Board) -> list[str]:
     names, complete = task_names(board), complete_tasks(board)
     if len(complete) == len(names):
         return []
-    text = f"Unfinished: {len(complete)} of {len(names)} tasks are complete"
     missing = sum(task["missing"] for task in board["tasks"].values())
-    if missing:
-        text += f", {missing:,} runs are still to come"
     empty = [name for name in names if not board["tasks"][name]["rows"]]
-    if empty:
-        text += f"; nothing yet of {', '.join(empty)}"
-    text += ". An em dash is an average that lacks tasks."
+    parts = [
+        f"Unfinished: {len(complete)} of {len(names)} tasks are complete",
+        f", {missing:,} runs are still to come" if missing else "",
+        f"; nothing yet of {', '.join(empty)}" if empty else "",
+        ". An em dash is an average that lacks tasks.",
+    ]
     if complete:
-        text += " Prompts, parameters and MACs are means over the complete tasks;"
-        text += " Seeds says how many of them a method's tasks have so far."
-    return [text]
+        parts += [" Prompts, parameters and MACs are means over the complete tasks;"]
+        parts += [" Seeds says how many of them a method's tasks have so far."]
+    return ["".join(parts)]
 
 
 def _diverged(board: Board, lines: list[Line]) -> list[str]:
@@ -76,18 +67,16 @@ def _diverged(board: Board, lines: list[Line]) -> list[str]:
 def _choice(board: Board) -> list[str]:
     """How learning rates were chosen: of the tasks, else of the config."""
     tasks = board["tasks"].values()
-    how: Counter[Any] = Counter(t["chosen"]["how"] for t in tasks if t["chosen"])
+    how = Counter(str(t["chosen"]["how"]) for t in tasks if t["chosen"])
     mode = (board["config"].get("benchmark") or {}).get("mode")
     if not how and mode:
-        how = Counter({mode: len(board["tasks"])})
+        how = Counter({mode: len(tasks)})
     if not how:
         return []
-    parts = []
-    for name in sorted(how, key=str):
-        number = (
-            f" ({how[name]} of {len(board['tasks'])} tasks)" if len(how) > 1 else ""
-        )
-        parts.append(f"{_HOW.get(name, name)}{number}")
+    parts = [
+        _HOW.get(name, name) + (f" ({n} of {len(tasks)} tasks)" if len(how) > 1 else "")
+        for name, n in sorted(how.items())
+    ]
     text = f"Learning rates and weight decays are {'; '.join(parts)}."
     if board["benchmark"] == "vtab" and "sweep" in how:
         text += " Validation is VTAB-1k's: 200 pictures, trained on only afterwards."
@@ -99,12 +88,9 @@ def _choice(board: Board) -> list[str]:
 
 
 def _backbone(board: Board, lines: list[Line]) -> list[str]:
-    backbone = board["backbone"]
-    name = backbone.get("normalisation")
-    sentences = []
-    if name:
-        shown = _NORMALISATIONS.get(name, name)
-        text = f"Pictures are normalised with {shown}."
+    backbone, sentences = board["backbone"], []
+    if name := backbone.get("normalisation"):
+        text = f"Pictures are normalised with {_NORMALISATIONS.get(name, name)}."
         if name != "imagenet":
             text += (
                 " VPT normalised with ImageNet's, which these weights were not trained"
@@ -115,9 +101,8 @@ def _backbone(board: Board, lines: list[Line]) -> list[str]:
         text = "Published rows are ViT-B/16 supervised on ImageNet-21k"
         if backbone:
             text += f"; this run has {backbone['variant']} from {backbone['name']}"
-        text += "."
-        if backbone and backbone["variant"] != "B/16":
-            text += " Another model: they are no comparison."
+        other = backbone and backbone["variant"] != "B/16"
+        text += ". Another model: they are no comparison." if other else "."
         sentences.append(text)
     return sentences
 

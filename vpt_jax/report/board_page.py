@@ -1,30 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A leaderboard as one HTML file that loads nothing."""
 
-import html as _html
+from html import escape
 from typing import Any
 
-from vpt_jax.report import board_figures, board_tables, page
+from vpt_jax.report import board_figures, board_tables, page, tables
 from vpt_jax.report.standings import Board, Line, diverged, leaderboard, task_names
 
 LOOKS = ("report.css", "leaderboard.css")
 
 
-def escape(text: str) -> str:
-    """Escaped for HTML; spreads are set smaller than what they belong to."""
-    text = _html.escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
-    value, sign, deviation = text.partition(" ± ")
-    return f"{value}<small> ± {deviation}</small>" if sign else value
-
-
 def html(board: Board, title: str, notes: list[str]) -> str:
-    """Renders a board.
-
-    Args:
-      board: The content of leaderboard.json.
-      title: Of the page.
-      notes: Sentences for its top.
-    """
+    """Renders a board; `notes` are sentences for its top."""
     lines = leaderboard(board)
     captions = board_figures.captions(board)
     averages = _table(board_tables.summary(board, lines))
@@ -50,25 +37,17 @@ def _sources(lines: list[Line]) -> str:
     return f"<h3>Published rows</h3>{page.bullets(texts)}" if texts else ""
 
 
-def _table(table: board_tables.Table) -> str:
+def _cell_text(text: str) -> str:
+    """Spreads are set smaller than what they belong to."""
+    text = escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    value, sign, deviation = text.partition(" ± ")
+    return f"{value}<small> ± {deviation}</small>" if sign else value
+
+
+def _table(table: tables.Table) -> str:
     """A table whose first column stays where it is when the others are scrolled."""
-    names = (
-        board_tables.folded(board_tables.folded(name, "_")) for name in table.header
-    )
-    header = "".join(f"<th>{_html.escape(name)}</th>" for name in names)
-    body = []
-    for i, row in enumerate(table.rows):
-        cells = []
-        for j, text in enumerate(row):
-            cell = escape(text)
-            cells.append(
-                f"<td>{f'<b>{cell}</b>' if (i, j) in table.bold else cell}</td>"
-            )
-        kind = "section" if i in table.sections else ""
-        kind = "published" if i and i == table.published else kind
-        body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
-    return f"""<div class="wide board"><table><thead><tr>{header}</tr></thead>
-<tbody>{"".join(body)}</tbody></table></div>"""
+    header = [tables.folded(tables.folded(name, "_")) for name in table.header]
+    return tables.html(table._replace(header=header), "wide board", _cell_text)
 
 
 def _grids(board: Board) -> str:
@@ -89,41 +68,40 @@ last epoch before.</p>
 
 
 def _grid(name: str, task: dict[str, Any]) -> str:
-    entries = {
-        (_prompts(e), e["weight_decay"], e["base_lr"]): e
-        for e in sorted(task["grid"], key=repr)
-    }
-    rates = sorted({key[2] for key in entries})
-    rows = sorted({key[:2] for key in entries})
+    entries = {_place(entry): entry for entry in sorted(task["grid"], key=repr)}
+    rates = sorted({rate for *_, rate in entries})
+    rows = sorted({(prompts, decay) for prompts, decay, _ in entries})
     several = len({prompts for prompts, _ in rows}) > 1
-    values = [e["val_accuracy"] for e in entries.values()]
-    values = [value for value in values if value is not None]
-    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    values = [entry["val_accuracy"] for entry in entries.values()]
+    values = [value for value in values if value is not None] or [0.0]
     chosen = task["chosen"]
-    winner = chosen and (_prompts(chosen), chosen["weight_decay"], chosen["base_lr"])
+    winner = chosen and _place(chosen)
     header = "".join(f"<th>{rate:g}</th>" for rate in rates)
     body = []
-    for prompts, decay in rows:
-        label = f"{decay:g}"
-        if several:
-            label = f"{' '.join(map(str, prompts))} · {label}"
+    for row in rows:
+        prompts, decay = row
+        label = (
+            f"{' '.join(map(str, prompts))} · {decay:g}" if several else f"{decay:g}"
+        )
         cells = "".join(
-            _cell(entries.get(key), low, high, key == winner)
-            for key in ((prompts, decay, rate) for rate in rates)
+            _heat(entries.get(key), min(values), max(values), key == winner)
+            for key in ((*row, rate) for rate in rates)
         )
         body.append(f"<tr><td>{label}</td>{cells}</tr>")
     corner = "prompts · wd \\ lr" if several else "wd \\ lr"
-    return f"""<section class="grid"><h3>{_html.escape(name)}</h3>
+    return f"""<section class="grid"><h3>{escape(name)}</h3>
 <div class="wide"><table><thead><tr><th>{corner}</th>{header}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div></section>"""
 
 
-def _prompts(entry: dict[str, Any]) -> tuple[int, ...]:
+def _place(entry: dict[str, Any]) -> tuple[tuple[int, ...], float, float]:
+    """Prompts, decay and rate: where an entry lies in a grid."""
     number = entry["num_prompts"]
-    return (number,) if isinstance(number, int) else tuple(number)
+    prompts = (number,) if isinstance(number, int) else tuple(number)
+    return prompts, entry["weight_decay"], entry["base_lr"]
 
 
-def _cell(entry: dict[str, Any] | None, low: float, high: float, chosen: bool) -> str:
+def _heat(entry: dict[str, Any] | None, low: float, high: float, chosen: bool) -> str:
     """A cell of a heat table: from pale for the lowest accuracy to dark."""
     if entry is None:
         return "<td></td>"

@@ -26,11 +26,7 @@ def interval(share: float, num: int) -> tuple[float, float]:
 
 
 def of(report: Row) -> list[str]:
-    """Sentences about a report's rows and data, with what to do next.
-
-    Args:
-      report: The content of report.json.
-    """
+    """Sentences about the rows and data of report.json, with what to do next."""
     rows, data = report["rows"], report["data"]
     found = [*map(_sentence, report.get("doubts", ()))]
     found += _below_probe(rows)

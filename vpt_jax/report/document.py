@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Report of a run: table on the terminal, report.json and a self-contained report.html.
 
-All is computed from the dict that report.json holds, so that
-`python -m vpt_jax.report WORKDIR` can render the page again. Names and means are those
-of `vpt_jax.report.rows`, figures those of `vpt_jax.report.figures`.
+All is computed from the content of report.json, so that
+`python -m vpt_jax.report WORKDIR` can render the page again.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.report import cautions, figures, leaderboard, page
+from vpt_jax.report import cautions, figures, leaderboard, page, tables
 from vpt_jax.report.formats import percent, three_digits, with_prefix
 from vpt_jax.report.rows import Row, default_score, kind, label, summarise
 
@@ -37,9 +35,22 @@ HEADER = (
 CONTROLS = {"scratch": "from scratch", "random": "random", "layer": "PC layer"}
 
 
+def _table(report: Row) -> tables.Table:
+    """A line per group; a section per ratio but those of the references."""
+    default, num_test = default_score(report), report["data"]["test"]
+    rows, sections, before = [], set(), 1.0
+    for group in summarise(report["rows"], default):
+        ratio = group["keep_ratio"]
+        if ratio not in (before, 0.0, 1.0):
+            sections.add(len(rows))
+        before = ratio
+        rows.append(_cells(group, default, num_test))
+    return tables.Table(HEADER, rows, sections=sections)
+
+
 def _cells(group: Row, default: str, num_test: int) -> list[str]:
     """The texts of a group's line in the table, in the order of `HEADER`."""
-    test = _percent(group["test_accuracy"], group["test_sd"])
+    test = _percent(group, "test")
     if test and group["n"] == 1 and num_test:
         ends = cautions.interval(group["test_accuracy"], num_test)
         test += " [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
@@ -49,7 +60,7 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
         label(group, default),
         f"{low:,}" if low == high else f"{low:,} to {high:,}",
         test,
-        _percent(group["val_accuracy"], group["val_sd"]),
+        _percent(group, "val"),
         with_prefix(group["macs"]),
         with_prefix(group["macs_reference"]),
         "" if latency is None else three_digits(latency),
@@ -58,65 +69,29 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
     ]
 
 
-def _num_test(report: Row) -> int:
-    """Test pictures; 0 in reports that do not say."""
-    return report.get("data", {}).get("test", 0)
-
-
-def _percent(mean: float | None, deviation: float | None) -> str:
+def _percent(group: Row, split: str) -> str:
+    mean, deviation = group[f"{split}_accuracy"], group[f"{split}_sd"]
     if mean is None:  # not measured: those pictures were trained on
         return ""
     return percent(100 * mean, None if deviation is None else 100 * deviation)
 
 
 def print_table(report: Row, file: Any = None) -> None:
-    """Prints the results as a table.
-
-    Args:
-      report: The content of report.json.
-      file: Where to print, by default standard output. The table is plain text where
-        this is not a terminal.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=file, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:  # no window to fit into
-        console.width = max(100, console.width)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column(HEADER[0], justify="left")
-    for name in HEADER[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-
-    default = default_score(report)
-    previous_ratio = 1.0
-    for group in summarise(report["rows"], default):
-        ratio = group["keep_ratio"]
-        # An empty line before every ratio but those of the references.
-        if ratio not in (previous_ratio, 0.0, 1.0):
-            table.add_section()
-        previous_ratio = ratio
-        table.add_row(*_cells(group, default, _num_test(report)))
-    console.print(table)
+    """Prints the results as a table; plain text where `file` is no terminal."""
+    console = tables.console(file)
+    tables.show(console, _table(report))
     console.print(
         "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
         f" batches of {report['latency_batch']}."
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Difference:
+class _Difference(NamedTuple):
     """Points of test accuracy of one model minus another, the mean over seeds."""
 
     points: float
     error: float | None  # standard error of the mean, None with one seed
-    seeds: int
-
-    @property
-    def unit(self) -> str:
-        seeds = "one seed" if self.seeds == 1 else f"{self.seeds} paired seeds"
-        return f" points ({seeds})"
+    unit: str
 
     def text(self, number_format: str) -> str:
         """The number and its error, such as "+1.20 ± 0.30", without the unit."""
@@ -131,11 +106,10 @@ def _difference(rows: list[Row], others: list[Row]) -> _Difference | None:
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return None
-    deltas = np.array([ours[seed] - theirs[seed] for seed in common])
-    error = None
-    if len(common) > 1:
-        error = float(deltas.std(ddof=1) / math.sqrt(len(common)))
-    return _Difference(float(deltas.mean()), error, len(common))
+    deltas, n = np.array([ours[seed] - theirs[seed] for seed in common]), len(common)
+    error = float(deltas.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    seeds = f"{n} paired seeds" if n > 1 else "one seed"
+    return _Difference(float(deltas.mean()), error, f" points ({seeds})")
 
 
 def _find(report: Row, wanted: str, ratio: float) -> list[Row]:
@@ -151,14 +125,7 @@ def _find(report: Row, wanted: str, ratio: float) -> list[Row]:
 
 
 def verdict(report: Row) -> list[str]:
-    """What the numbers say.
-
-    Args:
-      report: The content of report.json.
-
-    Returns:
-      Sentences; their differences are paired by seed.
-    """
+    """Sentences about what the numbers say; differences are paired by seed."""
     sentences = []
     tuned = _find(report, "tune", 1.0)
     difference = _difference(tuned, _find(report, "linear", 0.0))
@@ -202,7 +169,7 @@ def _verdict_at(report: Row, ratio: float, tuned: list[Row]) -> list[str]:
 def _gap(difference: _Difference) -> str:
     """Whether the loss against all prompts is within the limit."""
     verb = "loses" if difference.points < 0 else "gains"
-    size = dataclasses.replace(difference, points=abs(difference.points))
+    size = difference._replace(points=abs(difference.points))
     # Rounded, as 83.5 - 85.0 may be a hair below -1.5.
     within = round(difference.points, 9) >= -LIMIT
     return (
@@ -225,14 +192,7 @@ def _list_differences(differences: dict[str, _Difference]) -> str:
 
 
 def html(report: Row) -> str:
-    """Renders the report as one HTML file that loads nothing.
-
-    Args:
-      report: The content of report.json.
-
-    Returns:
-      The text of the file.
-    """
+    """Renders the report as one HTML file that loads nothing."""
     backbone = report["backbone"]
     title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
     shown_above = ("task", "importance", "rows", "latency_batch", "search", "doubts")
@@ -242,7 +202,7 @@ def html(report: Row) -> str:
     warned = f"<h2>Before you believe it</h2>{page.bullets(notes)}" if notes else ""
     body = f"""{page.bullets(verdict(report))}
 {warned}
-<h2>Results</h2>{_html_table(report)}
+<h2>Results</h2>{tables.html(_table(report))}
 <p class="soft">Accuracies are means over seeds, ± one sample standard deviation, or of
 one seed with the 95 % interval that so many test pictures leave. PC is
 prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
@@ -259,28 +219,18 @@ def _search(report: Row) -> str:
     search = report.get("search")
     if not search:
         return ""
-    lines = "".join(
-        f"<tr><td>{row['base_lr']:g}</td><td>{escape(row['head_init'])}</td>"
-        f"<td>{row['planned_epochs']}</td>"
-        f"<td>{100 * row['val_accuracy']:.1f}</td></tr>"
+    rows = [
+        [
+            f"{row['base_lr']:g}",
+            row["head_init"],
+            str(row["planned_epochs"]),
+            f"{100 * row['val_accuracy']:.1f}",
+        ]
         for row in search["trials"]
-    )
+    ]
+    table = tables.Table(("Rate", "Head from", "Epochs", "Val %"), rows)
     return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
-<div class="wide"><table><thead><tr><th>Rate</th><th>Head from</th><th>Epochs</th>
-<th>Val %</th></tr></thead><tbody>{lines}</tbody></table></div>"""
-
-
-def _html_table(report: Row) -> str:
-    default = default_score(report)
-    header = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    lines, num = [], _num_test(report)
-    for group in summarise(report["rows"], default):
-        cells = "".join(
-            f"<td>{escape(cell)}</td>" for cell in _cells(group, default, num)
-        )
-        lines.append(f"<tr>{cells}</tr>")
-    return f"""<div class="wide"><table><thead><tr>{header}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>"""
+{tables.html(table)}"""
 
 
 def write(report: Row, workdir: str | Path) -> None:
@@ -314,12 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{source} is not a {kind_of_file} ({e!r}).")
     from vpt_jax.files import workdirs  # imports Orbax, which takes seconds
 
-    targets = [source.with_suffix(f".{suffix}") for suffix in texts]
-    for target, text in zip(targets, texts.values(), strict=True):
-        workdirs.write_text(target, text)
-    if several:
-        leaderboard.print_table(content)
-    else:
-        print_table(content)
-    for target in targets:
-        print(f"Wrote {target}")
+    for suffix, text in texts.items():
+        workdirs.write_text(source.with_suffix(f".{suffix}"), text)
+    (leaderboard.print_table if several else print_table)(content)
+    for suffix in texts:
+        print(f"Wrote {source.with_suffix(f'.{suffix}')}")

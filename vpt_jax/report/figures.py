@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of a report, as SVG elements, and their captions.
 
-Matplotlib is imported where it draws, as a run needs it only at its very end, and
-without pyplot, which would look for a screen. A `_draw_*` function gets an empty
-figure, the groups to show (`rows.summarise`) and the report; it returns False where
-the data of its figure are missing, and what it has drawn until then is dropped.
+Without pyplot, which would look for a screen. A `_draw_*` function gets an empty
+figure, the groups to show (`rows.summarise`) and the report; it returns False where the
+data of its figure are missing.
 """
 
 import functools
@@ -76,14 +75,7 @@ def captions(report: Row) -> dict[str, tuple[str, str]]:
 
 
 def draw(report: Row) -> dict[str, str]:
-    """Draws the figures whose data are there.
-
-    Args:
-      report: The content of report.json.
-
-    Returns:
-      SVG elements by name: accuracy, layers, importance, cost.
-    """
+    """SVG elements of the figures whose data are there, by name."""
     functions = {
         "accuracy": draw_accuracy,
         "layers": _draw_layers,
@@ -104,14 +96,9 @@ def draw(report: Row) -> dict[str, str]:
 
 
 def render(functions: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
-    """Draws figures in one style, the same every time.
+    """SVG elements by name, to stand in one page: in one style, the same every time.
 
-    Args:
-      functions: By name, what draws into the empty figure it gets; False from it drops
-        the figure.
-
-    Returns:
-      SVG elements by name, to stand in one page.
+    `functions` draw into the empty figure that they get; False drops it.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -164,18 +151,16 @@ def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     panels = [groups]
     # These two are often far below the others and would squeeze them together.
     near = [group for group in groups if kind(group) not in ("linear", "condense")]
-    if near and _height(groups) > 2 * _height(near):
+    if near and np.ptp(_accuracy_limits(groups)) > 2 * np.ptp(_accuracy_limits(near)):
         panels.append(near)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, shown in zip(all_axes, panels, strict=True):
         for group in shown:
-            name = label(group, default, ratio=False)
-            if kind(group) in LINE_STYLES:
-                _accuracy_line(axes, group, name)
-            else:
+            name, x = label(group, default, ratio=False), None
+            if kind(group) not in LINE_STYLES:
                 offset = 0.6 * (names.index(name) + 0.5) / len(names)
                 x = ratios.index(group["keep_ratio"]) + offset
-                _accuracy_marker(axes, group, name, x)
+            _draw_group(axes, group, name, x)
         axes.set(xlim=(-0.2, len(ratios) - 0.2), ylim=_accuracy_limits(shown))
         axes.set(xlabel="Prompts kept (% of all prompts)", ylabel="Test accuracy (%)")
         ticks = [f"{100 * ratio:.4g} %" for ratio in ratios]
@@ -194,22 +179,17 @@ def _accuracy_limits(groups: list[Row]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _height(groups: list[Row]) -> float:
-    return float(np.ptp(_accuracy_limits(groups)))
-
-
-def _accuracy_line(axes: Any, group: Row, name: str) -> None:
-    """A reference: a line across all ratios, with a band for its deviation."""
-    colour, line_style = COLOURS[kind(group)], LINE_STYLES[kind(group)]
+def _draw_group(axes: Any, group: Row, name: str, x: float | None) -> None:
+    """A marker and bar at a ratio; a reference is a line and band across all."""
+    colour = COLOURS[kind(group)]
     y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
-    axes.axhline(y, color=colour, linestyle=line_style, linewidth=1.3, label=name)
-    axes.axhspan(y - deviation, y + deviation, color=colour, alpha=0.08, linewidth=0)
-
-
-def _accuracy_marker(axes: Any, group: Row, name: str, x: float) -> None:
-    """A group at one ratio, with a bar for its deviation."""
-    colour, marker = COLOURS[kind(group)], MARKERS[kind(group)]
-    y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
+    if x is None:
+        style = LINE_STYLES[kind(group)]
+        axes.axhline(y, color=colour, linestyle=style, linewidth=1.3, label=name)
+        ends = y - deviation, y + deviation
+        axes.axhspan(*ends, color=colour, alpha=0.08, linewidth=0)
+        return
+    marker = MARKERS[kind(group)]
     (line,) = axes.plot(x, y, marker, color=colour, markersize=7, label=name)
     if group["scope"] == "layer" and kind(group) != "layer":
         # Hollow: controls of the two kinds of cut must not look the same.

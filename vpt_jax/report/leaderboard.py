@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The leaderboard of a benchmark run: its files, and its table on the terminal.
 
-All is computed from the dict that leaderboard.json holds, and nothing else: equal dicts
-make equal files. What it holds is described at `board.standings.leaderboard`.
+All is computed from the content of leaderboard.json: equal dicts make equal files.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from vpt_jax.report import board_page, board_tables
+from vpt_jax.report import board_page, board_tables, tables
 from vpt_jax.report.board_notes import notes
 from vpt_jax.report.standings import Board, Line, canonical, leaderboard, main_lines
 
@@ -29,13 +28,7 @@ def title(board: Board) -> str:
 
 
 def render(board: Board) -> dict[str, str]:
-    """Makes the files of a leaderboard.
-
-    Args:
-      board: The content of leaderboard.json.
-
-    Returns:
-      Texts by suffix: md, csv, tex, html.
+    """Texts of a leaderboard's files by suffix: md, csv, tex, html.
 
     Raises:
       KeyError, TypeError, ValueError: If the board lacks something.
@@ -51,11 +44,7 @@ def render(board: Board) -> dict[str, str]:
 
 
 def write(board: Board, workdir: str | Path) -> list[Path]:
-    """Writes leaderboard.json, .md, .csv, .tex and .html, each atomically.
-
-    Returns:
-      Their paths.
-    """
+    """Paths of leaderboard.json, .md, .csv, .tex and .html, each written atomically."""
     from vpt_jax.files import workdirs  # imports Orbax, which takes seconds
 
     content = json.dumps(canonical(board), indent=2, allow_nan=False) + "\n"
@@ -68,26 +57,16 @@ def write(board: Board, workdir: str | Path) -> list[Path]:
 
 
 def print_table(board: Board, file: Any = None) -> None:
-    """Prints averages, accuracies of the main methods by task, and notes.
-
-    Args:
-      board: The content of leaderboard.json.
-      file: Where to print, by default standard output. The tables are plain text where
-        this is not a terminal.
-    """
-    from rich.console import Console
-
+    """Prints averages, accuracies of the main methods by task, and notes."""
     board = canonical(board)
-    lines = leaderboard(board)
-    console = Console(file=file, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:  # no window to fit into
-        console.width = max(100, console.width)
-    print_rows(console, _narrow(board_tables.summary(board, lines), console.width))
-    by_task = board_tables.transposed(
-        board_tables.per_task(board, _few(board, lines, console.width))
-    )
-    header = ["Task", *map(board_tables.folded, by_task.header[1:])]
-    print_rows(console, by_task._replace(header=header))
+    lines, console = leaderboard(board), tables.console(file)
+    few = board_tables.per_task(board, _few(board, lines, console.width))
+    by_task = tables.transposed(few)
+    header = ["Task", *map(tables.folded, by_task.header[1:])]
+    averages = _narrow(board_tables.summary(board, lines), console.width)
+    for table in (averages, by_task._replace(header=header)):
+        tables.show(console, table)
+        console.print()
     for note in notes(board, lines) + board_tables.sources(lines):
         console.print(note)
 
@@ -99,34 +78,11 @@ def _few(board: Board, lines: list[Line], width: int) -> list[Line]:
     return shown if len(shown) <= room else shown[: room - 1] + shown[-1:]
 
 
-def _narrow(table: board_tables.Table, width: int) -> board_tables.Table:
+def _narrow(table: tables.Table, width: int) -> tables.Table:
     """The columns that a terminal has room for, with headers on two lines."""
     groups = ("Natural", "Specialized", "Structured")
     dropped = (*groups, "Tuned", "MACs") if width < WIDE else ()
     names = [name.split(" (")[0] for name in table.header]
     kept = [j for j, name in enumerate(names) if name not in dropped]
-    table = board_tables.kept_columns(table, kept)
-    return table._replace(header=list(map(board_tables.folded, table.header)))
-
-
-def print_rows(console: Any, table: board_tables.Table) -> None:
-    """Prints a table; on a terminal the best of ours are bold."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    shown.add_column(table.header[0], justify="left")
-    for name in table.header[1:]:
-        shown.add_column(name, justify="right", no_wrap=True)
-    for i, row in enumerate(table.rows):
-        if i and (i == table.published or i in table.sections):
-            shown.add_section()
-        shown.add_row(
-            *(
-                Text(text, style="bold" if (i, j) in table.bold else "")
-                for j, text in enumerate(row)
-            )
-        )
-    console.print(shown)
-    console.print()
+    table = tables.columns(table, kept)
+    return table._replace(header=list(map(tables.folded, table.header)))

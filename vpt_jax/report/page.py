@@ -9,13 +9,7 @@ from typing import Any
 
 
 def page(title: str, body: str, looks: tuple[str, ...] = ("report.css",)) -> str:
-    """A whole page.
-
-    Args:
-      title: Plain text; the heading too.
-      body: HTML.
-      looks: Names of style sheets in `assets`, which become part of the page.
-    """
+    """A whole page of a heading and HTML; `looks` are style sheets of `assets`."""
     assets = importlib.resources.files("vpt_jax") / "assets"
     css = "".join((assets / name).read_text(encoding="utf-8") for name in looks)
     return f"""<!doctype html>

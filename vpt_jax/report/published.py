@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What others published on VTAB-1k and FGVC, and how they averaged it.
 
-All are ViT-B/16 supervised on ImageNet-21k. VPT's paper and its baselines are known per
-task, so that they can be averaged in every way and over any tasks. Of later methods
-only headlines are known here; two averages of VTAB-1k are in use, which differ by about
-2.5 points, so a headline is compared with ours only where its average is known.
+All are ViT-B/16 supervised on ImageNet-21k. VPT and its baselines are known per task,
+later methods by headlines: two averages of VTAB-1k are in use, about 2.5 points apart,
+so a headline is compared with ours only where its average is known.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from vpt_jax.data.public.vtab import BENCHMARKS
@@ -88,19 +86,3 @@ HEADLINES = (
         Mean(89.58, "stated as 1.04 above full fine-tuning, if that is 88.54", ""),
     ),
 )
-
-
-def accuracies(method: str, tasks: Iterable[str]) -> dict[str, float]:
-    """Test accuracies in % of one of `METHODS`, of those tasks that have one."""
-    known = (name for name in tasks if name in BENCHMARKS)
-    return {name: getattr(BENCHMARKS[name].published, method) for name in known}
-
-
-def deep_prompts(task: str) -> int:
-    """Prompts of VPT-Deep on a published task, in all layers together."""
-    return DEPTH * BENCHMARKS[task].prompts
-
-
-def deep_tuned_percent(task: str) -> float:
-    """Tuned parameters of VPT-Deep on a published task, in % of the backbone."""
-    return BENCHMARKS[task].tuned_percent

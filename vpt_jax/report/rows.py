@@ -33,15 +33,9 @@ def default_score(report: Row) -> str:
 
 
 def label(row: Row, default: str, *, ratio: bool = True) -> str:
-    """The name of a row or group.
+    """The name of a row or group, such as "PC global 30 %", with or without the ratio.
 
-    Args:
-      row: The row or group.
-      default: The score that goes without saying.
-      ratio: Whether the name says how many of the prompts are kept.
-
-    Returns:
-      Such as "PC global 30 %".
+    `default` is the score that goes without saying.
     """
     if row["stage"] == "linear":
         return "Linear probe"
@@ -78,14 +72,10 @@ def place(row: Row, default: str) -> tuple:
 def summarise(rows: Sequence[Row], default: str) -> list[Row]:
     """Averages the rows of a report over seeds.
 
-    Args:
-      rows: Rows of any number of seeds, in any order.
-      default: The score whose groups come before those of other scores.
-
-    Returns:
-      One group per (stage, score, scope, keep_ratio): linear probe, all prompts, then
-      by falling ratio. Like a row, with means over its `n` seeds, `counts` of the first
-      seed, and sample deviations `val_sd` and `test_sd` (None with one seed).
+    One group per (stage, score, scope, keep_ratio): linear probe, all prompts, then by
+    falling ratio, the `default` score first. Like a row, with means over its `n` seeds,
+    `counts` of the first seed, and sample deviations `val_sd` and `test_sd` (None with
+    one seed).
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:

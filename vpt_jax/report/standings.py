@@ -6,6 +6,7 @@ like those of a report. Everything here is a function of that dict. Accuracies o
 are in %.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -40,44 +41,27 @@ def canonical(board: Board) -> Board:
 
     Tasks are in the order of the benchmarks' table; others follow by name.
     """
-
-    def ordered(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): ordered(value[k]) for k in sorted(value, key=str)}
-        return [ordered(v) for v in value] if isinstance(value, list | tuple) else value
-
-    first = ("benchmark", "command")
-    keys = [key for key in first if key in board]
-    keys += sorted(key for key in board if key not in first)
+    board = json.loads(json.dumps(board, sort_keys=True))
     tasks = board["tasks"]
-    return {key: ordered(board[key]) for key in keys} | {
-        "tasks": {name: ordered(tasks[name]) for name in task_names(board)}
-    }
+    board["tasks"] = {name: tasks[name] for name in task_names(board)}
+    return {k: board[k] for k in ("benchmark", "command") if k in board} | board
 
 
 def task_names(board: Board) -> list[str]:
     """The tasks of a run, in the order of every table."""
     known = [*published.VTAB, *published.FGVC]
-    groups = groups_of_tasks(board)
 
     def order(name: str) -> tuple:
-        if name in known:
-            return 0, known.index(name), "", ""
-        return 1, 0, groups[name], name
+        own = board["tasks"][name]["group"], name
+        return (known.index(name),) if name in known else (len(known), *own)
 
     return sorted(board["tasks"], key=order)
 
 
-def groups_of_tasks(board: Board) -> dict[str, str]:
-    """The group of every task."""
-    return {name: task["group"] for name, task in board["tasks"].items()}
-
-
 def complete_tasks(board: Board) -> list[str]:
     """The tasks of which nothing is missing."""
-    tasks = board["tasks"]
-    done = (name for name in task_names(board) if tasks[name]["rows"])
-    return [name for name in done if not tasks[name]["missing"]]
+    tasks = ((name, board["tasks"][name]) for name in task_names(board))
+    return [name for name, task in tasks if task["rows"] and not task["missing"]]
 
 
 def averages(board: Board) -> list[Average]:
@@ -86,14 +70,16 @@ def averages(board: Board) -> list[Average]:
     Groups if there are several; the mean over all tasks and, of the whole of VTAB-1k,
     the mean over its groups; while tasks are missing the mean over the complete ones.
     """
-    names, group_of = task_names(board), groups_of_tasks(board)
+    names = task_names(board)
+    group_of = {name: board["tasks"][name]["group"] for name in names}
     known = [group for group in GROUPS if group in group_of.values()]
     groups = known + sorted(set(group_of.values()) - set(known))
     members = {g: tuple(n for n in names if group_of[n] == g) for g in groups}
     found = []
     if len(groups) > 1:
         for group, tasks in members.items():
-            title, size = group.capitalize(), _published_size(group)
+            title = group.capitalize()
+            size = sum(row.group == group for row in BENCHMARKS.values())
             if len(tasks) < size:
                 title += f" ({len(tasks)} of {size})"
             found.append(Average(group, title, (tasks,)))
@@ -108,12 +94,6 @@ def averages(board: Board) -> list[Average]:
         title = f"Mean over {_count(len(complete), 'complete task')}"
         found.append(Average("mean_complete", title, (complete,)))
     return found
-
-
-def _published_size(group: str) -> int:
-    if group == "fgvc":
-        return len(published.FGVC)
-    return sum(row.group == group for row in BENCHMARKS.values())
 
 
 def _count(number: int, noun: str) -> str:
@@ -151,10 +131,10 @@ def leaderboard(board: Board) -> list[Line]:
 
 
 def _our_line(board: Board, by_task: dict[str, list[Row]], default: str) -> Line:
-    rows_of = {
-        name: {row["seed"]: row for row in sorted(rows, key=lambda row: row["seed"])}
-        for name, rows in by_task.items()
-    }
+    rows_of = {}
+    for name, rows in by_task.items():
+        rows = sorted(rows, key=lambda row: row["seed"])
+        rows_of[name] = {row["seed"]: row for row in rows}
     accuracy = {
         name: {seed: 100 * row["test_accuracy"] for seed, row in rows.items()}
         for name, rows in rows_of.items()
@@ -165,19 +145,15 @@ def _our_line(board: Board, by_task: dict[str, list[Row]], default: str) -> Line
     def cost(value: Callable[[Row], float]) -> float | None:
         if not tasks or not set(tasks) <= rows_of.keys():
             return None
-        per_task = [_mean(map(value, rows_of[name].values())) for name in tasks]
-        return _mean(per_task)
+        return _mean(_mean(map(value, rows_of[name].values())) for name in tasks)
 
-    tuned, size = cost(lambda row: row["tuned_params"]), _backbone_size(board)
+    tuned = cost(lambda row: row["tuned_params"])
+    size = board["backbone"].get("parameters")
     seeds = [len(rows) for rows in rows_of.values()]
     return {
-        "method": label(first, default),
-        "source": OURS,
+        **_line(label(first, default), OURS, ""),
         "ours": True,
-        "stage": first["stage"],
-        "score": first["score"],
-        "scope": first["scope"],
-        "keep_ratio": first["keep_ratio"],
+        **{key: first[key] for key in ("stage", "score", "scope", "keep_ratio")},
         "tasks": {name: _over_seeds(values) for name, values in accuracy.items()},
         "averages": {a.key: _average(a, accuracy) for a in averages(board)},
         "prompts": cost(lambda row: sum(row["counts"])),
@@ -193,8 +169,6 @@ def _our_line(board: Board, by_task: dict[str, list[Row]], default: str) -> Line
             for seed, row in rows.items()
             if diverged(row)
         ],
-        "as_published": None,
-        "convention": "",
     }
 
 
@@ -202,10 +176,6 @@ def diverged(row: Row) -> bool:
     """Whether a row's training stopped being finite before its last epoch."""
     planned = row.get("planned_epochs")
     return planned is not None and row.get("epochs", planned) < planned
-
-
-def _backbone_size(board: Board) -> int | None:
-    return board["backbone"].get("parameters")
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -245,21 +215,26 @@ def _published_lines(board: Board) -> list[Line]:
     """VPT and its baselines, per task; nothing where no task of the run is known."""
     names, tasks, lines = task_names(board), complete_tasks(board), []
     for method, name in published.METHODS.items():
-        known = published.accuracies(method, names)
+        known = {
+            name: getattr(BENCHMARKS[name].published, method)
+            for name in names
+            if name in BENCHMARKS
+        }
         if not known:
             continue
         # A published number is a mean already; it stands for the one seed it has.
         accuracy = {task: {0: value} for task, value in known.items()}
         means = {a.key: _average(a, accuracy) for a in averages(board)}
-        line = _empty_line(name, published.SOURCE, published.PER_TASK)
+        line = _line(name, published.SOURCE, published.PER_TASK)
         line["tasks"] = {n: _published(value) for n, value in known.items()}
         line["averages"] = {k: v and _published(v["mean"]) for k, v in means.items()}
         line["tasks_in"] = len(known)
         if method == "linear":
             line["prompts"] = 0
         if method == "deep" and tasks and set(tasks) <= known.keys():
-            line["prompts"] = _mean(map(published.deep_prompts, tasks))
-            line["tuned_percent"] = _mean(map(published.deep_tuned_percent, tasks))
+            rows = [BENCHMARKS[task] for task in tasks]
+            line["prompts"] = _mean(published.DEPTH * row.prompts for row in rows)
+            line["tuned_percent"] = _mean(row.tuned_percent for row in rows)
         lines.append(line)
     return lines
 
@@ -274,7 +249,7 @@ def _headlines(board: Board) -> list[Line]:
         mean = row.vtab if benchmark == "vtab" else row.fgvc
         if mean is None:
             continue
-        line = _empty_line(row.name, row.source, mean.convention)
+        line = _line(row.name, row.source, mean.convention)
         fits = whole and mean.average
         line["averages"] = {
             a.key: _published(mean.value) if fits and a.key == mean.average else None
@@ -291,7 +266,7 @@ def _published(value: float) -> dict[str, Any]:
     return {"mean": value, "sd": None, "n": None}
 
 
-def _empty_line(method: str, source: str, convention: str) -> Line:
+def _line(method: str, source: str, convention: str) -> Line:
     numbers = ("prompts", "tuned_params", "tuned_percent", "macs", "macs_reference")
     return {
         "method": method,
@@ -305,19 +280,6 @@ def _empty_line(method: str, source: str, convention: str) -> Line:
         "as_published": None,
         "convention": convention,
     }
-
-
-def best(lines: list[Line], value: Callable[[Line], Any], digits: int) -> set[str]:
-    """Our methods whose accuracy is the highest, as tables print it; several if equal.
-
-    Args:
-      lines: From `leaderboard`.
-      value: Picks `{mean, sd, n}` or None of a line.
-      digits: As many as are printed.
-    """
-    found = [(line, value(line)) for line in lines if line["ours"]]
-    means = {line["method"]: round(v["mean"], digits) for line, v in found if v}
-    return {name for name, mean in means.items() if mean == max(means.values())}
 
 
 def main_lines(board: Board, lines: list[Line]) -> list[Line]:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from vpt_jax import parallel, train
 from vpt_jax.data import pictures
+from vpt_jax.files.messages import shown
 from vpt_jax.models.inputs import prefill
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
@@ -113,22 +114,16 @@ class Classifier:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
-        before = None
+        before: Iterable[Any] = ()
+        images = iter(images)
         with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-            for chunk in _chunks(images, batch_size):
-                squares = self._squares(pool, chunk)
-                begun = chunk, squares, self._begin(squares)
-                if before is not None:
-                    yield from _together(*before)
+            while chunk := list(itertools.islice(images, batch_size)):
+                with pictures.quiet():  # the filters of warnings are the process's
+                    squares = list(pool.map(self._square, chunk))
+                begun = _together(chunk, squares, self._begin(squares))
+                yield from before
                 before = begun
-            if before is not None:
-                yield from _together(*before)
-
-    def _squares(
-        self, pool: ThreadPoolExecutor, chunk: Sequence[Any]
-    ) -> list[np.ndarray | ValueError]:
-        with pictures.quiet():  # the filters of warnings belong to the process
-            return list(pool.map(self._square, chunk))
+            yield from before
 
     def _square(self, picture: Any) -> np.ndarray | ValueError:
         """uint8 `[side, side, 3]`, as the run made it, or what is wrong."""
@@ -179,12 +174,6 @@ def _together(
         yield picture, square if isinstance(square, ValueError) else next(rows)
 
 
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
 def _several(given: Any) -> Iterable[Any]:
     """Pictures one by one, of one or several."""
     if isinstance(given, str | os.PathLike | Image.Image):
@@ -200,10 +189,9 @@ def _pixels(picture: Any) -> np.ndarray:
     channels = pixels.shape[2:] in ((), (3,)) and pixels.ndim >= 2 and pixels.size > 0
     if pixels.dtype != np.uint8 or not channels:
         raise ValueError(
-            f"got a picture of type {type(picture).__name__},"
-            f" {pixels.dtype} {list(pixels.shape)}; expected a path, a PIL image, or"
-            " uint8 [h, w, 3] or [h, w] from 0 to 255, as in a file. Pass it before it"
-            " is normalised."
+            f"got a picture of type {type(picture).__name__}, {pixels.dtype}"
+            f" {list(pixels.shape)}; expected a path, a PIL image, or uint8 [h, w, 3]"
+            " or [h, w] as in a file, not normalised."
         )
     return pixels
 
@@ -235,9 +223,9 @@ def load_classifier(
     rule = resize or header.get("resize", "")
     if not rule:
         raise ValueError(
-            f"{file} does not say how pictures become squares, as files of earlier"
-            " versions do not; pass resize='crop' (class folders), 'squash' (lists,"
-            " npz) or 'corner' (VTAB-1k), as the run had it; --resize for the command."
+            f"{file} is of an earlier version and does not say how pictures become"
+            " squares; pass resize='crop' (class folders), 'squash' (lists, npz) or"
+            " 'corner' (VTAB-1k), as the run had it; --resize for the command."
         )
     check_choice("resize", rule, pictures.RULES)
     source = _backbone_of(file, header, backbone, local)
@@ -253,11 +241,7 @@ def load_classifier(
 
 
 def find(path: str | os.PathLike) -> tuple[Path, str]:
-    """The released file for a path, and where the backbone lay when it was made.
-
-    Raises:
-      ValueError: If there is none; it says what was expected.
-    """
+    """The released file for a path, and where the backbone lay when it was made."""
     path = release.file_of(path)
     if not path.is_dir():
         if not path.exists():
@@ -269,9 +253,8 @@ def find(path: str | os.PathLike) -> tuple[Path, str]:
         return path, _note(note).get("backbone", "") if note.is_file() else ""
     if not (path / BEST).is_file():
         raise ValueError(
-            f"{path} has no {BEST}, which names a run's best model; expected the folder"
-            " of a finished run. Give the command that made it again to finish it, or"
-            " pass one of its prompts/*.safetensors."
+            f"{path} has no {BEST}; expected the folder of a finished run. Give the"
+            " command that made it again, or pass one of its prompts/*.safetensors."
         )
     note = _note(path / BEST)
     return path / note["prompts"], note["backbone"]
@@ -281,18 +264,14 @@ def _note(path: Path) -> dict[str, str]:
     """The words in a `best.json`."""
     try:
         note = dict(json.loads(path.read_bytes()))
-    except (TypeError, ValueError) as error:
+        for name in ("prompts", "backbone"):
+            if ".." in Path(note[name]).parts or Path(note["prompts"]).is_absolute():
+                raise ValueError(f"has {name} {shown(note[name])}")
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); expected what a run writes. Give the run's"
             " command again."
         ) from error
-    for name in ("prompts", "backbone"):
-        inside = isinstance(note.get(name), str) and ".." not in Path(note[name]).parts
-        if not inside or (name == "prompts" and Path(note[name]).is_absolute()):
-            raise ValueError(
-                f"{path} has {name} {ascii(note.get(name))[:200]}; expected a file of"
-                " the run. Give the run's command again."
-            )
     return note
 
 
@@ -307,13 +286,14 @@ def _backbone_of(
     if shipped or release.is_address(source):
         return "" if shipped else source
     name = Path(source).name
-    places = [*([Path(local)] if local else []), file.parent / name, Path(name)]
+    places = [file.parent / name, Path(name)]
+    if local:
+        places.insert(0, Path(local))
     for place in places:
         if place.is_file():
             return place
     raise ValueError(
-        f"{file} needs the backbone {ascii(source)[:200]} ({header['variant'][:40]}),"
+        f"{file} needs the backbone {shown(source)} ({header['variant'][:40]}),"
         f" which is not at {' nor '.join(map(str, places))}; pass its path or address"
-        " as backbone=, or --backbone for the command. docs/backbones.md says where"
-        " published ones are."
+        " (docs/backbones.md) as backbone=, or --backbone for the command."
     )

@@ -32,15 +32,9 @@ _MANY = 50  # classes; of more the card says how many
 def share(
     path: str | os.PathLike, folder: str | os.PathLike, *, licence: str = ""
 ) -> Path:
-    """Writes a folder to share.
+    """Writes a folder to share: of a finished run's folder, or a released file.
 
-    Args:
-      path: The folder of a finished run, or a released file of one.
-      folder: Is created; files of the same names are replaced.
-      licence: Of the prompts, as the hub names it: `apache-2.0`, `cc-by-4.0`, ...
-
-    Returns:
-      The folder.
+    `licence` is that of the prompts, as the hub names it: `apache-2.0`, `cc-by-4.0`.
 
     Raises:
       ValueError: If there is no such file.
@@ -62,12 +56,12 @@ def share(
 
 def _run_of(file: Path) -> dict[str, Any]:
     """What the run of a released file says of it; empty for a file on its own."""
-    path = file.parent.parent / "report.json"
-    result = file.parent.parent / "results" / f"{file.stem}.json"
-    if not path.is_file():
+    folder = file.parent.parent
+    if not (folder / "report.json").is_file():
         return {}
-    report = json.loads(path.read_bytes())
+    report = json.loads((folder / "report.json").read_bytes())
     run = {"task": report["task"], "data": report["data"]}
+    result = folder / "results" / f"{file.stem}.json"
     if result.is_file():
         run["result"] = json.loads(result.read_bytes())["row"]
     return run
