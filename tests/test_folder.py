@@ -357,19 +357,6 @@ def test_what_changes_the_pictures_rebuilds(tmp_path, monkeypatch, change):
     assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 2
 
 
-def test_a_damaged_cache_is_made_again(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    whole = contents(load(root)[0])
-    (path,) = (tmp_path / "cache" / "pictures").iterdir()
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-    loaded, said = load(root)
-    assert contents(loaded) == whole
-    assert len(said) == 1 and "its checksum is wrong" in said[0]
-
-
 # --- lists ----------------------------------------------------------------------------
 
 
@@ -524,41 +511,6 @@ def test_npz_without_splits(tmp_path, monkeypatch):
     load(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": None}, r"got arrays \['images'\]; expected train_images"),
-        ({"images": np.zeros((9, 4, 4), np.float32)}, r"images float32 \[9, 4, 4\]"),
-        (
-            {"images": np.zeros((9, 4, 4, 2), np.uint8)},
-            r"\[9, 4, 4, 2\]; expected uint8",
-        ),
-        ({"images": np.zeros((8, 4, 4), np.uint8)}, "got 8 images and 9 labels"),
-        (
-            {"labels": np.zeros((9, 4), int)},
-            r"labels int64 \[9, 4\] that are not one-hot; expected",
-        ),
-        ({"labels": np.zeros(9)}, "labels float64"),
-        ({"labels": np.arange(9) - 1}, "labels from -1"),
-        ({"class_names": np.array(["a"])}, "class_names: got 1 names; expected 3"),
-        ({"labels": np.array([None] * 9)}, "cannot be read .*pickle"),
-        ({"test_images": np.zeros((2, 4, 4), np.uint8)}, "expected train_images"),
-    ],
-)
-def test_npz_that_are_refused(tmp_path, change, message):
-    images, labels = arrays(9, 0)
-    parts = {"images": images, "labels": labels} | change
-    np.savez(tmp_path / "x.npz", **{k: v for k, v in parts.items() if v is not None})
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "x.npz")
-
-
-def test_a_file_that_is_no_npz(tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"PK\3\4 not quite")
-    with pytest.raises(ValueError, match=r"x\.npz: cannot be read"):
-        load(tmp_path / "x.npz")
-
-
 # --- as a task ------------------------------------------------------------------------
 
 
@@ -574,9 +526,9 @@ def test_load_task(tmp_path, capsys):
     assert task.name == "pets" and task.class_names == ("cat", "dog")
     assert isinstance(task.train, tasks.Split) and len(task.test.labels) == 6
     assert "reading 18 pictures, once" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="expected one of .*'folder'"):
+    with pytest.raises(ValueError, match="did you mean 'folder'"):
         tasks.load_task("folders")
-    with pytest.raises(ValueError, match="for task 'digits'; resize is for VTAB and"):
+    with pytest.raises(ValueError, match="for task 'digits'; expected resize for"):
         tasks.load_task("digits", resize="crop")
 
 

@@ -24,6 +24,16 @@ def test_a_set_is_accepted_or_refused_by_one_error(scratch, data):
     try_set(data, scratch)
 
 
+def test_arrays_that_lack_and_files_that_are_none(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, images=np.zeros((3, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"got arrays \['images'\]; expected train_im"):
+        folder.find(str(path))
+    path.write_bytes(b"PK\3\4 not quite")
+    with pytest.raises(ValueError, match=r"x\.npz: got a file that cannot be read"):
+        folder.find(str(path))
+
+
 def test_sound_files_are_accepted(tmp_path):
     assert try_set(npz_of(sound_set()), tmp_path) == "accepted"
     assert try_set(npz_of(sound_set(), compressed=True), tmp_path) == "accepted"
@@ -47,6 +57,7 @@ class Runs:
         ({"labels": np.zeros((6, 2), int)}, r"\[6, 2\] that are not one-hot; expected"),
         ({"labels": np.zeros(7, int)}, "got 6 images and 7 labels"),
         ({"labels": np.zeros(0, int), "images": np.zeros((0, 1, 1), "u1")}, "0 images"),
+        ({"images": np.zeros((6, 4, 4, 2), "u1")}, r"\[6, 4, 4, 2\]; expected uint8"),
         ({"images": np.zeros((6, 9, 9, 3))}, "images float64"),
         ({"images": np.zeros((6, 9), np.uint8)}, r"images uint8 \[6, 9\]"),
         ({"images": np.zeros((6, 0, 9), np.uint8)}, "at least one pixel"),

@@ -6,7 +6,6 @@ The files are those of `tfds_files.py`.
 
 import io
 import itertools
-import json
 import subprocess
 import sys
 
@@ -108,6 +107,7 @@ def test_split_expressions(prepared, expression, expected):
 
 
 def test_random_access(prepared):
+    assert records.split_sizes(prepared) == {"train": 12, "test": 4}
     examples = records.open_split(prepared, "train[3:11]")
     assert [int(examples[i]["label"]) for i in (7, 0, 5, 2, -1)] == [10, 3, 8, 5, 10]
     for i in (8, -9):
@@ -115,15 +115,10 @@ def test_random_access(prepared):
             examples[i]
 
 
-def test_split_sizes(prepared):
-    assert records.split_sizes(prepared) == {"train": 12, "test": 4}
-    assert records.split_sizes(str(prepared)) == {"train": 12, "test": 4}
-
-
 def test_reading_imports_no_tensorflow(prepared):
     code = (
         "import sys\n"
-        "from vpt_jax.data import records\n"
+        "from vpt_jax.data.public import records\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
         f"examples = records.open_split({str(prepared)!r}, 'train')\n"
         "print(examples[0]['image'].shape, 'tensorflow' in sys.modules)"
@@ -226,22 +221,11 @@ def test_cut_files_are_errors(form, keep, tmp_path):
     assert labels(records.open_split(folder, "train[:5]")) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="00001-of-00003.* got .*prepare the data set"):
         records.open_split(folder, "train")[5]
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_file_with_other_records_than_announced_is_an_error(form, tmp_path):
-    folder = make(tmp_path / "1.0.0", form)
-    WRITERS[form](folder / f"toy-train.{form}-00001-of-00003", [b"a", b"b", b"c"])
+    WRITERS[form](path, [b"a", b"b", b"c"])
     with pytest.raises(ValueError, match="got 3 records; expected 4"):
         records.open_split(folder, "train")[5]
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_missing_file_is_an_error_at_once(form, tmp_path):
-    folder = make(tmp_path / "1.0.0", form)
-    (folder / f"toy-train.{form}-00002-of-00003").unlink()
-    assert len(records.open_split(folder, "train[:9]")) == 9
-    with pytest.raises(ValueError, match="got no such file; expected the 3 examples"):
+    path.unlink()
+    with pytest.raises(ValueError, match="got no such file; expected the 4 examples"):
         records.open_split(folder, "train")
 
 
@@ -257,15 +241,11 @@ def test_other_directories_are_errors(tmp_path):
     with pytest.raises(ValueError, match="dataset_info.json: got no such file"):
         records.open_split(tmp_path, "train")
     folder = make(tmp_path / "1.0.0", "tfrecord")
+    info = (folder / "dataset_info.json").read_text()
+    assert "tfrecord" in info
+    (folder / "dataset_info.json").write_text(info.replace("tfrecord", "riegeli"))
+    with pytest.raises(ValueError, match="got file format 'riegeli'; expected one of"):
+        records.open_split(folder, "train")
     (folder / "features.json").unlink()
     with pytest.raises(ValueError, match="features.json: got no such file"):
         records.split_sizes(folder)
-
-
-def test_other_formats_are_errors(tmp_path):
-    folder = make(tmp_path / "1.0.0", "tfrecord")
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "riegeli"
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="got file format 'riegeli'; expected one of"):
-        records.open_split(folder, "train")

@@ -21,7 +21,7 @@ from vpt_jax.data.public import extracted, vtab
 from vpt_jax.files import workdirs
 from vpt_jax.files.messages import advised
 from vpt_jax.report import leaderboard
-from vpt_jax.run import experiment
+from vpt_jax.run import experiment, parsing
 
 _PENDING = "submitted.json"
 _FRESH_S = 600.0  # a run whose files moved within this time is running

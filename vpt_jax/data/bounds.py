@@ -7,6 +7,8 @@ import stat
 import threading
 from collections.abc import Iterator
 
+from vpt_jax.files.messages import mismatch
+
 MAX_BYTES = 1 << 30  # of a picture file: the largest picture, with 16 bits a channel
 MAX_TEXT = 1 << 28  # of a list: ImageNet's has 50 MB
 
@@ -19,24 +21,23 @@ class Room:
     """
 
     def __init__(self, limit: int):
-        self._limit, self._used, self._holders = limit, 0, 0
+        self._limit = limit
+        self._held: list[int] = []
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def take(self, amount: int) -> Iterator[None]:
         """Waits until there is room."""
-
-        def fits() -> bool:
-            return not self._holders or self._used + amount <= self._limit
-
         with self._changed:
-            self._changed.wait_for(fits)
-            self._used, self._holders = self._used + amount, self._holders + 1
+            self._changed.wait_for(
+                lambda: not self._held or sum(self._held) + amount <= self._limit
+            )
+            self._held.append(amount)
         try:
             yield
         finally:
             with self._changed:
-                self._used, self._holders = self._used - amount, self._holders - 1
+                self._held.remove(amount)
                 self._changed.notify_all()
 
 
@@ -55,27 +56,25 @@ def opened(path: str, limit: int = MAX_BYTES) -> Iterator[bytes]:
     try:
         found = os.stat(path)
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
-        raise ValueError(_unreadable(e)) from e
+        raise _unreadable(e) from e
     # Reading a pipe would wait for ever.
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("got something else; expected a regular file; remove it.")
-    if found.st_size > limit:
-        raise ValueError(
-            f"got a file of {found.st_size:,} bytes; expected at most {limit:,}; "
-            "make it smaller."
-        )
-    with _ROOM.take(found.st_size):
+        raise mismatch("", "something else", "a regular file", "remove it")
+    if (size := found.st_size) > limit:
+        got, most = f"a file of {size:,} bytes", f"at most {limit:,}"
+        raise mismatch("", got, most, "make it smaller")
+    with _ROOM.take(size):
         try:
             with open(path, "rb") as f:
-                data = f.read(found.st_size)  # and not what is added meanwhile
+                data = f.read(size)  # and not what is added meanwhile
         except OSError as e:
-            raise ValueError(_unreadable(e)) from e
+            raise _unreadable(e) from e
         yield data
 
 
-def _unreadable(error: OSError | ValueError) -> str:
+def _unreadable(error: OSError | ValueError) -> ValueError:
     why = error.strerror if isinstance(error, OSError) else error
-    return (
+    return ValueError(
         f"cannot be read ({why}); expected a file that you may read; check its "
         "permissions, or where the link leads."
     )

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoded pictures on disk: made once, memory-mapped from then on.
 
-A cache file is the pixels, one picture after the other, then one line of JSON (the
-key, what the maker had to say, the number of pictures, a checksum) and the length of
-that line. The file is found by a hash of its key, appears when it is whole, and is
-checked when it is opened. Files here can be deleted at any time; nothing else does it.
-
-A file may be larger than memory: who goes through it in order calls `forget`.
+A cache file is the pixels, then one line of JSON (the key, what the maker had to say,
+the number of pictures, a checksum) and the length of that line. The file is found by a
+hash of its key, appears when it is whole, and is checked when it is opened. It may be
+deleted at any time, and be larger than memory: who goes through it calls `forget`.
 """
 
 import contextlib
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from vpt_jax.files.durable import atomic_path, make_folder
+from vpt_jax.files.messages import mismatch
 
 _END = b"vptcache"  # the last bytes of every file
 _TAIL = len(_END) + 8
@@ -50,8 +49,7 @@ def cached(
     """Pictures from the cache; made, and kept for the next time, if not there.
 
     Several processes may do this at once: each makes the file for itself, and the last
-    one's stays. A damaged file is reported and made again. Checking reads the whole
-    file, at 1 GB/s and more.
+    one's stays. Checking reads the whole file, at 1 GB/s and more.
 
     Args:
       folder: Where cache files lie; it is created.
@@ -68,8 +66,7 @@ def cached(
 
     Raises:
       ValueError: If the folder cannot be written or the disk is full; nothing is left
-        behind then. And what `make` raises, except that an OSError counts as one of
-        writing.
+        behind then. And what `make` raises; an OSError counts as one of writing.
     """
     text = json.dumps(key, sort_keys=True)
     key = json.loads(text)  # tuples as lists: as it will be read
@@ -80,25 +77,23 @@ def cached(
             return _open(path, key, shape)
     except (OSError, ValueError) as e:
         report(f"{path} is damaged ({e}); making it again")
-    with _explained(path), _new_file(path) as file:
+    with _new_file(path) as file:
         crc, num = 0, 0
 
         def write(picture: np.ndarray) -> None:
             nonlocal crc, num
             rows = picture if strip else picture[None]
             if rows.shape[1:] != shape or picture.dtype != np.uint8:
-                expected = f"[any, {side}, 3]" if strip else f"[{side}, {side}, 3]"
-                raise ValueError(
-                    f"got a picture {picture.dtype} {list(picture.shape)}; expected "
-                    f"uint8 {expected}; resize it first."
-                )
+                got = f"a picture {picture.dtype} {list(picture.shape)}"
+                expected = f"uint8 [{'any' if strip else side}, {side}, 3]"
+                raise mismatch("", got, expected, "resize it first")
             data = np.ascontiguousarray(rows).data.cast("B")
             crc, num = zlib.crc32(data, crc), num + len(rows)
             # Not into a memory map: a full disk would end the process.
             file.write(data)
 
         info = make(write)
-        crc = _crc_of_info(info, crc)
+        crc = zlib.crc32(json.dumps(info).encode(), crc)
         end = {"key": key, "info": info, "num": num, "side": side, "crc32": crc}
         line = json.dumps(end).encode() + b"\n"
         file.write(line + len(line).to_bytes(8, "little") + _END)
@@ -124,11 +119,6 @@ def forget(images: Any, start: int, stop: int) -> None:
     low = (low - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if high - first > low and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         pages.madvise(mmap.MADV_DONTNEED, low, high - first - low)
-
-
-def _crc_of_info(info: Any, crc: int) -> int:
-    """Continues a checksum over what JSON makes of `info`."""
-    return zlib.crc32(json.dumps(info).encode(), crc)
 
 
 def _open(path: Path, key: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
@@ -160,29 +150,24 @@ def _open(path: Path, key: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, Any
     for at in range(0, start, _CHUNK):
         found = zlib.crc32(pixels[at : at + _CHUNK].data, found)
         forget(pixels, at, at + _CHUNK)
-    if _crc_of_info(info, found) != crc:
+    if zlib.crc32(json.dumps(info).encode(), found) != crc:
         raise ValueError("its checksum is wrong")
     return np.asarray(pixels, np.uint8).reshape(num, *shape), info
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path`, on disk, when the block ends well."""
     try:
-        yield
+        make_folder(path.parent)
+        for left in path.parent.glob(f".{path.name}.*"):  # of killed processes
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _STALE_S:
+                    left.unlink()
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            yield file
     except OSError as e:
         raise ValueError(
             f"cannot write {path} ({e.strerror}); expected room for decoded pictures; "
             "free some, or set VPT_JAX_CACHE to a folder on another disk."
         ) from e
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path`, on disk, when the block ends well."""
-    make_folder(path.parent)
-    for left in path.parent.glob(f".{path.name}.*"):  # of killed processes
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                left.unlink()
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        yield file

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pixels of an opened picture file as 8-bit RGB, whatever Pillow makes of them.
 
-Pillow's mode says how numbers are stored and not what they mean: which of them is white
-(TIFF's photometric interpretation, 12 bits in 16), or what is transparent (in a PNG's
-own bits). That is read from the file's header here, before and after `load`. What
-Pillow would misread is refused.
+Pillow's mode says how numbers are stored and not what they mean: which of them is
+white, or transparent. That is read from the file's header here, before and after
+`load`. What Pillow would misread is refused.
 """
 
 import contextlib
@@ -13,6 +12,8 @@ import re
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from vpt_jax.files.messages import mismatch
 
 BAND = 1 << 20  # pixels converted at a time
 _WIDE = 65535  # integers in 16 bits, or in more, where nobody knows what is white
@@ -42,10 +43,8 @@ def before_load(picture: Image.Image, data: bytes) -> None:
         odd = f"{depth} bits" if depth != 8 and picture.mode != "I;16" else ""
         odd = "signed numbers" if depth > 128 else odd
     if odd:
-        raise OddError(
-            f"got a {picture.format} of {odd}; expected a more common kind; save it "
-            "as PNG with 8 bits a channel."
-        )
+        got, remedy = f"a {picture.format} of {odd}", "save it as 8-bit PNG"
+        raise OddError(mismatch("", got, "a more common kind", remedy))
 
 
 def _odd_tiff(picture: Image.Image) -> str:
@@ -71,10 +70,6 @@ def _odd_tiff(picture: Image.Image) -> str:
 
 def to_rgb(picture: Image.Image, data: bytes = b"") -> Image.Image:
     """A loaded picture of any mode to RGB, upright, see the docstring of `pictures.py`.
-
-    Args:
-      picture: As it was opened, all pixels loaded.
-      data: The content of its file.
 
     Raises:
       OddError: If values are out of the range that the mode is taken to have.
@@ -177,10 +172,8 @@ def to_8_bits(x: np.ndarray, top: int, inverted: bool = False) -> np.ndarray:
     """Grey `[h, w]` of 0 ... `top` to 0 ... 255, or to 255 ... 0."""
     low, high = x.min(), x.max()
     if not (low >= 0 and high <= top):  # NaN too
-        raise OddError(
-            f"got {x.dtype.name} values from {low} to {high}; expected 0 to {top}; "
-            "scale them, and save as 8 bits."
-        )
+        got, remedy = f"{x.dtype.name} values from {low} to {high}", "save it as 8 bits"
+        raise OddError(mismatch("", got, f"0 to {top}", remedy))
     out = np.empty(x.shape, np.uint8)
     rows = max(1, BAND // x.shape[1])
     for at in range(0, len(x), rows):

@@ -10,9 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vpt_jax.data.found import text
+from vpt_jax.files.messages import mismatch
 
 FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-AGAIN = "unpack the publisher's archive again."
+AGAIN = "unpack the publisher's archive again"
 
 
 class Picture(NamedTuple):
@@ -28,22 +29,17 @@ def _table(path: Path, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]
     try:
         found = text(path).splitlines()
     except ValueError as e:
-        raise ValueError(f"{e} Expected lines of a uuid and {kind}; {AGAIN}") from e
+        raise ValueError(f"{e} Or {AGAIN}.") from e
     table = {}
     for number, line in enumerate(found, 1):
         uuid, _, rest = line.strip().partition(" ")
+        where = f"{path}:{number}"
         try:
             value = parse(rest)
-        except ValueError as e:
-            raise ValueError(
-                f"{path}:{number}: got {line[:200]!r}; expected a uuid and {kind}; "
-                f"{AGAIN}"
-            ) from e
+        except (KeyError, ValueError) as e:
+            raise mismatch(where, repr(line[:200]), f"a uuid and {kind}", AGAIN) from e
         if uuid in table:
-            raise ValueError(
-                f"{path}:{number}: got uuid {uuid[:200]} again; expected it once; "
-                f"{AGAIN}"
-            )
+            raise mismatch(where, f"uuid {uuid[:200]} again", "it once", AGAIN)
         table[uuid] = value
     return table
 
@@ -53,12 +49,6 @@ def _path(rest: str) -> str:
     if not rest or path.is_absolute() or ".." in path.parts or "\0" in rest:
         raise ValueError(rest)
     return rest
-
-
-def _bit(rest: str) -> bool:
-    if rest not in ("0", "1"):
-        raise ValueError(rest)
-    return rest == "1"
 
 
 def read(folder: Path) -> tuple[dict[str, Picture], list[int]]:
@@ -77,15 +67,14 @@ def read(folder: Path) -> tuple[dict[str, Picture], list[int]]:
     files = [folder / name for name in FILES]
     paths = _table(files[0], "a path below images/", _path)
     ids = _table(files[1], "a class id", int)
-    train = _table(files[2], "0 or 1", _bit)
+    train = _table(files[2], "0 or 1", {"0": False, "1": True}.__getitem__)
     for other, table in ((files[1], ids), (files[2], train)):
-        differing = sorted(paths.keys() ^ table.keys())
-        if differing:
-            raise ValueError(
-                f"{other}: got {len(table)} uuids, {len(differing)} of them or of "
-                f"{len(paths)} in images.txt without counterpart, such as "
-                f"{differing[0][:200]!r}; expected the same in both; {AGAIN}"
+        if differing := sorted(paths.keys() ^ table.keys()):
+            got = (
+                f"{len(table)} uuids, {len(differing)} of them or of {len(paths)} in "
+                f"images.txt without counterpart, such as {differing[0][:200]!r}"
             )
+            raise mismatch(other, got, "the same in both", AGAIN)
     # By number: as text, '1003' would come before '295'.
     numbers = sorted(set(ids.values()))
     order = {number: k for k, number in enumerate(numbers)}

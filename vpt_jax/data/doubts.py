@@ -2,9 +2,8 @@
 """What may be wrong with pictures although they can be trained on.
 
 Real data sets have pictures that lie in two splits, and some that show nothing, so
-these are said and not refused. What cannot be trained on is refused by `check_task`.
-Equal pictures are looked for here alone: of own pictures (`folder.py`), of any task
-(`experiment.py`), of a prepared data set (`check.py`).
+these are said and not refused. Equal pictures are looked for here alone: of own
+pictures (`folder.py`), any task (`experiment.py`), a prepared data set (`check.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from vpt_jax.data import cache, strips
 
 _CHUNK = 64  # pictures looked at together; a mapped file's memory is given back after
-_SHOWN = 3  # pairs that a sentence names
+SHOWN = 3  # pairs that a sentence names
 
 
 def doubts(
@@ -52,17 +51,19 @@ def doubts(
             pairs = shared(prints, known)
             if pairs:
                 differ = sum(labels[i] != others[j] for i, j in pairs)
-                some = ", ".join(
-                    f"{name(which, i)} = {name(other, j)}" for i, j in pairs[:_SHOWN]
-                )
-                more = ", ..." if len(pairs) > _SHOWN else ""
+                some = [f"{name(which, i)} = {name(other, j)}" for i, j in pairs]
                 found.append(
                     f"{len(pairs)} of {len(prints)} {which} pictures are also in"
                     f" {other}, {differ} with another label, which makes results look"
-                    f" better than they are: {some}{more}"
+                    f" better than they are: {first_of(some)}"
                 )
         before[which] = prints, labels
     return found
+
+
+def first_of(texts: Sequence[str]) -> str:
+    """The first three, and whether there are more."""
+    return ", ".join([*texts[:SHOWN], *["..."] * (len(texts) > SHOWN)])
 
 
 def fingerprint(picture: np.ndarray) -> int:
@@ -90,22 +91,21 @@ def shared(
 def _look(images: Any) -> tuple[list[int], list[int]]:
     """A print of every picture, and which are constant."""
     prints, constant = [], []
-    for start, part in _chunks(images):
-        for number, picture in enumerate(part, start=start):
-            prints.append(fingerprint(picture))
+    for part in _chunks(images):
+        for picture in part:
             # Most differ in their corners, and need not be read through.
             alike = (picture[0, 0] == picture[-1, -1]).all()
             if alike and (picture == picture[0, 0]).all():
-                constant.append(number)
+                constant.append(len(prints))
+            prints.append(fingerprint(picture))
     return prints, constant
 
 
-def _chunks(images: Any) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(images: Any) -> Iterator[np.ndarray]:
     num = strips.count(images)
     for start in range(0, num, _CHUNK):
         stop = min(start + _CHUNK, num)
-        if isinstance(images, strips.Strip):
-            yield start, np.asarray(strips.view(images, np.arange(start, stop)))
-        else:
-            yield start, images[start:stop]
+        of_strip = isinstance(images, strips.Strip)
+        index = np.arange(start, stop) if of_strip else slice(start, stop)
+        yield np.asarray(strips.view(images, index))
         cache.forget(images, start, stop)

@@ -40,7 +40,7 @@ import PIL
 from vpt_jax.data import cache, doubts, layouts, lists, npz, pictures
 from vpt_jax.data.found import SPLITS, Example, Found, shown
 from vpt_jax.data.layouts import LAYOUTS
-from vpt_jax.files.messages import printable
+from vpt_jax.files.messages import mismatch, printable
 from vpt_jax.prompts import check_choice
 
 VERSION = 3  # to be raised when the same files give other pixels
@@ -92,21 +92,20 @@ def load(
     with _telling(notes, found.layout):
         rule = rule or found.rule
         images, broken = _pictures(data_dir, side, rule, skip_broken, found, report)
-        examples = [e for split in SPLITS for e in found.splits[split]]
         if broken:
+            num = sum(map(len, found.splits.values()))
             notes.append(
-                f"{len(broken)} of {len(examples)} pictures cannot be read and were "
-                f"left out; {shown(list(broken.values()))}"
+                f"{len(broken)} of {num} pictures cannot be read and were left out; "
+                f"{shown(list(broken.values()))}"
             )
-        # Before anything is left out, `images` are those of train, val and test.
-        left = {number: e for number, e in enumerate(examples) if number not in broken}
+        # `images` are those of train, val and test, without the broken ones.
         splits, names, at, first = {}, {}, 0, 0
         for split in SPLITS:
-            end = first + len(found.splits[split])
-            kept = [left[k] for k in range(first, end) if k in left]
+            examples = found.splits[split]
+            kept = [e for k, e in enumerate(examples, first) if k not in broken]
             splits[split] = images[at : at + len(kept)], [e.label for e in kept]
             names[split] = [e.name for e in kept]
-            at, first = at + len(kept), end
+            at, first = at + len(kept), first + len(examples)
         class_names, splits = _with_pictures(found.class_names, splits, notes)
         notes += _check(data_dir, class_names, {k: v[1] for k, v in splits.items()})
         notes += doubts.doubts(splits, names)
@@ -213,24 +212,22 @@ def _check(
     present: dict[str, set[int]] = {s: set(x.tolist()) for s, x in labels.items()}
     if len(present["train"]) < 2:
         known = ", ".join(names[k][:200] for k in present["train"]) or "none"
-        raise ValueError(
-            f"{data_dir}: got classes in train: {known}; expected at least 2; "
-            f"{LAYOUTS}."
-        )
+        got = f"classes in train: {known}"
+        raise mismatch(data_dir, got, "at least 2", f"pictures lie in {LAYOUTS}")
+    remedy = "the split to have it cut from train"
     for split in SPLITS:
         if not present[split]:
-            raise ValueError(
-                f"{data_dir}: got no pictures for {split}; expected at least 1; add "
-                "some, or remove the split to have it cut from train (which needs 3 "
-                "pictures of a class)."
+            raise mismatch(
+                data_dir,
+                f"no pictures for {split}",
+                "at least 1",
+                f"add some, or remove {remedy} (which needs 3 pictures of a class)",
             )
         if not present[split] & present["train"]:
-            raise ValueError(
-                f"{data_dir}: got {split} of classes that train has none of "
-                f"({shown([names[k] for k in sorted(present[split])])}); expected the "
-                "same classes in each; rename them, or remove the split to have it cut "
-                "from train."
-            )
+            some = shown([names[k] for k in sorted(present[split])])
+            got = f"{split} of classes that train has none of ({some})"
+            remedy = f"rename them, or remove {remedy}"
+            raise mismatch(data_dir, got, "the same classes in each", remedy)
     unseen = sorted((present["val"] | present["test"]) - present["train"])
     if not unseen:
         return []
@@ -252,34 +249,24 @@ def find(data_dir: str) -> Found:
         what was noticed before.
     """
     if not data_dir:
-        raise ValueError(
-            "got no folder of pictures; expected one; pass it with "
-            "--config=configs/folder.py:DIR (or --config.task.data_dir=DIR)."
-        )
+        remedy = "pass it with --config=configs/folder.py:DIR"
+        raise mismatch("", "no folder of pictures", "one", remedy)
+    where = printable(data_dir)[:500]
     try:
         root = Path(data_dir).expanduser()
         is_file, is_folder = root.is_file(), root.is_dir()
     # No home of such a user; a name that is too long, or in a folder that is closed.
     except (RuntimeError, OSError) as e:
-        raise ValueError(
-            f"{printable(data_dir)[:500]}: cannot be looked at ({e}); {LAYOUTS}; "
-            "check the path."
-        ) from e
+        got = f"a path that cannot be looked at ({e})"
+        raise mismatch(where, got, LAYOUTS, "check the path") from e
     if not is_file and not is_folder:
-        raise ValueError(
-            f"{printable(str(root))}: no such file or folder; {LAYOUTS}; check the "
-            "path."
-        )
+        raise mismatch(where, "no such file or folder", LAYOUTS, "check the path")
     notes: list[str] = []
     inner = root if is_file else _inner(root)
     layout = "" if inner == root else f"one folder deeper, in {printable(inner.name)}"
     with _telling(notes, layout):
-        if is_file:
-            found = npz.find(root, notes)
-        elif lists.recognised(inner):
-            found = lists.find(inner, notes)
-        else:
-            found = layouts.find(inner, notes)
+        kind = npz if is_file else lists if lists.recognised(inner) else layouts
+        found = kind.find(inner, notes)
     said = ", ".join(filter(None, [found.layout, layout]))
     return found._replace(layout=said, notes=tuple(notes))
 
@@ -295,11 +282,13 @@ def _inner(root: Path) -> Path:
     folders = layouts.listing(os.fspath(root)).folders
     inside = [name for name, path in folders.items() if recognised(Path(path))]
     if len(inside) > 1:
-        example = os.path.join(root, inside[0])
-        raise ValueError(
-            f"{root}: got {len(inside)} folders that each hold pictures and their "
-            f"classes ({shown([printable(name) for name in inside])}); expected one "
-            f"data set; pass the folder of one, such as {printable(example)}, or move "
-            "the class folders together if they are parts of one."
+        names = shown([printable(name) for name in inside])
+        example = printable(os.path.join(root, inside[0]))
+        raise mismatch(
+            root,
+            f"{len(inside)} folders that each hold pictures and classes ({names})",
+            "one data set",
+            f"pass the folder of one, such as {example}, or move the class folders "
+            "together if they are parts of one",
         )
     return Path(folders[inside[0]]) if inside else root

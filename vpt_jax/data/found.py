@@ -4,7 +4,6 @@
 import collections
 import hashlib
 import os
-import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +12,17 @@ import numpy as np
 
 from vpt_jax.data import pictures
 from vpt_jax.data.bounds import MAX_TEXT, opened
-from vpt_jax.files.messages import printable
+from vpt_jax.files.messages import mismatch, printable
 
 SPLITS = ("train", "val", "test")
-SEED = 1401  # of the cut: another one gives other splits
-MAX_CLASSES = 1_000_000  # a label above is a mistake
-SHOWN = 10  # names in a message
-
-_NAMES = {  # of splits, however they are written
+NAMES = {  # of splits, however they are written
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+SEED = 1401  # of the cut: another one gives other splits
+MAX_CLASSES = 1_000_000  # a label above is a mistake
+SHOWN = 10  # names in a message
 
 
 class Example(NamedTuple):
@@ -57,12 +55,7 @@ class Found(NamedTuple):
 def split_of(name: str) -> str:
     """The split that a folder or a part of a file is named after, or nothing."""
     wanted = name.casefold()
-    return next((s for s, names in _NAMES.items() if wanted in names), "")
-
-
-def names_of(split: str) -> tuple[str, ...]:
-    """How a split may be called."""
-    return _NAMES[split]
+    return next((s for s, names in NAMES.items() if wanted in names), "")
 
 
 def shown(texts: Sequence[str]) -> str:
@@ -77,28 +70,21 @@ def relative(path: str | os.PathLike, root: Path) -> str:
     return printable(os.path.relpath(path, root))
 
 
-def lines(path: Path) -> list[str]:
-    """Lines of a text that are not empty, without surrounding blanks.
-
-    Raises:
-      ValueError: If it cannot be read, or is no UTF-8.
-    """
-    return [line.strip() for line in text(path).splitlines() if line.strip()]
-
-
 def text(path: Path) -> str:
-    """A text file; ValueError as `lines`."""
+    """The content of a text file; ValueError if it is no UTF-8 or cannot be read."""
     try:
         with opened(os.fspath(path), MAX_TEXT) as data:
             return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        got = f"no UTF-8 ({e.reason})"
+        raise mismatch(path, got, "a text file in UTF-8", "save it again") from e
     except ValueError as e:
-        why = str(e).partition("; expected")[0].removeprefix("cannot be read (")
-        why = why.removesuffix(")")
-        why = f"no UTF-8: {e.reason}" if isinstance(e, UnicodeDecodeError) else why
-        raise ValueError(
-            f"{path}: cannot be read ({why}); expected a text file in UTF-8; save it "
-            "again."
-        ) from e
+        raise ValueError(f"{path}: {e}") from e
+
+
+def lines(path: Path) -> list[str]:
+    """Lines of `text` that are not empty, without surrounding blanks."""
+    return [line.strip() for line in text(path).splitlines() if line.strip()]
 
 
 def of_files(
@@ -124,17 +110,6 @@ def _read_file(path: str, side: int, rule: str) -> np.ndarray:
         return pictures.decode(data, side, rule)
 
 
-def add(group: dict[str, Any], name: str, value: Any) -> None:
-    """Under the name as most write it; a second of that name under another."""
-    # A Mac writes é in two characters, others in one: the cut is by name.
-    key = name = unicodedata.normalize("NFC", name)
-    number = 1
-    while key in group:
-        number += 1
-        key = f"{name} {number}"
-    group[key] = value
-
-
 def name_classes(
     where: str, names: Sequence[str] | None, labels: Iterable[int], notes: list[str]
 ) -> tuple[tuple[str, ...], int]:
@@ -152,20 +127,16 @@ def name_classes(
     present = set(labels)
     low, top = min(present), max(present)
     if top >= MAX_CLASSES:
-        raise ValueError(
-            f"{where}: got label {top}; expected labels below {MAX_CLASSES:,}; count "
-            "the classes from 0."
-        )
+        below = f"labels below {MAX_CLASSES:,}"
+        raise mismatch(where, f"label {top}", below, "count the classes from 0")
     if names is None:
         return tuple(map(str, range(top + 1))), 0
-    if low == 1 and top == len(names):
+    first = int(low == 1 and top == len(names))
+    if first:
         notes.append(f"labels count from 1: 1 is {printable(names[0])[:200]}")
     elif len(names) <= top:
-        raise ValueError(
-            f"{where}: got {len(names)} names; expected {top + 1}, for labels from "
-            f"{low} to {top}; add the missing ones."
-        )
-    first = int(low == 1 and top == len(names))
+        expected = f"{top + 1}, for labels from {low} to {top}"
+        raise mismatch(where, f"{len(names)} names", expected, "add the missing ones")
     return tuple(map(printable, names)), first
 
 
@@ -176,11 +147,9 @@ def cut_examples(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
         return splits
     groups: dict[Hashable, dict[str, Example]] = collections.defaultdict(dict)
     for number, example in enumerate(splits["train"]):
+        group, name = groups[example.label], example.name
         # A picture that is listed twice is kept twice, as it was asked for.
-        twin = example.name in groups[example.label]
-        groups[example.label][f"{example.name} {number}" if twin else example.name] = (
-            example
-        )
+        group[f"{name} {number}" if name in group else name] = example
     parts = {
         split: [groups[label][name] for label, name in pairs]
         for split, pairs in cut(groups, missing).items()
@@ -205,19 +174,17 @@ def cut(
     Returns:
       For "train" and each missing split, `(class, picture name)`, sorted.
     """
-    out: dict[str, list[tuple[Any, str]]] = {"train": []}
-    out |= {split: [] for split in missing}
+    out: dict[str, list[tuple[Any, str]]] = {split: [] for split in ("train", *missing)}
     for group, members in groups.items():
 
         def rank(name: str, group: Any = group) -> tuple[bytes, str]:
             text = f"{SEED}/{group}/{name}".encode(errors="surrogateescape")
             return hashlib.sha256(text).digest(), name
 
-        order = sorted(members, key=rank)
-        num = len(order)
-        take = max(1, (2 * num + 5) // 10)
-        take = min(take, (num - 1) // len(missing)) if missing else 0
+        order = [(group, name) for name in sorted(members, key=rank)]
+        take = max(1, (2 * len(order) + 5) // 10)
+        take = min(take, (len(order) - 1) // len(missing)) if missing else 0
         for k, split in enumerate(missing):
-            out[split] += [(group, n) for n in order[k * take : (k + 1) * take]]
-        out["train"] += [(group, n) for n in order[len(missing) * take :]]
+            out[split] += order[k * take : (k + 1) * take]
+        out["train"] += order[len(missing) * take :]
     return {split: sorted(pairs) for split, pairs in out.items()}

@@ -7,32 +7,31 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vpt_jax.data import pictures
 from vpt_jax.data.found import (
     SPLITS,
     Example,
     Found,
-    add,
     cut,
     of_files,
     relative,
     shown,
     split_of,
 )
-from vpt_jax.files.messages import printable
+from vpt_jax.files.messages import mismatch, printable
 
 LAYOUTS = (
-    "expected DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, "
-    "DIR/train.txt or DIR/train.json), or an .npz file"
+    "DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, DIR/train.txt or "
+    "DIR/train.json), or an .npz file"
 )
 # Folders that systems leave behind: whatever lies in them is nobody's class.
 _LITTER = frozenset(
     "__macosx/@eadir/lost+found/#recycle/#snapshot/$recycle.bin"
     "/system volume information".split("/")
 )
-_LEFT, _OUTSIDE = "left behind by a system", "not in a class folder"
+_HIDDEN, _LEFT, _OUTSIDE = "hidden", "left behind by a system", "not in a class folder"
 _LOOKED_AT = 10_000  # files, for a message
 
 
@@ -65,7 +64,7 @@ def listing(path: str) -> Listing:
     for entry in entries:
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
-            found.others.append(("hidden", entry.path))
+            found.others.append((_HIDDEN, entry.path))
         elif os.path.isdir(entry.path):
             if entry.name.casefold() in _LITTER:
                 found.others.append((_LEFT, entry.path))
@@ -110,12 +109,12 @@ def find(root: Path, notes: list[str]) -> Found:
     ignored: dict[str, list[str]] = collections.defaultdict(list)
     if where:
         top = look(os.fspath(root))
-        outside = [*top.pictures.values(), *top.folders.values()]
-        outside += [path for _, path in top.others]
-        for path in sorted(set(outside) - set(where.values())):
+        outside = {*top.pictures.values(), *top.folders.values()}
+        outside |= {path for _, path in top.others}
+        for path in sorted(outside - set(where.values())):
             ignored["outside of the splits"].append(relative(path, root))
-    have = [split for split in SPLITS if split in where] or ["train"]
     folders = where or {"train": os.fspath(root)}
+    have = [split for split in SPLITS if split in folders]
     groups = {
         split: _classes(root, folders[split], look, ignored, notes) for split in have
     }
@@ -124,22 +123,20 @@ def find(root: Path, notes: list[str]) -> Found:
         for why, found in sorted(ignored.items())
     ]
     if not any(groups["train"].values()):
-        raise ValueError(nothing(root, " of train" if where else ""))
+        raise _nothing(root, " of train" if where else "")
     _check_spelling(root, groups)
     names = tuple(sorted({name for split in have for name in groups[split]}))
-    missing = [split for split in ("val", "test") if split not in have]
-    chosen = cut(groups["train"], missing)
-    for split in have[1:]:
-        pairs = [(c, p) for c, members in groups[split].items() for p in members]
-        chosen[split] = sorted(pairs)
     label = {name: k for k, name in enumerate(names)}
+    chosen = cut(groups["train"], [s for s in ("val", "test") if s not in have])
+    for split in have[1:]:
+        chosen[split] = sorted(
+            (c, p) for c, some in groups[split].items() for p in some
+        )
     splits = {}
     for split, pairs in chosen.items():
         source = groups[split if split in have else "train"]
-        splits[split] = [
-            Example(relative(source[c][p], root), source[c][p], label[c])
-            for c, p in pairs
-        ]
+        paths = [(source[c][p], label[c]) for c, p in pairs]
+        splits[split] = [Example(relative(p, root), p, k) for p, k in paths]
     return of_files(root, tuple(map(printable, names)), splits, "crop")
 
 
@@ -153,22 +150,21 @@ def _split_folders(root: Path, look: Look) -> dict[str, str]:
     if len(named) == 1 and flat and others:
         return {}  # a class of trains, beside others
     if flat:
-        raise ValueError(
-            f"{root}: got pictures in {shown(sorted(flat))} without a class folder; "
-            "expected train/<class>/*, and the same in val and test; sort them into "
-            "folders, or move those away that have no labels."
-        )
+        got = f"pictures in {shown(sorted(flat))} without a class folder"
+        expected = "train/<class>/*, and the same in val and test"
+        remedy = "sort them into folders, or move those away that have no labels"
+        raise mismatch(root, got, expected, remedy)
     where: dict[str, str] = {}
     for split, name in named:
         if split in where:
-            raise ValueError(
-                f"{root}: got {os.path.basename(where[split])} and {name}, which both "
-                f"mean {split}; expected one; join them, or move one away."
+            got = (
+                f"{os.path.basename(where[split])} and {name}, which both mean {split}"
             )
+            raise mismatch(root, got, "one", "join them, or move one away")
         where[split] = folders[name]
     if where and "train" not in where:
-        raise ValueError(
-            f"{root}: got {' and '.join(where)} but no train; {LAYOUTS}; add train."
+        raise mismatch(
+            root, f"{' and '.join(where)} but no train", LAYOUTS, "add train"
         )
     return where
 
@@ -183,16 +179,8 @@ def _classes(
     """Class name to picture name to path, of `folder/<class>/<picture>`."""
     groups: dict[str, dict[str, str]] = {}
     deeper, spellings, top = [], [], look(folder)
-    beside = [("not in a class folder", p) for p in top.pictures.values()]
-    beside += [
-        (
-            w
-            if w in ("hidden", "left behind by a system")
-            else "not in a class folder",
-            p,
-        )
-        for w, p in top.others
-    ]
+    beside = [(_OUTSIDE, path) for path in top.pictures.values()]
+    beside += [(w if w in (_HIDDEN, _LEFT) else _OUTSIDE, p) for w, p in top.others]
     for name, path in top.folders.items():
         key, found = unicodedata.normalize("NFC", name), look(path)
         # Two folders whose names look the same are one class, all pictures of both.
@@ -200,21 +188,20 @@ def _classes(
             spellings.append(printable(key))
         group = groups.setdefault(key, {})
         for picture, place in found.pictures.items():
-            add(group, picture, place)
-        inside = found.folders.items()
-        beside += [*found.others]
-        beside += [("a folder in a class folder", sub) for _, sub in inside]
+            _add(group, picture, place)
+        beside += found.others
+        beside += [
+            ("a folder in a class folder", sub) for sub in found.folders.values()
+        ]
         if not found.pictures and _deeper(path, look):
             deeper.append(relative(path, root))
     for why, path in beside:
         ignored[why].append(relative(path, root))
     flat = sorted(name for name, group in groups.items() if group)
     if deeper and flat:
-        raise ValueError(
-            f"{root}: got pictures in {shown(list(map(printable, flat)))}, and one "
-            f"folder deeper in {shown(deeper)}; expected all in class folders; move "
-            "these up, or away."
-        )
+        some, others = shown(list(map(printable, flat))), shown(deeper)
+        got = f"pictures in {some}, and one folder deeper in {others}"
+        raise mismatch(root, got, "all in class folders", "move these up, or away")
     if spellings:
         notes.append(f"two spellings, one class: {shown(spellings)}")
     alike = collections.Counter(name.casefold() for name in flat)
@@ -222,6 +209,17 @@ def _classes(
     if cases:
         notes.append(f"classes whose names differ in case alone: {shown(cases)}")
     return groups
+
+
+def _add(group: dict[str, Any], name: str, value: Any) -> None:
+    """Under the name as most write it; a second of that name under another."""
+    # A Mac writes é in two characters, others in one: the cut is by name.
+    key = name = unicodedata.normalize("NFC", name)
+    number = 1
+    while key in group:
+        number += 1
+        key = f"{name} {number}"
+    group[key] = value
 
 
 def _check_spelling(root: Path, groups: Mapping[str, Mapping[str, dict]]) -> None:
@@ -235,13 +233,11 @@ def _check_spelling(root: Path, groups: Mapping[str, Mapping[str, dict]]) -> Non
             if group and name not in known and name.casefold() in folded
         ]
         if odd:
-            raise ValueError(
-                f"{root}: got classes that train and {split} write differently: "
-                f"{shown(odd)}; expected the same folders in each; rename them."
-            )
+            got = f"classes that train and {split} write differently: {shown(odd)}"
+            raise mismatch(root, got, "the same folders in each", "rename them")
 
 
-def nothing(root: Path, which: str = "") -> str:
+def _nothing(root: Path, which: str) -> ValueError:
     """Says that there are no pictures in class folders, and what is there."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for number, (folder, _, files) in enumerate(os.walk(root)):
@@ -250,18 +246,15 @@ def nothing(root: Path, which: str = "") -> str:
             kinds[kind or "without an extension"].append(os.path.join(folder, name))
         if number > _LOOKED_AT:
             break
-    common = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
     texts = [
         f"{len(paths):,} {printable(kind)} ({relative(min(paths), root)})"
-        for kind, paths in common
+        for kind, paths in sorted(kinds.items(), key=lambda x: (-len(x[1]), x[0]))
     ]
-    seen = shown(texts) or "no files"
     remedy = "check the path"
     if kinds and not kinds.keys() & pictures.EXTENSIONS:
         remedy = "convert them to JPEG or PNG, if they are pictures"
     elif kinds:
         remedy = "move pictures into a folder for each class, or give another path"
-    return (
-        f"{root}: got no pictures in class folders{which}; seen: {seen}; {LAYOUTS}; "
-        f"{remedy}."
-    )
+    seen = shown(texts) or "no files"
+    got = f"no pictures in class folders{which}; seen: {seen}"
+    return mismatch(root, got, LAYOUTS, remedy)

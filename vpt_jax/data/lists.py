@@ -16,24 +16,23 @@ from typing import Any
 
 from vpt_jax.data import cub, layouts
 from vpt_jax.data.found import (
+    NAMES,
     SPLITS,
     Example,
     Found,
     cut_examples,
     lines,
     name_classes,
-    names_of,
     of_files,
     relative,
     text,
 )
-from vpt_jax.files.messages import printable
+from vpt_jax.files.messages import mismatch, printable, reason
 
 _FIRST = {"train": ("train800.txt", "train800val200.txt"), "val": ("val200.txt",)}
 _DIGITS = 20  # of a label; a longer one is a mistake
 _PLACES = ("", "images", "Images")  # that paths may be relative to
 _NUMBERED = re.compile(r"(\d{1,9})\s+(.+)")  # a line of CUB's classes.txt
-_PAIR = "`path label`, the label a number from 0"
 
 Row = tuple[str, Any, str]  # path as listed, label, path to open
 
@@ -44,32 +43,26 @@ def lists_of(root: Path) -> dict[str, list[Path]]:
     Raises:
       ValueError: If two names differ in case alone.
     """
-    found = layouts.listing(os.fspath(root))
-    files = [path for _, path in found.others if os.path.isfile(path)]
+    others = layouts.listing(os.fspath(root)).others
     by_name: dict[str, Path] = {}
-    for path in map(Path, files):
+    for path in (Path(path) for _, path in others if os.path.isfile(path)):
         twin = by_name.setdefault(path.name.casefold(), path)
         if twin != path and path.suffix.lower() in (".txt", ".json"):
-            raise ValueError(
-                f"{root}: got {printable(twin.name)} and {printable(path.name)}; "
-                "expected one of them; move the other away."
-            )
-    names = {
-        split: [*_FIRST.get(split, ())]
-        + [n + end for end in (".txt", ".json") for n in names_of(split)]
-        for split in SPLITS
-    }
-    found = {s: [by_name[n] for n in some if n in by_name] for s, some in names.items()}
-    return {s: paths for s, paths in found.items() if paths} if found["train"] else {}
+            got = f"{printable(twin.name)} and {printable(path.name)}"
+            raise mismatch(root, got, "one of them", "move the other away")
+    found = {}
+    for split in SPLITS:
+        names = [name + end for end in (".txt", ".json") for name in NAMES[split]]
+        names = [*_FIRST.get(split, ()), *names]
+        if paths := [by_name[name] for name in names if name in by_name]:
+            found[split] = paths
+    return found if "train" in found else {}
 
 
 def recognised(root: Path) -> bool:
     """Whether lists say which pictures there are."""
-    return bool(lists_of(root)) or _is_cub(root)
-
-
-def _is_cub(root: Path) -> bool:
-    return all((root / name).is_file() for name in cub.FILES)
+    cubs = all((root / name).is_file() for name in cub.FILES)
+    return bool(lists_of(root)) or cubs
 
 
 def find(root: Path, notes: list[str]) -> Found:
@@ -84,12 +77,11 @@ def find(root: Path, notes: list[str]) -> Found:
     """
     files = lists_of(root)
     if files:
-        used = [paths[0] for paths in files.values()]
+        said = f"lists: {', '.join(paths[0].name for paths in files.values())}"
         rest = [p.name for paths in files.values() for p in paths[1:]]
         if rest:
             notes.append(f"lists that are not used: {', '.join(rest)}")
         rows = {split: _rows(root, paths[0]) for split, paths in files.items()}
-        said = f"lists: {', '.join(path.name for path in used)}"
         names = _number(root, rows, notes)
     else:
         said, names, rows = "lists: those of CUB_200_2011", *_read_cub(root)
@@ -108,17 +100,14 @@ def _number(
     labels = {label for some in rows.values() for _, label, _ in some}
     kinds = {type(label) for label in labels}
     if len(kinds) > 1:
-        raise ValueError(
-            f"{root}: got labels that are numbers, and others that are names; expected "
-            "one kind; use numbers from 0 in all lists."
-        )
+        got = "labels that are numbers, and others that are names"
+        raise mismatch(root, got, "one kind", "use numbers from 0 in all lists")
     file = root / "classes.txt"
     written = lines(file) if file.is_file() else None
     numbered = _numbered(written or [])
     if kinds == {str}:
-        names: list[Any] = sorted(labels)
-        new = {name: k for k, name in enumerate(names)}
-        known = tuple(printable(name)[:500] for name in names)
+        new = {name: k for k, name in enumerate(sorted(labels))}
+        known = tuple(printable(name)[:500] for name in new)
     elif labels <= numbered.keys():
         new = {number: k for k, number in enumerate(numbered)}
         known = tuple(map(printable, numbered.values()))
@@ -153,63 +142,55 @@ def _rows(root: Path, path: Path) -> list[Row]:
     rows = []
     for where, name, label in pairs(path):
         if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(
-                f"{path}: got {where}; expected a path inside of {root}; move the "
-                "pictures there, or link to them."
-            )
+            remedy = "move the pictures there, or link to them"
+            raise mismatch(path, where, f"a path inside of {root}", remedy)
         rows.append((printable(name)[:500], label, _place(root, name)))
     if not rows:
-        raise ValueError(
-            f"{path}: got no lines; expected `path label` in each; remove the file to "
-            "have the split cut from train."
-        )
+        remedy = "remove the file to have the split cut from train"
+        raise mismatch(path, "no lines", "`path label` in each", remedy)
     return rows
+
+
+def _label(text: str) -> int | None:
+    """A number from 0 that somebody can mean."""
+    return int(text) if text.isdecimal() and len(text) < _DIGITS else None
 
 
 def _text_pairs(path: Path) -> Iterator[tuple[str, str, int]]:
     """Where, path and label of every line."""
     for number, line in enumerate(lines(path), start=1):
-        name, _, label = line.replace("\t", " ").rpartition(" ")
-        decimal = label.isdecimal() and len(label) < _DIGITS
-        where = f"line {number} {line[:200]!r}"
-        if not name.strip() or not decimal or "\0" in name:
-            raise ValueError(f"{path}: got {where}; expected {_PAIR}; correct it.")
-        yield where, name.strip(), int(label)
+        name, _, text = line.replace("\t", " ").rpartition(" ")
+        where, label = f"line {number} {line[:200]!r}", _label(text)
+        if not name.strip() or label is None or "\0" in name:
+            expected = "`path label`, the label a number from 0"
+            raise mismatch(path, where, expected, "correct it")
+        yield where, name.strip(), label
 
 
 def _json_pairs(path: Path) -> Iterator[tuple[str, str, int | str]]:
     """Where, path and label of every pair."""
-    content = text(path)
+    expected, content = "an object of paths and labels from 0", text(path)
     try:
         # As pairs: of a path that is there twice, an object would keep one.
         found = json.loads(content, object_pairs_hook=list)
     except (ValueError, RecursionError) as e:
-        raise ValueError(
-            f"{path}: got no JSON ({str(e)[:200]}); expected an object of paths and "
-            "labels; correct it."
-        ) from e
+        raise mismatch(path, f"no JSON ({reason(e)})", expected, "correct it") from e
     for number, pair in enumerate(found if isinstance(found, list) else [found], 1):
         whole = isinstance(pair, list | tuple) and len(pair) == 2
         name, label = pair if whole else ("", "")
         where = f"entry {number} {repr(pair)[:200]}"
-        if isinstance(label, str) and label.isdecimal() and len(label) < _DIGITS:
-            label = int(label)
-        if isinstance(label, bool) or not isinstance(label, int | str):
-            label = -1
-        good = isinstance(label, str) or label >= 0
+        if isinstance(label, str):
+            value = _label(label)
+            label = label if value is None else value
+        good = isinstance(label, str) or (type(label) is int and label >= 0)
         if not good or not isinstance(name, str) or not name or "\0" in name:
-            raise ValueError(
-                f"{path}: got {where}; expected an object of paths and labels from 0; "
-                "correct it."
-            )
+            raise mismatch(path, where, expected, "correct it")
         yield where, name, label
 
 
 def _place(root: Path, name: str) -> str:
     """The path to open, in whichever form of Unicode the disk has it."""
-    forms = (name, *(unicodedata.normalize(f, name) for f in ("NFC", "NFD")))
-    places = [root / sub / name for sub in _PLACES]
-    if not name.isascii():
-        pairs = itertools.product(forms, _PLACES)
-        places = [root / sub / form for form, sub in pairs]
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    pairs = itertools.product(forms[:1] if name.isascii() else forms, _PLACES)
+    places = [root / sub / form for form, sub in pairs]
     return os.fspath(next((p for p in places if os.path.lexists(p)), places[0]))

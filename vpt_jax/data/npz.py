@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and labels of an npz file, see `folder.py` for the names of its arrays.
 
-Labels are numbers, or one-hot: a row for each picture, 1 for its class and 0 else.
-
 Through `readers.open_arrays`: nothing is unpickled, and shapes and sizes are held
 against the file, and against each other, before an array is allocated.
 """
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.data import found, pictures
-from vpt_jax.files.messages import printable, shown
+from vpt_jax.files.messages import mismatch, printable, shown
 from vpt_jax.weights.readers import (
     MAX_GROWTH,
     MAX_SMALL,
@@ -26,6 +24,7 @@ from vpt_jax.weights.readers import (
 )
 
 _SAVE = "save it again with `np.savez`"
+_PARTS = ("images", "labels")
 
 
 class Described(NamedTuple):
@@ -61,8 +60,8 @@ def find(path: Path, notes: list[str]) -> found.Found:
         for split, values in labels.items()
     }
     key = [os.path.realpath(path), found.stamp(path.name, os.fspath(path))]
-    arrays = tuple(images.values())
     splits = found.cut_examples(splits)
+    arrays = tuple(images.values())
     return found.Found(known, splits, lambda: _reader(path, arrays), key, "squash")
 
 
@@ -71,8 +70,9 @@ def _reader(path: Path, names: Sequence[str]) -> found.Read:
 
     def read(source: Any, side: int, rule: str) -> np.ndarray:
         name, number = source
-        pixels = np.ascontiguousarray(arrays[name][number])
-        return pictures.to_square(pixels, side, rule)
+        return pictures.to_square(
+            np.ascontiguousarray(arrays[name][number]), side, rule
+        )
 
     return read
 
@@ -86,33 +86,25 @@ def describe(path: Path) -> Described:
     """
     with _opened(path) as arrays:
         prefixes = _prefixes(path, arrays) or {"train": ""}
-        if "train" not in prefixes or any(
-            prefix + part not in arrays
-            for prefix in prefixes.values()
-            for part in ("images", "labels")
-        ):
-            raise ValueError(
-                f"{path}: got arrays {shown(sorted(arrays), 500)}; expected "
+        known = {p + part for p in prefixes.values() for part in _PARTS}
+        if "train" not in prefixes or not known <= arrays.keys():
+            raise mismatch(
+                path,
+                f"arrays {shown(sorted(arrays), 500)}",
                 "train_images, train_labels, and the same for val and test if there "
-                "are any, or images and labels; rename them."
+                "are any, or images and labels",
+                "rename them",
             )
-        images = {split: prefix + "images" for split, prefix in prefixes.items()}
-        used = [arrays[n] for n in images.values()]
-        used += [arrays[p + "labels"] for p in prefixes.values()]
         names = arrays.get("class_names")
-        _check_size(path, [*used, *([names] if names else [])])
+        _check_size(path, [arrays[n] for n in known] + ([names] if names else []))
         labels = {s: _labels(path, p, arrays) for s, p in prefixes.items()}
-        known = {p + part for p in prefixes.values() for part in ("images", "labels")}
         rest = sorted(map(printable, arrays.keys() - known - {"class_names"}))
-        named = _class_names(path, names) if names else None
-        if named is None and (columns := _columns(prefixes.values(), arrays)) > 1:
-            named = tuple(map(str, range(columns)))
+        # How many classes one-hot labels know of.
+        columns = max((*arrays[p + "labels"].shape, 1)[1] for p in prefixes.values())
+        named = tuple(map(str, range(columns))) if columns > 1 else None
+        named = _class_names(path, names) if names else named
+        images = {split: prefix + "images" for split, prefix in prefixes.items()}
         return Described(images, labels, named, rest)
-
-
-def _columns(prefixes: Iterable[str], arrays: dict[str, Lazy]) -> int:
-    """How many classes one-hot labels know of."""
-    return max((*arrays[p + "labels"].shape, 1)[1] for p in prefixes)
 
 
 def _prefixes(path: Path, arrays: Iterable[str]) -> dict[str, str]:
@@ -123,10 +115,8 @@ def _prefixes(path: Path, arrays: Iterable[str]) -> dict[str, str]:
         if not split or not name.endswith("_images"):
             continue
         if split in prefixes:
-            raise ValueError(
-                f"{path}: got {prefixes[split]}images and {name}, which both mean "
-                f"{split}; expected one; leave the other out."
-            )
+            got = f"{prefixes[split]}images and {name}, which both mean {split}"
+            raise mismatch(path, got, "one", "leave the other out")
         prefixes[split] = name.removesuffix("images")
     return prefixes
 
@@ -138,10 +128,8 @@ def _opened(path: Path) -> Iterator[dict[str, Lazy]]:
             yield arrays
     except CheckpointError as e:
         why = str(e).removeprefix(f"{path} ").removeprefix("cannot be read as ")
-        raise ValueError(
-            f"{path}: cannot be read ({why.rstrip('.')}); expected an .npz of arrays; "
-            f"{_SAVE}."
-        ) from e
+        got = f"a file that cannot be read ({why.rstrip('.')})"
+        raise mismatch(path, got, "an .npz of arrays", _SAVE) from e
 
 
 def _check_size(path: Path, arrays: Sequence[Lazy]) -> None:
@@ -149,10 +137,13 @@ def _check_size(path: Path, arrays: Sequence[Lazy]) -> None:
     total = sum(array.nbytes for array in arrays)
     limit = max(MAX_GROWTH * os.path.getsize(path), MAX_SMALL)
     if total > limit:
-        raise ValueError(
-            f"{path}: got {total:,} bytes of arrays; expected at most {limit:,} from "
-            "a file of its size; save it with `np.savez`, not compressed."
-        )
+        expected = f"at most {limit:,} from a file of its size"
+        remedy = "save it with `np.savez`, not compressed"
+        raise mismatch(path, f"{total:,} bytes of arrays", expected, remedy)
+
+
+def _kind(array: Any) -> str:
+    return f"{array.dtype} {list(array.shape)}"
 
 
 def _labels(path: Path, prefix: str, arrays: dict[str, Lazy]) -> np.ndarray:
@@ -162,28 +153,26 @@ def _labels(path: Path, prefix: str, arrays: dict[str, Lazy]) -> np.ndarray:
     column = lazy.shape[1:] == (1,)
     good = lazy.dtype.kind in "iu" and (column or len(lazy.shape) == 1)
     if not good and not (wide and lazy.dtype.kind in "biuf"):
-        raise ValueError(
-            f"{path}: got {name} {lazy.dtype} {list(lazy.shape)}; expected "
-            "integers [n] or [n, 1], or one-hot [n, classes]; one label per picture."
-        )
+        expected = "integers [n] or [n, 1], or one-hot [n, classes]"
+        remedy = "one label per picture"
+        raise mismatch(path, f"{name} {_kind(lazy)}", expected, remedy)
     grey = len(images.shape) == 3 or images.shape[3:] == (1,)
     if not (grey or images.shape[3:] == (3,)) or images.dtype != np.uint8:
-        raise ValueError(
-            f"{path}: got {prefix}images {images.dtype} {list(images.shape)}; expected "
-            "uint8 [n, h, w] or [n, h, w, 3]; convert them."
+        expected = "uint8 [n, h, w] or [n, h, w, 3]"
+        raise mismatch(
+            path, f"{prefix}images {_kind(images)}", expected, "convert them"
         )
     if 0 in images.shape or images.shape[0] != lazy.shape[0]:
-        raise ValueError(
-            f"{path}: got {images.shape[0]} {prefix}images and {lazy.shape[0]} labels, "
-            f"of {images.shape[2]} x {images.shape[1]} px; expected one label per "
-            "picture, and at least one pixel; check how they were selected."
+        num, height, width = images.shape[:3]
+        got = (
+            f"{num} {prefix}images and {lazy.shape[0]} labels, of {width} x {height} px"
         )
+        expected = "one label per picture, and at least one pixel"
+        raise mismatch(path, got, expected, "check how they were selected")
     labels = _hot(path, name, lazy.load()) if wide else lazy.load().reshape(-1)
     if labels.min() < 0:
-        raise ValueError(
-            f"{path}: got {name} from {labels.min()}; expected labels from 0; count "
-            "them from 0."
-        )
+        got = f"{name} from {labels.min()}"
+        raise mismatch(path, got, "labels from 0", "count them from 0")
     return labels
 
 
@@ -191,28 +180,22 @@ def _hot(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     """The class of every row of one 1, and 0 else."""
     ones = values == 1
     if not ((ones | (values == 0)).all() and (ones.sum(1) == 1).all()):
-        raise ValueError(
-            f"{path}: got {name} {values.dtype} {list(values.shape)} that are not "
-            "one-hot; expected one 1 and else 0 for each picture, or integers [n]; "
-            "give each picture one class."
-        )
+        got = f"{name} {_kind(values)} that are not one-hot"
+        expected = "one 1 and else 0 for each picture, or integers [n]"
+        raise mismatch(path, got, expected, "give each picture one class")
     return ones.argmax(1)
 
 
 def _class_names(path: Path, lazy: Lazy) -> tuple[str, ...]:
     if len(lazy.shape) != 1 or lazy.dtype.kind not in "Uiu":
-        raise ValueError(
-            f"{path}: got class_names {lazy.dtype} {list(lazy.shape)}; expected texts "
-            "[classes]; leave them out, or correct them."
-        )
+        got, remedy = f"class_names {_kind(lazy)}", "leave them out, or correct them"
+        raise mismatch(path, got, "texts [classes]", remedy)
     values = lazy.load()
     if values.dtype.kind == "U":
         # Four bytes a letter, of which most numbers are no letter.
         points = values.view(np.uint32)
         if ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any():
-            raise ValueError(
-                f"{path}: got class_names that are no text; expected Unicode; {_SAVE}."
-            )
+            raise mismatch(path, "class_names that are no text", "Unicode", _SAVE)
     return tuple(map(str, values.tolist()))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vpt_jax.data import bounds, colours
-from vpt_jax.files import messages
+from vpt_jax.files.messages import mismatch, reason
 from vpt_jax.prompts import check_choice
 
 RULES = ("crop", "squash", "half_pixel", "corner")
@@ -67,26 +67,17 @@ def quiet() -> Iterator[None]:
 
 
 def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.ndarray:
-    """Reads one picture file, see the module's docstring and `RULES`.
-
-    Args:
-      path: The file.
-      side: Height and width of the result, at least 1.
-      rule: One of `RULES`.
-
-    Returns:
-      uint8 `[side, side, 3]`.
+    """Reads one picture file to uint8 `[side, side, 3]`, by one of `RULES`.
 
     Raises:
       ValueError: Names the file and what is wrong with it: missing, no permission, not
-        a picture, cut short, damaged, or above `MAX_PIXELS`. Or if `side` or `rule` is
-        not valid.
+        a picture, cut short, damaged, or above `MAX_PIXELS`. Or if `side` is below 1 or
+        `rule` is another.
     """
     path = os.fspath(path)
     try:
-        with quiet():
-            with bounds.opened(path) as data:
-                return decode(data, side, rule)
+        with quiet(), bounds.opened(path) as data:
+            return decode(data, side, rule)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
 
@@ -94,14 +85,12 @@ def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.n
 def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a file's content; to be called within `quiet()`."""
     check_choice("rule", rule, RULES)
-    if side < 1:
-        raise ValueError(f"got side={side}; expected at least 1; give it in px.")
+    _check_side(side)
     if not data:
-        raise ValueError("got an empty file; expected a picture; fetch it again.")
+        raise mismatch("", "an empty file", "a picture", "fetch it again")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as picture:
-            size = picture.width * picture.height
-            if size > MAX_PIXELS:
+            if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             _check_bomb(picture, data)
             colours.before_load(picture, data)
@@ -116,22 +105,24 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     except colours.OddError as e:
         raise ValueError(str(e)) from e
     except UnidentifiedImageError as e:
-        raise ValueError(
-            "got no picture that can be read; expected "
-            f"{', '.join(_formats())}; convert it."
-        ) from e
+        got, expected = "no picture that can be read", ", ".join(_formats())
+        raise mismatch("", got, expected, "convert it") from e
     except Image.DecompressionBombError as e:
-        raise ValueError(
-            f"got a picture that is too large; expected at most {MAX_PIXELS:,} pixels; "
-            "make it smaller."
-        ) from e
+        raise _too_large("a picture that is too large") from e
     except MemoryError:
         raise  # says nothing about the file
     except Exception as e:  # readers of damaged files raise whatever comes up
-        reason = messages.reason(e)
-        raise ValueError(
-            f"got a damaged picture ({reason}); expected a whole one; fetch it again."
-        ) from e
+        got = f"a damaged picture ({reason(e)})"
+        raise mismatch("", got, "a whole one", "fetch it again") from e
+
+
+def _check_side(side: int) -> None:
+    if side < 1:
+        raise mismatch("", f"side={side}", "at least 1", "give it in px")
+
+
+def _too_large(got: str) -> ValueError:
+    return mismatch("", got, f"at most {MAX_PIXELS:,} pixels", "make it smaller")
 
 
 def _finish(picture: Image.Image, data: bytes, side: int, rule: str) -> np.ndarray:
@@ -148,26 +139,22 @@ def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     try:
         return fit(colours.to_rgb(picture.copy()), side, rule)
     except (colours.OddError, OSError) as e:  # OSError: its file is damaged
-        why = messages.reason(e)
-        raise ValueError(f"got a picture that cannot be used ({why}).") from e
+        raise ValueError(f"got a picture that cannot be used ({reason(e)}).") from e
 
 
 def _check_bomb(picture: Image.Image, data: bytes) -> None:
     """Raises for what would take 0.7 GB, or minutes, and be damaged in the end."""
-    pixels, size = picture.width * picture.height, f"{picture.width} x {picture.height}"
+    kind, pixels = picture.format, picture.width * picture.height
+    size = f"{picture.width} x {picture.height} px"
     # Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit;
     # nothing but one colour is as small in JPEG 2000, which takes ten times as long.
-    packed = picture.format in ("PNG", "JPEG2000")
-    if packed and len(data) < pixels // (8 * _DEFLATE):
-        raise colours.OddError(
-            f"got a damaged picture ({size} px in {len(data)} bytes of "
-            f"{picture.format}); expected a whole one; fetch it again."
-        )
+    if kind in ("PNG", "JPEG2000") and len(data) < pixels // (8 * _DEFLATE):
+        got = f"a damaged picture ({size} in {len(data)} bytes of {kind})"
+        raise colours.OddError(mismatch("", got, "a whole one", "fetch it again"))
     scans = _scans(picture, data)
     if scans * pixels > _SCANS * MAX_PIXELS:
-        raise colours.OddError(
-            f"got a JPEG of {size} px in {scans} scans; expected fewer; save it again."
-        )
+        got = f"a JPEG of {size} in {scans} scans"
+        raise colours.OddError(mismatch("", got, "fewer", "save it again"))
 
 
 def _scans(picture: Image.Image, data: bytes) -> int:
@@ -200,9 +187,8 @@ def _formats() -> tuple[str, ...]:
 def _draft(picture: Image.Image, side: int, rule: str) -> None:
     """Lets JPEG decode at 1/2, 1/4 or 1/8, but at twice what is needed or more.
 
-    Several times faster for a camera's pictures, and true to about a grey level: the
-    antialiasing filter comes after. Only where the fraction leaves whole pixels, for
-    else the picture would be shifted.
+    Several times faster, and true to about a grey level: the antialiasing filter comes
+    after. Only where whole pixels are left, else the picture would be shifted.
     """
     width, height = picture.size
     need = _cropped_from(width, height, side) if rule == "crop" else (side, side)
@@ -238,12 +224,9 @@ def _pixels(picture: Image.Image) -> np.ndarray:
 
 
 def centre_crop(picture: Image.Image, side: int) -> np.ndarray:
-    """The rule `crop`, of a picture that has the side already too.
+    """The rule `crop`, of a picture that has the side already too: `[side, side, 3]`.
 
     To the last bit torchvision's `Resize(256)` and `CenterCrop(224)`, for 224.
-
-    Returns:
-      uint8 `[side, side, 3]`.
     """
     width, height = picture.size
     new = _cropped_from(width, height, side)
@@ -269,10 +252,9 @@ def resize_short(picture: Image.Image, side: int) -> Image.Image:
       ValueError: If the picture is so long that it would fill memory.
     """
     if _too_long(*picture.size):
-        raise ValueError(
-            f"got a picture of {picture.width} x {picture.height} px; expected one at "
-            f"most {_LONGEST} times as long as it is wide; cut or remove it."
-        )
+        got = f"a picture of {picture.width} x {picture.height} px"
+        expected = f"one at most {_LONGEST} times as long as it is wide"
+        raise mismatch("", got, expected, "cut or remove it")
     new = _cropped_from(*picture.size, side)
     return picture.resize(new, Image.Resampling.BILINEAR)
 
@@ -287,10 +269,7 @@ def _too_long(width: int, height: int) -> bool:
 
 
 def _cropped_from(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height of which `crop` keeps the centre: 256 px for 224, 438 for 384.
-
-    Rounded down, as torchvision does.
-    """
+    """Width and height of which `crop` keeps the centre; rounded as torchvision."""
     short = short_side(side)
     if width <= height:
         return short, short * height // width
@@ -309,19 +288,12 @@ def _taps(size: int, side: int, rule: str) -> tuple[np.ndarray, np.ndarray, np.n
 def resize_bilinear(
     images: np.ndarray, side: int, rule: str = "half_pixel"
 ) -> np.ndarray:
-    """Resizes pictures to `side` x `side`, bilinearly, without antialiasing.
+    """Resizes uint8 `[n, h, w, c]` to `[n, side, side, c]`, without antialiasing.
 
     Edge clamp; halves are rounded up. With `half_pixel`, pixel centres are at
     half-integers, as in `jax.image.resize(..., "bilinear", antialias=False)`; with
-    `corner`, at integers, as in `tf.compat.v1.image.resize`.
-
-    Args:
-      images: uint8 `[n, h, w, c]`.
-      side: The new height and width, at least 1.
-      rule: `half_pixel` or `corner`.
-
-    Returns:
-      uint8 `[n, side, side, c]`; `images` itself where it has that size already.
+    `corner`, at integers, as in `tf.compat.v1.image.resize`. Pictures that have the
+    size already are returned themselves.
 
     Raises:
       ValueError: If `images` has another shape or dtype, or no pixels, `side` is
@@ -329,14 +301,10 @@ def resize_bilinear(
     """
     check_choice("rule", rule, ("half_pixel", "corner"))
     if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:3]:
-        raise ValueError(
-            f"got images {images.dtype} {list(images.shape)}; expected uint8 "
-            "[n, h, w, c] with h, w >= 1; convert or reshape them first."
-        )
-    if side < 1:
-        raise ValueError(
-            f"got side={side}; expected at least 1; give the picture side in px."
-        )
+        got, expected = f"images {images.dtype} {list(images.shape)}", "[n, h, w, c]"
+        expected = f"uint8 {expected} with h, w >= 1"
+        raise mismatch("", got, expected, "convert or reshape them first")
+    _check_side(side)
     n, h, w, c = images.shape
     if h == w == side:
         return images
@@ -366,8 +334,5 @@ def to_square(pixels: Any, side: int, rule: str) -> np.ndarray:
     """
     height, width = pixels.shape[:2]
     if height * width > MAX_PIXELS:
-        raise ValueError(
-            f"got a picture of {width} x {height} px; expected at most "
-            f"{MAX_PIXELS:,} pixels; make it smaller."
-        )
+        raise _too_large(f"a picture of {width} x {height} px")
     return fit(Image.fromarray(pixels).convert("RGB"), side, rule)

@@ -2,15 +2,17 @@
 """White shapes on black, drawn in the manner of dSprites, to test structured tasks.
 
 A picture is decided by five numbers (shape, scale, orientation, x, y), so that a
-label can ask for any one of them. dSprites has a square and an ellipse, which look
-the same after a quarter or half turn; none of the shapes here (heart, arrow, L) has a
-rotational symmetry, so that the orientation can always be read from the picture. The
-drawing code is our own; no picture of dSprites is used. Splits are made elsewhere.
+label can ask for any one of them. None of the shapes here (heart, arrow, L) has a
+rotational symmetry, as dSprites' square and ellipse have: the orientation can always be
+read from the picture. No picture of dSprites is used.
 """
 
 import math
 
 import numpy as np
+
+from vpt_jax.files.messages import mismatch
+from vpt_jax.prompts import check_choice
 
 SHAPES = ("heart", "arrow", "L")
 GRID = (3, 6, 40, 32, 32)
@@ -33,15 +35,17 @@ _HEART = 0.7  # half the diagonal of the square below the two lobes
 # `_HEART` squared and `_HEART`.
 _HEART_CENTROID = _HEART * (math.pi / 2) * (0.5 + 2 / (3 * math.pi)) / (2 + math.pi / 2)
 
-_ORIENTATIONS_PER_CLASS = 2.5
-_POSITIONS_PER_CLASS = 2
+# Of each label: the latent, how many values make a class, a class's name, its unit.
+_LABELS = {
+    "location": (3, 2, "x {}-{}", 1),
+    "orientation": (2, 2.5, "{}-{} deg", 360 // GRID[2]),
+}
 
 
 def _turns() -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of the 40 orientations, float32 `[40]` each.
 
-    Only the first quarter is computed: the others follow by exchanging the two, which
-    makes a turn by 90 degrees exact.
+    A quarter is computed and then exchanged, so that a turn by 90 degrees is exact.
     """
     quarter = GRID[2] // 4
     angles = [2 * math.pi * k / GRID[2] for k in range(quarter)]
@@ -88,17 +92,15 @@ def draw(latents: np.ndarray) -> np.ndarray:
     """
     latents = np.asarray(latents)
     if latents.ndim != 2 or latents.shape[1] != 5 or latents.dtype.kind not in "iu":
-        raise ValueError(
-            f"got latents {latents.dtype} {list(latents.shape)}; expected integers "
-            "[n, 5]; pass one row of (shape, scale, orientation, x, y) per picture."
-        )
+        got = f"latents {latents.dtype} {list(latents.shape)}"
+        remedy = "pass one row of (shape, scale, orientation, x, y) per picture"
+        raise mismatch("", got, "integers [n, 5]", remedy)
     latents = latents.astype(np.int64)
     latents[:, 2] %= GRID[2]
     if len(latents) and ((latents < 0) | (latents >= GRID)).any():
-        raise ValueError(
-            f"got latents from {latents.min(0).tolist()} to {latents.max(0).tolist()}; "
-            f"expected each from 0 to below {list(GRID)}; keep to the grid."
-        )
+        got = f"latents from {latents.min(0).tolist()} to {latents.max(0).tolist()}"
+        expected = f"each from 0 to below {list(GRID)}"
+        raise mismatch("", got, expected, "keep to the grid")
     cosines, sines = _turns()
     radii = np.array(_RADII, np.float32)
     # Sample points, in px, at the middle of each cell of the fine grid.
@@ -132,10 +134,8 @@ def sample_latents(num: int, seed: int) -> np.ndarray:
     """
     total = math.prod(GRID)
     if not 0 <= num <= total:
-        raise ValueError(
-            f"got num={num}; expected 0 to {total}, the size of the grid; ask for "
-            "fewer pictures."
-        )
+        expected = f"0 to {total}, the size of the grid"
+        raise mismatch("", f"num={num}", expected, "ask for fewer pictures")
     flat = np.random.default_rng(seed).choice(total, num, replace=False)
     return np.stack(np.unravel_index(flat, GRID), axis=1)
 
@@ -143,54 +143,28 @@ def sample_latents(num: int, seed: int) -> np.ndarray:
 def label_latents(
     label: str, latents: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels with VTAB's bins for dSprites.
+    """Labels int32 `[n]` of latents `[n, 5]` by VTAB's bins, and the 16 class names.
 
     VTAB divides the value by (number of values / 16) and rounds down. For the 32
-    positions this makes pairs; for the 40 orientations bins of 3, 2, 3, 2, ...
-
-    Args:
-      label: `'location'` (of the x position) or `'orientation'`.
-      latents: Integers `[n, 5]`.
-
-    Returns:
-      Labels int32 `[n]` and the 16 class names.
+    positions x this makes pairs; for the 40 orientations bins of 3, 2, 3, 2, ...
 
     Raises:
-      ValueError: If `label` is neither.
+      ValueError: If `label` is neither `'location'` nor `'orientation'`.
     """
-    if label == "location":
-        column, size, width, form = 3, GRID[3], _POSITIONS_PER_CLASS, "x {}-{}"
-        unit = 1
-    elif label == "orientation":
-        column, size, width, form = 2, GRID[2], _ORIENTATIONS_PER_CLASS, "{}-{} deg"
-        unit = 360 // GRID[2]
-    else:
-        raise ValueError(
-            f"got label {label!r}; expected 'location' or 'orientation'; choose one."
-        )
-    bins = np.floor(np.arange(size) / width).astype(np.int32)
-    names = []
-    for k in range(bins[-1] + 1):
-        (members,) = np.nonzero(bins == k)
-        names.append(form.format(members[0] * unit, members[-1] * unit))
-    return bins[latents[:, column]], tuple(names)
+    check_choice("label", label, list(_LABELS))
+    column, width, form, unit = _LABELS[label]
+    bins = np.floor(np.arange(GRID[column]) / width).astype(np.int32)
+    members = [np.flatnonzero(bins == k) * unit for k in range(bins[-1] + 1)]
+    names = tuple(form.format(values[0], values[-1]) for values in members)
+    return bins[latents[:, column]], names
 
 
 def make_shapes(
     label: str, num: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Draws `num` pictures, no two with the same latents, and labels them.
+    """Draws `num` pictures uint8 `[num, 32, 32, 3]` and labels, see `label_latents`.
 
-    Because the latents are drawn without replacement, splits cut from one call share
-    no picture.
-
-    Args:
-      label: `'location'` or `'orientation'`; see `label_latents`.
-      num: How many pictures.
-      seed: Seed of `numpy.random.default_rng`.
-
-    Returns:
-      Images uint8 `[num, 32, 32, 3]`, labels int32 `[num]`, 16 class names.
+    No two have the same latents, so that splits cut from one call share no picture.
 
     Raises:
       ValueError: If `label` is unknown or `num` exceeds the grid.

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from vpt_jax import parallel
 from vpt_jax.data import cache
+from vpt_jax.files.messages import mismatch
 
 
 class Strip(NamedTuple):
@@ -44,11 +45,9 @@ def make(pixels: np.ndarray, length: ArrayLike, wide: ArrayLike) -> Strip:
     ends = np.cumsum(length)
     total = int(ends[-1]) if len(ends) else 0
     if total != len(pixels) or total > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"got {len(pixels)} rows of pixels and lengths that add up to {total}; "
-            "expected the same number, below 2^31; make the strip again, of fewer "
-            "pictures."
-        )
+        got = f"{len(pixels)} rows of pixels and lengths that add up to {total}"
+        expected = "the same number, below 2^31"
+        raise mismatch("", got, expected, "make the strip of fewer pictures")
     start = (ends - length).astype(np.int32)
     return Strip(pixels, start, length.astype(np.int32), np.asarray(wide, bool))
 
@@ -79,25 +78,15 @@ def count(images: Any) -> int:
 
 
 def side_of(strip: Strip) -> int:
-    """Side of the squares that are cropped: 224 px where pictures are 256 px high.
-
-    The only side of which 256/224, rounded down, is the height.
-    """
+    """The only side of which 256/224, rounded down, is the height: 224 px for 256."""
     return -(-strip.pixels.shape[1] * 224 // 256)
 
 
 def take(images: Any, index: jax.Array, key: jax.Array) -> jax.Array:
-    """Examples to train on: of a strip, random crops that are flipped half of the time.
+    """Examples `index [b]` to train on: `images[index]` of an array.
 
-    Every crop within a picture is equally likely, as with torchvision's `RandomCrop`.
-
-    Args:
-      images: An array, of which examples are taken as they are, or a `Strip`.
-      index: Integers `[b]`.
-      key: A JAX random key; not used with an array.
-
-    Returns:
-      `images[index]`, or uint8 `[b, s, s, 3]` for the `s` of `side_of`.
+    Of a strip random crops, flipped half of the time: uint8 `[b, s, s, 3]` for the `s`
+    of `side_of`, every crop equally likely as with torchvision's `RandomCrop`.
     """
     if not isinstance(images, Strip):
         return images[index]
@@ -111,14 +100,9 @@ def take(images: Any, index: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def view(images: Any, index: Any) -> Any:
-    """Examples to look at: of a strip, the centres, as `pictures.RULES`' `crop`.
+    """Examples `index [b]` to look at: `images[index]` of an array.
 
-    Args:
-      images: An array, or a `Strip` on the device.
-      index: Integers `[b]`.
-
-    Returns:
-      `images[index]`, or uint8 `[b, s, s, 3]` for the `s` of `side_of`.
+    Of a strip the centres, as `pictures.RULES`' `crop`: uint8 `[b, s, s, 3]`.
     """
     return _centres(images, index) if isinstance(images, Strip) else images[index]
 

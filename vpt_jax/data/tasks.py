@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small classification tasks, split as VTAB-1k does: 800 train, 200 val, rest test.
 
-Every task is three pairs of arrays, the same on every machine, so that results can be
-compared. Two sources need no download (digits, shapes); the tasks of VTAB-1k and the
-fine-grained sets (FGVC, of other sizes) are read from what tensorflow-datasets prepared
-(`vtab.py`); `folder` is your own pictures (`folder.py`). Nothing here downloads
-anything, and what happens to a picture on its way into the model is in `augment.py` and
-`strips.py`.
+Every task is three pairs of arrays, the same on every machine. Two sources need no
+download (digits, shapes); the tasks of VTAB-1k and the fine-grained sets (FGVC, of
+other sizes) are read from what tensorflow-datasets prepared; `folder` is your own
+pictures (`folder.py`). Nothing here downloads anything.
 """
 
+import functools
 import importlib.resources
 import itertools
 import os
@@ -20,19 +19,13 @@ import numpy as np
 from vpt_jax.data import folder, shapes, strips
 from vpt_jax.data.pictures import resize_bilinear
 from vpt_jax.data.public import extracted, prepared, vtab
-from vpt_jax.files.messages import printable
+from vpt_jax.files.messages import mismatch, printable
 from vpt_jax.prompts import check_choice
 
 NUM_TRAIN, NUM_VAL, MAX_TEST = 800, 200, 2000
 SPLITS = ("all", "select", "final")
 """What a run needs: every split; train and val, to choose by; train with val joined to
 it, and test, to report."""
-
-# One seed per task: changing one changes the splits, and with them every number that
-# was ever reported on that task.
-DIGITS_SEED = 1101
-SHAPES_LOCATION_SEED = 1201
-SHAPES_ORIENTATION_SEED = 1202
 
 
 class Split(NamedTuple):
@@ -62,66 +55,60 @@ def check_task(task: Task) -> Task:
         labels differ in number, a label is not in `[0, num_classes)`, or the train
         split has fewer than two classes.
     """
-    num_classes = len(task.class_names)
-    found = {"train": task.train, "val": task.val, "test": task.test}
-    for which, split in found.items():
-        if split is None:
-            continue
-        images, labels = split
-        where = f"task {task.name!r}, split {which!r}"
-        if isinstance(images, strips.Strip):
-            _check_strip(images, where)
-        elif images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(
-                f"{where}: got images {images.dtype} {list(images.shape)}; expected "
-                "uint8 [n, h, w, 3]; convert them (grey: repeat the channel)."
-            )
-        if labels.ndim != 1 or labels.dtype != np.int32:
-            raise ValueError(
-                f"{where}: got labels {labels.dtype} {list(labels.shape)}; expected "
-                "int32 [n]; convert them with `.astype(np.int32)`."
-            )
-        if strips.count(images) != len(labels):
-            raise ValueError(
-                f"{where}: got {strips.count(images)} images and {len(labels)} labels; "
-                "expected one label per image; check how they were selected."
-            )
-        if not len(labels):
-            raise ValueError(
-                f"{where}: got 0 images; expected at least 1; choose other split sizes."
-            )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"{where}: got labels from {low} to {high}; expected 0 to "
-                f"{num_classes - 1}; give one class name per label, counted from 0."
-            )
+    for which, split in zip(folder.SPLITS, task[2:5], strict=True):
+        if split:
+            where = f"task {task.name!r}, split {which!r}"
+            _check_split(split, where, len(task.class_names))
     present = np.unique(task.train.labels)
     if len(present) < 2:
-        raise ValueError(
-            f"task {task.name!r}: got only class {present.tolist()} in split 'train'; "
-            "expected at least 2 classes; choose another seed or more pictures."
-        )
+        got = f"only class {present.tolist()} in split 'train'"
+        remedy = "choose another seed or more pictures"
+        raise mismatch(f"task {task.name!r}", got, "at least 2 classes", remedy)
     return task
+
+
+def _check_split(split: Split, where: str, num_classes: int) -> None:
+    images, labels = split
+    if isinstance(images, strips.Strip):
+        _check_strip(images, where)
+    elif images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        got = f"images {images.dtype} {list(images.shape)}"
+        remedy = "convert them (grey: repeat the channel)"
+        raise mismatch(where, got, "uint8 [n, h, w, 3]", remedy)
+    if labels.ndim != 1 or labels.dtype != np.int32:
+        got = f"labels {labels.dtype} {list(labels.shape)}"
+        remedy = "convert them with `.astype(np.int32)`"
+        raise mismatch(where, got, "int32 [n]", remedy)
+    num = strips.count(images)
+    if num != len(labels) or not num:
+        got = f"{num} images and {len(labels)} labels"
+        expected = "one label per image, and at least one"
+        raise mismatch(where, got, expected, "check how they were selected")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        got, expected = f"labels from {low} to {high}", f"0 to {num_classes - 1}"
+        remedy = "give one class name per label, counted from 0"
+        raise mismatch(where, got, expected, remedy)
 
 
 def _check_strip(strip: strips.Strip, where: str) -> None:
     """Raises if a crop of a picture could be one of another, or of the wrong type."""
     pixels, start, length, wide = strip
     good = pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8
+    remedy = "use `strips.make`"
     if not good or not start.shape == length.shape == wide.shape == (len(start),):
-        raise ValueError(
-            f"{where}: got pixels {pixels.dtype} {list(pixels.shape)} and "
-            f"{[list(x.shape) for x in strip[1:]]} starts, lengths and directions; "
-            "expected uint8 [total, height, 3] and three [n]; use `strips.make`."
+        others = [list(x.shape) for x in strip[1:]]
+        got = f"pixels {pixels.dtype} {list(pixels.shape)} and {others} starts, lengths"
+        got, expected = (
+            f"{got} and directions",
+            "uint8 [total, height, 3] and three [n]",
         )
+        raise mismatch(where, got, expected, remedy)
     inside = (start >= 0) & (length >= pixels.shape[1])
     if not (inside & (start.astype(np.int64) + length <= len(pixels))).all():
-        raise ValueError(
-            f"{where}: got pictures that are shorter than {pixels.shape[1]} px or lie "
-            f"outside of the {len(pixels)} rows; expected the short side to be the "
-            "height of the strip; use `strips.make`."
-        )
+        short = f"shorter than {pixels.shape[1]} px"
+        got = f"pictures that are {short} or lie outside of the {len(pixels)} rows"
+        raise mismatch(where, got, "the short side to be the strip's height", remedy)
 
 
 def join(train: Split, val: Split) -> Split:
@@ -149,19 +136,20 @@ def _to_rgb(grey: np.ndarray, side: int) -> np.ndarray:
 
 
 def _digits(image_size: int, data_dir: str) -> Task:
-    """The 1,797 handwritten digits that come with the package."""
-    del data_dir  # the file is an asset of the package
+    """The 1,797 handwritten digits that are an asset of the package."""
+    del data_dir
     asset = importlib.resources.files("vpt_jax") / "assets" / "digits.npz"
     with asset.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
         grey, labels = arrays["images"], arrays["labels"]
-    order = np.random.default_rng(DIGITS_SEED).permutation(len(labels))
+    order = np.random.default_rng(1101).permutation(len(labels))
     # 0..16 counts of black cells to 0..255, halves up.
     grey = ((grey[order].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
     splits = _cut(_to_rgb(grey, image_size), labels[order])
     return Task("digits", tuple("0123456789"), *splits)
 
 
-def _shapes(label: str, seed: int, image_size: int) -> Task:
+def _shapes(label: str, seed: int, image_size: int, data_dir: str) -> Task:
+    del data_dir  # drawn, not read
     # One draw without replacement for all splits: no picture is in two of them.
     num = NUM_TRAIN + NUM_VAL + MAX_TEST
     images, labels, names = shapes.make_shapes(label, num, seed)
@@ -170,20 +158,12 @@ def _shapes(label: str, seed: int, image_size: int) -> Task:
     return Task(f"shapes_{label}", names, *splits)
 
 
-def _shapes_location(image_size: int, data_dir: str) -> Task:
-    del data_dir  # drawn, not read
-    return _shapes("location", SHAPES_LOCATION_SEED, image_size)
-
-
-def _shapes_orientation(image_size: int, data_dir: str) -> Task:
-    del data_dir  # drawn, not read
-    return _shapes("orientation", SHAPES_ORIENTATION_SEED, image_size)
-
-
+# With the seed of each: changing one changes the splits, and with them every number
+# that was ever reported on that task.
 TASKS: dict[str, Callable[[int, str], Task]] = {
     "digits": _digits,
-    "shapes_location": _shapes_location,
-    "shapes_orientation": _shapes_orientation,
+    "shapes_location": functools.partial(_shapes, "location", 1201),
+    "shapes_orientation": functools.partial(_shapes, "orientation", 1202),
 }
 """Name of a task to its loader, called with `(image_size, data_dir)`."""
 
@@ -276,20 +256,13 @@ def load_task(
     """
     check_choice("splits", splits, SPLITS)
     if image_size < 1:
-        raise ValueError(
-            f"got image_size={image_size}; expected at least 1; give the picture side "
-            "in px."
-        )
-    known = sorted([*TASKS, *VTAB, *FGVC, "folder"])
-    if name not in known:
-        raise ValueError(f"got task {name!r}; expected one of {known}; choose one.")
+        raise mismatch("", f"image_size={image_size}", "at least 1", "give it in px")
+    check_choice("task", name, sorted([*TASKS, *VTAB, *FGVC, "folder"]))
     own = name == "folder"
     if (skip_broken and not own) or (resize and not own and name not in VTAB):
-        raise ValueError(
-            f"got resize={resize!r} and skip_broken={skip_broken} for task {name!r};"
-            " resize is for VTAB and 'folder', skip_broken for 'folder' alone; leave"
-            " them empty."
-        )
+        got = f"resize={resize!r} and skip_broken={skip_broken} for task {name!r}"
+        expected = "resize for VTAB and 'folder', skip_broken for 'folder' alone"
+        raise mismatch("", got, expected, "leave them empty")
     if own:
         task = _folder(image_size, data_dir, resize, skip_broken)
     elif name in VTAB:

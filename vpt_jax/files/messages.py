@@ -12,13 +12,14 @@ LONGEST = 200  # characters of a wrong value that a message shows
 
 
 def mismatch(where: Any, got: str, expected: str, remedy: str) -> ValueError:
-    """The error of something that was read, to be raised.
+    """The error of something that was read (`where`, if not empty), to be raised.
 
     Example:
       >>> str(mismatch("a.png", "0 bytes", "a picture", "fetch it again"))
       'a.png: got 0 bytes; expected a picture; fetch it again.'
     """
-    return ValueError(f"{where}: got {got}; expected {expected}; {remedy}.")
+    start = f"{where}: " if where else ""
+    return ValueError(f"{start}got {got}; expected {expected}; {remedy}.")
 
 
 def shown(value: Any, longest: int = LONGEST) -> str:

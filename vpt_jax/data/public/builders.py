@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vpt_jax.data.public import vtab
+from vpt_jax.files.messages import mismatch
 
 # The extra `prepare`, as imported. tfds imports what a builder needs when it needs it:
 # that is after the download.
@@ -30,18 +31,15 @@ def require(row: vtab.Benchmark, data_dir: str = "") -> None:
     folder = vtab.manual_folder(data_dir)
     lacking = [name for name in row.source.files if not (folder / name).exists()]
     if lacking:
-        raise ValueError(
-            f"{row.name}: got no {', '.join(lacking)} in {folder}; expected what is "
-            f"fetched by hand; {row.source.manual}."
-        )
+        got, by_hand = f"no {', '.join(lacking)} in {folder}", "what is fetched by hand"
+        raise mismatch(row.name, got, by_hand, row.source.manual)
     if row.source.own:
         return
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
-        raise ValueError(
-            f"{row.name}: got no package {', '.join(lacking)}; expected those that "
-            "tfds prepares with; pip install 'vpt_jax[prepare]'."
-        )
+        got, remedy = ", ".join(lacking), "pip install 'vpt_jax[prepare]'"
+        expected = "those that tfds prepares with"
+        raise mismatch(row.name, f"no package {got}", expected, remedy)
 
 
 def prepare(row: vtab.Benchmark, data_dir: str = "") -> Path:

@@ -23,7 +23,6 @@ _SHOWN = 3  # examples that a message names
 _LEAK = 0.5
 
 _TOGETHER = (("train", "val", "test"), ("train800", "val200", "test"))
-_MUST_HAVE_ALL_CLASSES = ("train", "test")
 
 
 class Findings(NamedTuple):
@@ -34,8 +33,6 @@ class Findings(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A part as it was read."""
-
     labels: np.ndarray  # int64 [n]; -1 where an example cannot be read
     prints: list[int | None]  # of the decoded pictures, see `doubts.fingerprint`
     errors: list[str]
@@ -82,10 +79,10 @@ def check(
             continue
         found.errors.extend(read[part].errors)
     for part, runs in parts.items():
-        if part != "trainval" and part != "train800val200":
-            labels = _labels_of(runs[0], parts, read)
-            if labels is not None:
-                _count_classes(row, part, labels, found, report)
+        joined = part in ("trainval", "train800val200")
+        labels = None if joined else _labels_of(runs[0], parts, read)
+        if labels is not None:
+            _count_classes(row, part, labels, found, report)
     for first, second in itertools.combinations(read, 2):
         _compare_pictures(first, second, read, found)
     return found
@@ -172,13 +169,12 @@ def _count_classes(
         report(f"  {part}: {len(labels):,} examples of {len(present)} classes, {each}")
     lacking = np.flatnonzero(counts == 0).tolist()
     if lacking and whole:  # else what cannot be read has been reported
-        more = ", ..." if len(lacking) > _SHOWN else ""
-        some = ", ".join(map(str, lacking[:_SHOWN])) + more
+        some = ", ".join(map(str, lacking[:_SHOWN]))
+        some += ", ..." if len(lacking) > _SHOWN else ""
         text = f"{part}: got no example of {len(lacking)} of {row.classes} classes"
-        if part in _MUST_HAVE_ALL_CLASSES:
-            found.errors.append(
-                f"{text} ({some}); expected all; prepare the whole data set."
-            )
+        if part in ("train", "test"):
+            more = "expected all; prepare the whole data set."
+            found.errors.append(f"{text} ({some}); {more}")
         else:
             found.notes.append(f"{text} ({some})")
 
@@ -198,8 +194,7 @@ def _compare_pictures(
     )
     smaller = pairs if len(theirs) <= len(ours) else doubts.shared(ours, theirs)
     if len(smaller) > _LEAK * min(len(ours), len(theirs)):
-        found.errors.append(
-            f"{text}; expected at most a few; prepare the data set again."
-        )
+        more = "expected at most a few; prepare the data set again."
+        found.errors.append(f"{text}; {more}")
     else:
         found.notes.append(text)

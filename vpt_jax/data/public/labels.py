@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vpt_jax.files.messages import mismatch
+
 Example = Mapping[str, Any]
 
 # A class is the last threshold below the value; a value on a threshold is in the
@@ -17,6 +19,7 @@ Example = Mapping[str, Any]
 CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)  # the renderer's own units
 KITTI_DISTANCES = (-100.0, 8.0, 20.0, 999.0)  # m
 _NO_VEHICLE = 1000.0  # m: beyond the last threshold, a class of its own
+_AGAIN = "prepare the data set again"
 _VEHICLES = 3  # types 0 to 2: car, van, truck
 
 
@@ -48,10 +51,8 @@ def clevr_distance(example: Example) -> int:
     """
     depths = _points(example["objects"]["pixel_coords"])[:, 2]
     if not len(depths):
-        raise ValueError(
-            "got a CLEVR scene without objects; expected at least 1; use the splits "
-            "'train' and 'validation' ('test' has no annotations)."
-        )
+        remedy = "use the splits 'train' and 'validation' ('test' has no annotations)"
+        raise mismatch("", "a CLEVR scene without objects", "at least 1", remedy)
     return _last_below(CLEVR_DISTANCES, depths.min())
 
 
@@ -61,9 +62,8 @@ def kitti_distance(example: Example) -> int:
     kinds = np.asarray(objects["type"], np.int64).reshape(-1)
     depths = _points(objects["location"])[:, 2]
     vehicles = depths[kinds < _VEHICLES]
-    return _last_below(
-        KITTI_DISTANCES, np.append(vehicles, np.float32(_NO_VEHICLE)).min()
-    )
+    nearest = vehicles.min(initial=np.float32(_NO_VEHICLE))
+    return _last_below(KITTI_DISTANCES, nearest)
 
 
 def binned(name: str, values: int, bins: int) -> Callable[[Example], int]:
@@ -84,10 +84,8 @@ def picture(example: Example) -> np.ndarray:
     """
     image = np.asarray(example["image"])
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"got a picture {image.dtype} {list(image.shape)}; expected uint8 "
-            "[h, w, 1] or [h, w, 3]; prepare the data set again."
-        )
+        got = f"a picture {image.dtype} {list(image.shape)}"
+        raise mismatch("", got, "uint8 [h, w, 1] or [h, w, 3]", _AGAIN)
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 
@@ -99,8 +97,6 @@ def binary_picture(example: Example) -> np.ndarray:
     """
     image = picture(example)
     if image.max(initial=0) > 1:
-        raise ValueError(
-            f"got a picture with values up to {image.max()}; expected 0 and 1 only; "
-            "take `picture` for pictures of 0 to 255."
-        )
+        got = f"a picture with values up to {image.max()}"
+        raise mismatch("", got, "0 and 1 only", _AGAIN)
     return image * np.uint8(255)

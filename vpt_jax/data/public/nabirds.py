@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from vpt_jax.data import cub
+from vpt_jax.files.messages import mismatch
 
 CLASSES = 555
 
@@ -38,16 +39,13 @@ def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, cub.Picture]:
     """
     pictures, numbers = cub.read(folder)
     if len(numbers) != classes:
-        raise ValueError(
-            f"{folder / cub.FILES[1]}: got {len(numbers)} classes; expected {classes}, "
-            f"as labels are numbered by them; {cub.AGAIN}"
-        )
+        expected = f"{classes}, as labels are numbered by them"
+        got, file = f"{len(numbers)} classes", folder / cub.FILES[1]
+        raise mismatch(file, got, expected, cub.AGAIN)
     missing = [p.path for p in pictures.values() if not p.path.is_file()]
     if missing:
-        raise ValueError(
-            f"{missing[0]}: got no such file, nor {len(missing) - 1} others of "
-            f"images.txt; expected all {len(pictures)} pictures; {cub.AGAIN}"
-        )
+        got = f"no such file, nor {len(missing) - 1} others of images.txt"
+        raise mismatch(missing[0], got, f"all {len(pictures)} pictures", cub.AGAIN)
     return pictures
 
 
@@ -92,9 +90,7 @@ class NABirds(tfds.core.GeneratorBasedBuilder):
         for uuid, (path, label, _) in pictures.items():
             data = path.read_bytes()
             if not data.startswith(b"\xff\xd8"):
-                raise ValueError(
-                    f"{path}: got {len(data)} bytes that are no JPEG picture; expected "
-                    f"one; {cub.AGAIN}"
-                )
+                got = f"{len(data)} bytes that are no JPEG picture"
+                raise mismatch(path, got, "one", cub.AGAIN)
             name = f"{path.parent.name}/{path.name}"
             yield uuid, {"image": data, "image/filename": name, "label": label}

@@ -37,7 +37,7 @@ def arrays(
 
     Args:
       row: Of `vtab.BENCHMARKS`.
-      part: One of `vtab.PARTS` or, for VTAB, of `vtab.PARTS_1K`.
+      part: As in `vtab.load`.
       side: Height and width of the pictures in px.
       rule: One of `pictures.RULES`. `crop` resizes pictures that have the side already
         too, as FGVC is evaluated.
@@ -99,7 +99,8 @@ def _cached(
     """What is known of the pictures (labels; in a strip, how they lie), and pixels."""
     directory = vtab.find(row, data_dir)
     files = sorted(p for p in directory.iterdir() if p.is_file())
-    rows = [r for r in vtab.BENCHMARKS.values() if _same_pictures(r, row)]
+    same = row.source, row.picture
+    rows = [r for r in vtab.BENCHMARKS.values() if (r.source, r.picture) == same]
     rows = rows if row in rows else [row]
     key = {
         "version": VERSION,
@@ -141,10 +142,6 @@ def _cached(
     return info, images
 
 
-def _same_pictures(a: vtab.Benchmark, b: vtab.Benchmark) -> bool:
-    return (a.source, a.picture) == (b.source, b.picture)
-
-
 def _decoded(
     examples: vtab.Pictures,
     resize: Callable[[np.ndarray], np.ndarray],
@@ -153,11 +150,11 @@ def _decoded(
 ) -> Iterable[np.ndarray]:
     """All pictures in order, resized. One thread reads the files, several resize."""
 
-    def resize_one(numbered: tuple[int, np.ndarray]) -> np.ndarray:
+    def resize_one(number: int, picture: np.ndarray) -> np.ndarray:
         try:
-            return resize(numbered[1])
+            return resize(picture)
         except ValueError as e:
-            raise ValueError(f"{what}, example {numbered[0]}: {e}") from e
+            raise ValueError(f"{what}, example {number}: {e}") from e
 
     num = len(examples)
     with ThreadPoolExecutor(min(_BATCH, os.cpu_count() or 1)) as pool:
@@ -165,5 +162,5 @@ def _decoded(
             if start % _REPORT == 0:
                 report(f"reading {what}: {start:,} of {num:,}, once")
             numbers = range(start, min(start + _BATCH, num))
-            batch = [(i, examples[i][0]) for i in numbers]
-            yield from pool.map(resize_one, batch)
+            batch = [examples[i][0] for i in numbers]
+            yield from pool.map(resize_one, numbers, batch)

@@ -13,7 +13,7 @@ import itertools
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -41,15 +41,11 @@ def index_tfrecord(path: str) -> np.ndarray:
     A record is its length (8 bytes, little-endian), the masked CRC-32C of these 8 bytes
     (4 bytes), the payload, and the masked CRC-32C of the payload (4 bytes).
 
-    Args:
-      path: The file.
-
     Returns:
       int64 `[records, 2]`: where each payload starts, and its length.
 
     Raises:
-      ValueError: If a length does not match its checksum, or the last record is cut
-        short.
+      ValueError: If a length does not match its checksum, or the file is cut short.
     """
     size = os.path.getsize(path)
     found, at = [], 0
@@ -73,21 +69,7 @@ def index_tfrecord(path: str) -> np.ndarray:
     return np.array(found, np.int64).reshape(-1, 2)
 
 
-def _read_tfrecord(path: str, number: int, start: int, length: int) -> bytes:
-    """The payload of one record, its checksum checked."""
-    with open(path, "rb") as f:
-        f.seek(start)
-        data = f.read(length + 4)
-    payload = data[:length]
-    if len(data) < length + 4 or _checksum(payload) != _CRC.unpack(data[-4:])[0]:
-        where = f"{path}, record {number}"
-        raise mismatch(where, f"data {_NOT_SUMMED}", _INTACT, _AGAIN)
-    return payload
-
-
 class _TFRecord:
-    """The records of one TFRecord file."""
-
     def __init__(self, path: str):
         self._path = path
         self._index = index_tfrecord(path)
@@ -97,7 +79,14 @@ class _TFRecord:
 
     def __getitem__(self, i: int) -> bytes:
         start, length = self._index[i].tolist()
-        return _read_tfrecord(self._path, i, start, length)
+        with open(self._path, "rb") as f:
+            f.seek(start)
+            data = f.read(length + 4)
+        payload = data[:length]
+        if len(data) < length + 4 or _checksum(payload) != _CRC.unpack(data[-4:])[0]:
+            where = f"{self._path}, record {i}"
+            raise mismatch(where, f"data {_NOT_SUMMED}", _INTACT, _AGAIN)
+        return payload
 
 
 class _ArrayRecord:
@@ -107,10 +96,9 @@ class _ArrayRecord:
         try:
             import array_record.python.array_record_module as array_record
         except ImportError as e:
-            raise ValueError(
-                f"{path}: got an ArrayRecord file but cannot import array_record "
-                f"({e}); expected it to be installed; `pip install array_record`."
-            ) from e
+            got = f"an ArrayRecord file but cannot import array_record ({e})"
+            remedy = "`pip install array_record`"
+            raise mismatch(path, got, "it to be installed", remedy) from e
         self._path = path
         # No reading ahead: examples are read one by one, in any order.
         try:
@@ -151,12 +139,8 @@ def decode_picture(data: bytes, channels: int | None) -> np.ndarray:
     """Decodes a PNG or JPEG file to uint8 `[h, w, c]`.
 
     As TensorFlow does when it is asked for a number of channels: grey is repeated to
-    three, alpha is dropped. tfds' own NumPy decoder does not drop it, and takes another
-    library where OpenCV is installed.
-
-    Args:
-      data: The file.
-      channels: 1 or 3; None keeps those of the file.
+    three, alpha is dropped. (tfds' NumPy decoder keeps it, and takes another library
+    where OpenCV is installed.) With `channels` None, those of the file stay.
 
     Raises:
       ValueError: If Pillow cannot decode `data`.
@@ -169,10 +153,8 @@ def decode_picture(data: bytes, channels: int | None) -> np.ndarray:
             mode = {1: "L", 3: "RGB"}.get(channels or 0, file.mode)
             picture = np.array(file if file.mode == mode else file.convert(mode))
     except Exception as e:  # readers of damaged files raise whatever comes up
-        raise ValueError(
-            f"got {len(data)} bytes that are no picture ({e}); expected PNG or JPEG; "
-            "prepare the data set again."
-        ) from e
+        got = f"{len(data)} bytes that are no picture ({e})"
+        raise mismatch("", got, "PNG or JPEG", "prepare the data set again") from e
     return picture[..., None] if picture.ndim == 2 else picture
 
 
@@ -218,9 +200,6 @@ class Examples:
         run, number = self._locate(i)
         return self._open(run.path, run.total)[number]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
-
     def __getitem__(self, i: int) -> dict[str, Any]:
         record = self.record(i)
         try:
@@ -249,22 +228,17 @@ def _builder(directory: str | os.PathLike[str]) -> Any:
     for name in ("dataset_info.json", "features.json"):
         path = os.path.join(directory, name)
         if not os.path.isfile(path):
-            expected = (
-                "a version directory that tfds prepared, such as"
-                " ~/tensorflow_datasets/cifar100/3.0.2"
-            )
-            raise mismatch(path, "no such file", expected, "give that")
+            expected = "a version directory that tfds prepared"
+            remedy = "give one, such as ~/tensorflow_datasets/cifar100/3.0.2"
+            raise mismatch(path, "no such file", expected, remedy)
     return tfds.builder_from_directory(os.fspath(directory))
 
 
 def split_sizes(directory: str | os.PathLike[str]) -> Mapping[str, int]:
     """The number of examples in each split of a prepared directory.
 
-    Args:
-      directory: The directory of one version, with `dataset_info.json`.
-
     Raises:
-      ValueError: If it is not such a directory.
+      ValueError: If it is not that of one version, with `dataset_info.json`.
     """
     splits = _builder(directory).info.splits
     return {name: split.num_examples for name, split in splits.items()}
@@ -289,18 +263,15 @@ def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
     info = _builder(directory).info
     file_format = info.file_format.value
     if file_format not in _READERS:
-        raise ValueError(
-            f"{directory}: got file format {file_format!r}; expected one of "
-            f"{sorted(_READERS)}; prepare it again with `file_format='array_record'`."
-        )
-    sizes = {name: split.num_examples for name, split in info.splits.items()}
+        got, expected = f"file format {file_format!r}", f"one of {sorted(_READERS)}"
+        remedy = "prepare it again with `file_format='array_record'`"
+        raise mismatch(directory, got, expected, remedy)
     try:
         parts = info.splits[expression].file_instructions
     except (ValueError, KeyError, AssertionError) as e:
-        raise ValueError(
-            f"{directory}: got split {expression!r} ({e}); expected examples of "
-            f"{sizes}; choose among them."
-        ) from e
+        sizes = {name: split.num_examples for name, split in info.splits.items()}
+        got, expected = f"split {expression!r} ({e})", f"examples of {sizes}"
+        raise mismatch(directory, got, expected, "choose among them") from e
     runs = [_Run(p.filename, p.skip, p.take, p.examples_in_shard) for p in parts]
     for run in runs:
         if not os.path.isfile(run.path):

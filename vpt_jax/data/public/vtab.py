@@ -15,22 +15,24 @@ measured again by VPT's authors in their `demo.ipynb`. The download sizes are th
 tfds 4.9.10 has on record.
 """
 
+import fnmatch
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vpt_jax.data.public import labels, records
-from vpt_jax.files.messages import advised
+from vpt_jax.files.messages import advised, mismatch
 
 NUM_TRAIN, NUM_VAL = 800, 200
 GROUPS = ("natural", "specialized", "structured", "fgvc")
 PARTS = ("train", "val", "trainval", "test")
 PARTS_1K = ("train800", "val200", "train800val200")
+_WHOLE = "prepare the whole data set"
 
 
 class Cut(NamedTuple):
@@ -90,155 +92,85 @@ _PERCENT_80 = Cut("train", (), 80), Cut("train", (80,)), Cut("test")
 _OFFICIAL = Cut("train"), Cut("validation"), Cut("test")
 _PERCENT_60_20 = Cut("train", (), 60), Cut("train", (60,), 20), Cut("train", (60, 20))
 _PERCENT_80_10 = Cut("train", (), 80), Cut("train", (80,), 10), Cut("train", (80, 10))
+_CLEVR_CUTS = Cut("train", (), 90), Cut("train", (90,)), Cut("validation")
+_NORB_CUTS = Cut("train"), Cut("test", (), 50), Cut("test", (50,))
 
-_CIFAR100 = Source(
-    "cifar100", ("3.*.*",), {"train": 50000, "test": 10000}, _PERCENT_90, "170 MB"
-)
-_CALTECH101 = Source(
-    "caltech101", ("3.*.*",), {"train": 3059, "test": 6084}, _PERCENT_90, "140 MB"
-)
-_DTD = Source(
-    "dtd",
-    ("3.*.*",),
-    {"train": 1880, "validation": 1880, "test": 1880},
-    _OFFICIAL,
-    "630 MB",
-)
-_FLOWERS = Source(
-    "oxford_flowers102",
-    ("2.*.*",),
-    {"train": 1020, "validation": 1020, "test": 6149},
-    _OFFICIAL,
-    "350 MB",
-)
+# Builder, versions, published sizes; cuts and download; what is fetched by hand.
+# fmt: off
+_CIFAR100 = Source("cifar100", ("3.*.*",), {"train": 50000, "test": 10000},
+                   _PERCENT_90, "170 MB")
+_CALTECH101 = Source("caltech101", ("3.*.*",), {"train": 3059, "test": 6084},
+                     _PERCENT_90, "140 MB")
+_DTD = Source("dtd", ("3.*.*",), {"train": 1880, "validation": 1880, "test": 1880},
+              _OFFICIAL, "630 MB")
+_FLOWERS = Source("oxford_flowers102", ("2.*.*",),
+                  {"train": 1020, "validation": 1020, "test": 6149},
+                  _OFFICIAL, "350 MB")
 # VTAB asks for 3.*.*, which tfds no longer prepares.
-_PETS = Source(
-    "oxford_iiit_pet",
-    ("4.*.*", "3.*.*"),
-    {"train": 3680, "test": 3669},
-    _PERCENT_80,
-    "810 MB",
-)
+_PETS = Source("oxford_iiit_pet", ("4.*.*", "3.*.*"), {"train": 3680, "test": 3669},
+               _PERCENT_80, "810 MB")
 # VPT had 3.0.0. The split 'extra', most of the download, is not used.
-_SVHN = Source(
-    "svhn_cropped",
-    ("3.*.*",),
-    {"train": 73257, "test": 26032, "extra": 531131},
-    _PERCENT_90,
-    "1.6 GB",
-)
-_SUN397 = Source(
-    "sun397/tfds",
-    ("4.*.*",),
-    {"train": 76128, "validation": 10875, "test": 21750},
-    _OFFICIAL,
-    "39 GB",
-)
-_CAMELYON = Source(
-    "patch_camelyon",
-    ("2.*.*",),
-    {"train": 262144, "validation": 32768, "test": 32768},
-    _OFFICIAL,
-    "8 GB",
-)
-_EUROSAT = Source("eurosat/rgb", ("2.*.*",), {"train": 27000}, _PERCENT_60_20, "94 MB")
-_RESISC45 = Source(
-    "resisc45",
-    ("3.*.*",),
-    {"train": 31500},
-    _PERCENT_60_20,
-    "31,500 JPEG pictures in one archive, by hand",
+_SVHN = Source("svhn_cropped", ("3.*.*",),
+               {"train": 73257, "test": 26032, "extra": 531131},
+               _PERCENT_90, "1.6 GB")
+_SUN397 = Source("sun397/tfds", ("4.*.*",),
+                 {"train": 76128, "validation": 10875, "test": 21750},
+                 _OFFICIAL, "39 GB")
+_CAMELYON = Source("patch_camelyon", ("2.*.*",),
+                   {"train": 262144, "validation": 32768, "test": 32768},
+                   _OFFICIAL, "8 GB")
+_EUROSAT = Source("eurosat/rgb", ("2.*.*",), {"train": 27000},
+                  _PERCENT_60_20, "94 MB")
+_RESISC45 = Source("resisc45", ("3.*.*",), {"train": 31500},
+    _PERCENT_60_20, "31,500 JPEG pictures in one archive, by hand",
     "fetch NWPU-RESISC45.rar from https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs and "
     "unpack it, so that there is NWPU-RESISC45/airport/airport_001.jpg",
-    ("NWPU-RESISC45",),
-)
-_RETINOPATHY = Source(
-    "diabetic_retinopathy_detection/btgraham-300",
-    ("3.*.*",),
+    ("NWPU-RESISC45",))
+_RETINOPATHY = Source("diabetic_retinopathy_detection/btgraham-300", ("3.*.*",),
     {"sample": 10, "train": 35126, "validation": 10906, "test": 42670},
-    _OFFICIAL,
-    "more than 35 GB (the training pictures alone are 35), by hand",
+    _OFFICIAL, "more than 35 GB (the training pictures alone are 35), by hand",
     "fetch the files of https://www.kaggle.com/c/diabetic-retinopathy-detection/data "
     "and unpack them: the folders sample, train and test with .jpeg files, and "
     "trainLabels.csv",
-    ("sample", "train", "test", "trainLabels.csv"),
-)
+    ("sample", "train", "test", "trainLabels.csv"))
 # 3.0.0 is 3.1.0 without questions and answers. The test split has no annotations.
-_CLEVR = Source(
-    "clevr",
-    ("3.*.*",),
-    {"train": 70000, "validation": 15000, "test": 15000},
-    (Cut("train", (), 90), Cut("train", (90,)), Cut("validation")),
-    "19 GB",
-)
-_DMLAB = Source(
-    "dmlab",
-    ("2.*.*",),
-    {"train": 65550, "validation": 22628, "test": 22735},
-    _OFFICIAL,
-    "3 GB",
-)
+_CLEVR = Source("clevr", ("3.*.*",),
+                {"train": 70000, "validation": 15000, "test": 15000},
+                _CLEVR_CUTS, "19 GB")
+_DMLAB = Source("dmlab", ("2.*.*",),
+                {"train": 65550, "validation": 22628, "test": 22735},
+                _OFFICIAL, "3 GB")
 # VTAB asks for 3.1.0, VPT for 3.2.0.
-_KITTI = Source(
-    "kitti",
-    ("3.3.*", "3.2.*"),
-    {"train": 6347, "validation": 423, "test": 711},
-    _OFFICIAL,
-    "12.6 GB",
-)
-_DSPRITES = Source("dsprites", ("2.*.*",), {"train": 737280}, _PERCENT_80_10, "28 MB")
-_SMALLNORB = Source(
-    "smallnorb",
-    ("2.*.*",),
-    {"train": 24300, "test": 24300},
-    (Cut("train"), Cut("test", (), 50), Cut("test", (50,))),
-    "260 MB",
-)
+_KITTI = Source("kitti", ("3.3.*", "3.2.*"),
+                {"train": 6347, "validation": 423, "test": 711},
+                _OFFICIAL, "12.6 GB")
+_DSPRITES = Source("dsprites", ("2.*.*",), {"train": 737280},
+                   _PERCENT_80_10, "28 MB")
+_SMALLNORB = Source("smallnorb", ("2.*.*",), {"train": 24300, "test": 24300},
+                    _NORB_CUTS, "260 MB")
 # VPT's lists of train and val are lost: the first 90 %, rounded down, and the rest have
 # their sizes. tfds has shuffled the examples already, by a hash of their keys.
-_CUB = Source(
-    "caltech_birds2011",
-    ("0.2.*", "0.1.*"),
-    {"train": 5994, "test": 5794},
-    _PERCENT_90,
-    "1.2 GB",
-)
+_CUB = Source("caltech_birds2011", ("0.2.*", "0.1.*"), {"train": 5994, "test": 5794},
+              _PERCENT_90, "1.2 GB")
 # tfds has no builder for it.
-_NABIRDS = Source(
-    "nabirds",
-    ("1.*.*",),
-    {"train": 23929, "test": 24633},
-    _PERCENT_90,
-    "48,562 JPEG pictures in one archive, by hand",
+_NABIRDS = Source("nabirds", ("1.*.*",), {"train": 23929, "test": 24633},
+    _PERCENT_90, "48,562 JPEG pictures in one archive, by hand",
     "ask the Cornell Lab of Ornithology for the archive at "
     "https://dl.allaboutbirds.org/nabirds and unpack it, so that there is "
     "nabirds/images.txt",
-    ("nabirds",),
-    own=True,
-)
-_DOGS = Source(
-    "stanford_dogs", ("0.2.*",), {"train": 12000, "test": 8580}, _PERCENT_90, "820 MB"
-)
-_CARS = Source(
-    "cars196",
-    ("2.*.*",),
-    {"train": 8144, "test": 8041},
-    _PERCENT_90,
-    "2 GB",
+    ("nabirds",), own=True)
+_DOGS = Source("stanford_dogs", ("0.2.*",), {"train": 12000, "test": 8580},
+               _PERCENT_90, "820 MB")
+_CARS = Source("cars196", ("2.*.*",), {"train": 8144, "test": 8041},
+    _PERCENT_90, "2 GB",
     "the publisher's addresses are dead (tensorflow/datasets#5656): get from elsewhere "
     "cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, "
     "unchanged, as tfds compares checksums",
-    (
-        "cars_train.tgz",
-        "cars_test.tgz",
-        "car_devkit.tgz",
-        "cars_test_annos_withlabels.mat",
-    ),
-)
+    ("cars_train.tgz", "cars_test.tgz", "car_devkit.tgz",
+     "cars_test_annos_withlabels.mat"))
 
 # Name, group, source, classes; prompts per layer of VPT-Deep and tuned %; accuracies of
 # full, linear, shallow and deep; label and picture where they are derived.
-# fmt: off
 _TABLE = (
     Benchmark("cifar100", "natural", _CIFAR100, 100,
               10, 0.20, Accuracies(68.9, 63.4, 77.7, 78.8)),
@@ -333,16 +265,12 @@ def part_runs(
     sizes = source.sizes if sizes is None else sizes
     needed = {cut.split for cut in source.cuts}
     if not needed <= set(sizes):
-        raise ValueError(
-            f"{benchmark.name}: got splits {sorted(sizes)}; expected {sorted(needed)}; "
-            "prepare the data set again."
-        )
+        got, remedy = f"splits {sorted(sizes)}", "prepare the data set again"
+        raise mismatch(benchmark.name, got, str(sorted(needed)), remedy)
     train, val, test = (Run(cut.split, *_bounds(cut, sizes)) for cut in source.cuts)
     if any(run.start >= run.stop for run in (train, val, test)):
-        raise ValueError(
-            f"{benchmark.name}: got splits of {dict(sizes)}; expected those of "
-            f"{source.sizes}, which can be cut; prepare the whole data set."
-        )
+        expected = f"those of {source.sizes}, which can be cut"
+        raise mismatch(benchmark.name, f"splits of {dict(sizes)}", expected, _WHOLE)
     parts = {"train": [train], "val": [val], "trainval": [train, val], "test": [test]}
     enough = train.stop - train.start >= NUM_TRAIN and val.stop - val.start >= NUM_VAL
     if benchmark.group != "fgvc" and enough:
@@ -371,9 +299,8 @@ def data_dirs(data_dir: str = "") -> list[Path]:
     """
     if data_dir:
         return [Path(data_dir).expanduser()]
-    named = os.environ.get("TFDS_DATA_DIR", "")
-    folders = [named, "~/tensorflow_datasets"] if named else ["~/tensorflow_datasets"]
-    return [Path(folder).expanduser() for folder in folders]
+    folders = os.environ.get("TFDS_DATA_DIR", ""), "~/tensorflow_datasets"
+    return [Path(folder).expanduser() for folder in folders if folder]
 
 
 def manual_folder(data_dir: str = "") -> Path:
@@ -383,19 +310,9 @@ def manual_folder(data_dir: str = "") -> Path:
 
 def versions(folder: Path) -> list[str]:
     """The versions prepared under a folder, the newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    names = [
-        path.name
-        for path in found
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-        and (path / "dataset_info.json").is_file()
-    ]
+    names = [path.parent.name for path in folder.glob("*/dataset_info.json")]
+    names = [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]
     return sorted(names, key=lambda name: [int(x) for x in name.split(".")])[::-1]
-
-
-def _accepted(version: str, pattern: str) -> bool:
-    parts = zip(version.split("."), pattern.split("."), strict=True)
-    return all(wanted in ("*", part) for part, wanted in parts)
 
 
 def find(benchmark: Benchmark, data_dir: str = "") -> Path:
@@ -414,7 +331,7 @@ def find(benchmark: Benchmark, data_dir: str = "") -> Path:
         found = versions(folder)
         for pattern in benchmark.source.versions:
             for version in found:
-                if _accepted(version, pattern):
+                if fnmatch.fnmatchcase(version, pattern):
                     return folder / version
         other += [str(folder / version) for version in found]
     raise advised(*_missing(benchmark, data_dir, other))
@@ -449,10 +366,7 @@ def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> list[
 
 
 class Pictures:
-    """Pictures as decoded, uint8 `[h, w, 3]` of any size, each with its label.
-
-    They are read and decoded when they are asked for.
-    """
+    """Pictures uint8 `[h, w, 3]` of any size with labels, read when asked for."""
 
     def __init__(self, benchmark: Benchmark, examples: records.Examples):
         self._benchmark = benchmark
@@ -460,9 +374,6 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self._examples)
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         row = self._benchmark
@@ -472,10 +383,9 @@ class Pictures:
         except ValueError as e:
             raise ValueError(f"{row.name}, example {i}: {e}") from e
         if not 0 <= label < row.classes:
-            raise ValueError(
-                f"{row.name}, example {i}: got label {label}; expected 0 to "
-                f"{row.classes - 1}; prepare the data set again."
-            )
+            where, expected = f"{row.name}, example {i}", f"0 to {row.classes - 1}"
+            again = "prepare the data set again"
+            raise mismatch(where, f"label {label}", expected, again)
         return picture, label
 
 
@@ -492,16 +402,12 @@ def load(benchmark: Benchmark, part: str, *, data_dir: str = "") -> Pictures:
     """
     expected = PARTS if benchmark.group == "fgvc" else PARTS + PARTS_1K
     if part not in expected:
-        raise ValueError(
-            f"{benchmark.name}: got part {part!r}; expected one of {list(expected)}; "
-            "choose one."
-        )
+        one_of = f"one of {list(expected)}"
+        raise mismatch(benchmark.name, f"part {part!r}", one_of, "choose one")
     directory = find(benchmark, data_dir)
     sizes = records.split_sizes(directory)
     expressions = split_expressions(benchmark, sizes)
     if part not in expressions:
-        raise ValueError(
-            f"{directory}: got splits of {dict(sizes)}, too few examples for {part!r}; "
-            f"expected {benchmark.source.sizes}; prepare the whole data set."
-        )
+        got = f"splits of {dict(sizes)}, too few examples for {part!r}"
+        raise mismatch(directory, got, str(benchmark.source.sizes), _WHOLE)
     return Pictures(benchmark, records.open_split(directory, expressions[part]))
