@@ -135,6 +135,19 @@ def test_what_pillow_would_misread_is_refused(tmp_path):
     near(read(tmp_path, rgb_tiff(y, 1, **{"262": 6, "530": (3, [1, 1])})), rgb)
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_strips_that_a_tiff_lacks_are_not_black(tmp_path, order):
+    x = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
+    tags = {258: 8, 259: RAW, 262: 1, 277: 1, 278: SIDE // 4}
+    whole = tiff(SIDE, SIDE, tags, x.tobytes(), order, [4 * SIDE] * 4)
+    near(read(tmp_path, whole), grey(x))
+    cut = tiff(SIDE, SIDE, tags, x[:12].tobytes(), order, [4 * SIDE] * 3)
+    high = tiff(1 << 20, SIDE, tags, x.tobytes(), order, [4 * SIDE] * 4)  # of a bomb
+    for data in (cut, high):
+        with pytest.raises(ValueError, match="strips of .* px.; expected all; fetch"):
+            read(tmp_path, data)
+
+
 def test_premultiplied_alpha_of_grey(tmp_path):
     alpha = RNG.integers(0, 256, (SIDE, SIDE))
     shown = RNG.integers(0, 256, (SIDE, SIDE)) * alpha // 255

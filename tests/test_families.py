@@ -310,10 +310,16 @@ def test_vits_that_lack_something_are_refused_by_name(timm, tmp_path, change, me
             vpt_jax.load_backbone(variant, tmp_path / "w.npz")
 
 
-def test_registers_with_positions_are_refused_by_name(timm, tmp_path):
+@pytest.mark.parametrize(("registers", "class_token"), [(3, True), (1, False)])
+def test_registers_with_positions_are_refused_by_name(
+    timm, tmp_path, registers, class_token
+):
     table = timm["pos_embed"]  # 1 + 4 rows
-    arrays = timm | {"reg_token": np.zeros((1, 3, 128), np.float32)}
-    arrays["pos_embed"] = np.concatenate([table, table[:, :3]], axis=1)
+    arrays = timm | {"reg_token": np.zeros((1, registers, 128), np.float32)}
+    if not class_token:
+        del arrays["cls_token"]
+        table = table[:, 1:]
+    arrays["pos_embed"] = np.concatenate([table, table[:, :registers]], axis=1)
     np.savez(tmp_path / "w.npz", **arrays)
     with pytest.raises(vpt_jax.CheckpointError, match="registers have positions"):
         vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")

@@ -220,7 +220,7 @@ def test_names_in_any_language(tmp_path):
         ),
         (
             lambda r: (full(r), put(r, "test/Cat/1.png")),
-            "train and test write differently: cat and Cat; expected the same folders",
+            "train and test write differently: cat and Cat; expected the same names",
         ),
         (
             lambda r: put(r, "train/cat/1.png", "train/dog/1.png", "train/dog/2.png"),

@@ -182,7 +182,7 @@ def test_two_spellings_of_a_class_keep_all_pictures(tmp_path):
     assert np.sum(sizes(loaded), axis=0).tolist() == [5, 20, 5]
     assert said == [
         "two spellings, one class: K\u00e4fer",
-        "classes whose names differ in case alone: Ant; ant",
+        "classes whose names are the same but for case or blanks: Ant; ant",
     ]
 
 
@@ -284,6 +284,57 @@ def test_a_class_may_be_called_train(tmp_path):
     refused(tmp_path / "b", "got pictures in test without a class folder")
 
 
+SPLITS_BY_OTHER_NAMES = [
+    ("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"),
+    ("training_set/training_set/cat", "test_set/test_set/cat"),
+    ("seg_train/seg_train/sea", "seg_test/seg_test/sea", "seg_pred/seg_pred"),
+    ("train_images", "test_images"),
+    ("cars_train", "cars_test"),
+    ("train2017/x", "val2017/x"),
+    ("set/Train Set", "set/Validation Set"),
+]
+
+
+@pytest.mark.parametrize("names", SPLITS_BY_OTHER_NAMES)
+def test_folders_called_like_splits_are_no_classes(tmp_path, names):
+    classes(tmp_path, *names)
+    refused(tmp_path, "which are called like splits; expected train, val, test")
+
+
+def test_one_class_may_be_called_like_a_split(tmp_path):
+    names = "steam_train", "express_train", "test_pattern", "crash_test"
+    classes(tmp_path, *names)
+    loaded, said = load(tmp_path)
+    assert loaded.class_names == tuple(sorted(names)) and not said
+
+
+def test_a_folder_of_all_pictures_is_no_class(tmp_path):
+    classes(tmp_path, "images", "masks")
+    refused(tmp_path, "got folders images; masks", "images is no name of a class")
+
+
+@pytest.mark.parametrize("inner", ["images", "photos"])
+def test_pictures_one_folder_too_deep(tmp_path, inner):
+    classes(tmp_path, f"n01/{inner}", f"n02/{inner}")
+    where = f"one folder too deep, in n01/{inner}; n02/{inner}"
+    refused(tmp_path, where, "move them up into their class folders")
+
+
+@pytest.mark.parametrize("other", ["Cat", "cat "])
+def test_names_that_only_case_or_blanks_tell_apart(tmp_path, other):
+    names = {c: [f"img/{c.strip()}{k}.png" for k in range(5)] for c in ("cat", "dog")}
+    put(tmp_path, *names["cat"], *names["dog"])
+    one = {path: c for c, paths in names.items() for path in paths}
+    two = one | dict.fromkeys(names["cat"][:3], other)
+    (tmp_path / "train.json").write_text(json.dumps(two))
+    _, said = load(tmp_path)
+    pair = "; ".join(sorted(("cat", other)))
+    assert f"classes whose names are the same but for case or blanks: {pair}" in said
+    (tmp_path / "train.json").write_text(json.dumps(one))
+    (tmp_path / "test.json").write_text(json.dumps({names["cat"][0]: other}))
+    refused(tmp_path, f"train and test write differently: cat and {other}")
+
+
 # --- lists of others ------------------------------------------------------------------
 
 
@@ -331,6 +382,18 @@ def test_lists_of_vpt(tmp_path, first):
     assert loaded.class_names == tuple(names if first else numbered)
     (tmp_path / "classes.txt").unlink()
     assert load(tmp_path)[0].class_names == tuple(map(str, range(first, 3 + first)))
+
+
+def test_a_list_that_windows_wrote(tmp_path):
+    paths = [f"img/{k}.png" for k in range(8)]
+    put(tmp_path, *paths)
+    lines = [f"{path} {k % 2}\n" for k, path in enumerate(paths)]
+    (tmp_path / "train.txt").write_text("".join(lines).replace("/", "\\"))
+    assert sizes(load(tmp_path)[0]) == [[2, 2], [1, 1], [1, 1]]
+    (tmp_path / "train.txt").write_text("..\\1.png 0\n")
+    refused(tmp_path, "expected a path inside of")
+    (tmp_path / "train.txt").write_text("".join(lines).replace("img", "pictures"))
+    refused(tmp_path, "8 of 8 pictures cannot be read", "correct the paths (of lists")
 
 
 def test_labels_in_json_may_be_names(tmp_path):

@@ -36,6 +36,7 @@ def before_load(picture: Image.Image, data: bytes) -> None:
     """
     odd = ""
     if picture.format == "TIFF":
+        _check_covered(picture)
         odd = _odd_tiff(picture)
     elif picture.format == "JPEG2000":
         # Pillow shifts: white would become black (above 8 bits), or grey (below).
@@ -45,6 +46,20 @@ def before_load(picture: Image.Image, data: bytes) -> None:
     if odd:
         got, remedy = f"a {picture.format} of {odd}", "save it as 8-bit PNG"
         raise OddError(mismatch("", got, "a more common kind", remedy))
+
+
+def _check_covered(picture: Image.Image) -> None:
+    """Raises if strips or tiles are missing from a TIFF: Pillow leaves them black."""
+    tiles = picture.tile  # pyright: ignore[reportAttributeAccessIssue]
+    width, height = picture.width, picture.height
+    if tiles and tiles[0].codec_name != "libtiff":  # which counts its rows itself
+        boxes = {tile.extents for tile in tiles}  # of every plane the same
+        there = sum((right - left) * (low - top) for left, top, right, low in boxes)
+        if there < width * height:
+            raise OddError(
+                f"got a damaged picture (a TIFF of {width} x {height} px with the "
+                f"strips of {there:,} px); expected all; fetch it again."
+            )
 
 
 def _odd_tiff(picture: Image.Image) -> str:

@@ -26,6 +26,7 @@ pictures. What was left out, and what looks wrong, is reported, with an error to
 Pictures are decoded once, see `cache.py`.
 """
 
+import collections
 import contextlib
 import os
 import time
@@ -90,6 +91,7 @@ def load(
     for text in [found.layout] * bool(found.layout) + notes:
         report(text)
     with _telling(notes, found.layout):
+        notes += _alike(data_dir, found)
         rule = rule or found.rule
         images, broken = _pictures(data_dir, side, rule, skip_broken, found, report)
         if broken:
@@ -162,10 +164,17 @@ def _pictures(
             elif skip_broken or not broken:  # else all is thrown away at the end
                 write(result)
         if broken and not skip_broken:
+            remedy = (
+                "mend or remove them, or leave them out with "
+                "--config.task.skip_broken=True"
+            )
+            if len(broken) == len(examples):
+                remedy = "expected pictures there; correct the paths (of lists, they "
+                remedy += "begin in the folder of the lists, or in images), or the "
+                remedy += "pictures"
             raise ValueError(
                 f"{data_dir}: {len(broken)} of {len(examples)} pictures cannot be "
-                f"read; {shown([text for _, text in broken])}; mend or remove them, "
-                "or leave them out with --config.task.skip_broken=True."
+                f"read; {shown([text for _, text in broken])}; {remedy}."
             )
         report(f"read in {time.perf_counter() - start:.1f} s; keeping them in {folder}")
         return {"broken": broken}
@@ -212,8 +221,10 @@ def _check(
     present: dict[str, set[int]] = {s: set(x.tolist()) for s, x in labels.items()}
     if len(present["train"]) < 2:
         known = ", ".join(names[k][:200] for k in present["train"]) or "none"
-        got = f"classes in train: {known}"
-        raise mismatch(data_dir, got, "at least 2", f"pictures lie in {LAYOUTS}")
+        got, sort = f"classes in train: {known}", "sort the pictures into class folders"
+        raise mismatch(
+            data_dir, got, f"at least 2, in {LAYOUTS}", f"{sort}, or list them"
+        )
     remedy = "the split to have it cut from train"
     for split in SPLITS:
         if not present[split]:
@@ -239,6 +250,30 @@ def _check(
         f"{len(unseen)} classes have no picture in train, so that they cannot be "
         f"learned: {shown(texts)}"
     ]
+
+
+def _alike(data_dir: str, found: Found) -> list[str]:
+    """Raises, or returns a note, about names that only case or blanks tell apart."""
+    names = {e.label: "" for split in SPLITS for e in found.splits[split]}
+    names = {label: found.class_names[label] for label in sorted(names)}
+    plain = {label: " ".join(name.casefold().split()) for label, name in names.items()}
+    train = {e.label for e in found.splits["train"]}
+    known = {plain[label]: names[label] for label in train}
+    for split in ("val", "test"):
+        odd = [
+            f"{known[plain[label]]} and {names[label]}"
+            for label in sorted({e.label for e in found.splits[split]} - train)
+            if plain[label] in known
+        ]
+        if odd:
+            raise ValueError(
+                f"{data_dir}: got classes that train and {split} write differently: "
+                f"{shown(odd)}; expected the same names in each; rename them."
+            )
+    times = collections.Counter(plain.values())
+    twice = [names[label] for label, name in plain.items() if times[name] > 1]
+    text = f"classes whose names are the same but for case or blanks: {shown(twice)}"
+    return [text] if twice else []
 
 
 def find(data_dir: str) -> Found:
@@ -277,11 +312,19 @@ def _inner(root: Path) -> Path:
     def recognised(folder: Path) -> bool:
         return lists.recognised(folder) or layouts.recognised(folder)
 
-    if recognised(root):
+    if lists.recognised(root):
         return root
     folders = layouts.listing(os.fspath(root)).folders
+    layouts.refuse_other_splits(root, folders)
+    if layouts.recognised(root):
+        return root
     inside = [name for name, path in folders.items() if recognised(Path(path))]
+    if len(inside) == 1 and not lists.recognised(inner := Path(folders[inside[0]])):
+        layouts.refuse_other_splits(inner, layouts.listing(os.fspath(inner)).folders)
     if len(inside) > 1:
+        those = [Path(folders[name]) for name in inside]
+        if not any(map(lists.recognised, those)):
+            layouts.refuse_one_too_deep(root, those)
         names = shown([printable(name) for name in inside])
         example = printable(os.path.join(root, inside[0]))
         raise mismatch(

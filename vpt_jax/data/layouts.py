@@ -4,8 +4,9 @@
 import collections
 import functools
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ _LITTER = frozenset(
     "/system volume information".split("/")
 )
 _HIDDEN, _LEFT, _OUTSIDE = "hidden", "left behind by a system", "not in a class folder"
+# A split's name among others, such as `cars_train`, `test_images` or `val2017`.
+_SPLIT_WORD = re.compile(
+    r"(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?)(?![a-z])", re.IGNORECASE
+)
+# Of folders that hold all pictures, whatever their class.
+_ALL = frozenset("images imgs jpegimages jpeg jpg".split())
 _LOOKED_AT = 10_000  # files, for a message
 
 
@@ -93,6 +100,46 @@ def recognised(root: Path) -> bool:
     )
 
 
+def refuse_other_splits(root: Path, names: Iterable[str]) -> None:
+    """Raises if folders are called as splits are, and by more: they are no classes.
+
+    One alone may be a class (`steam_train`); of two that differ in the split's name
+    alone (`cars_train`, `cars_test`) it is known.
+
+    Raises:
+      ValueError: It names them.
+    """
+    alike: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    for name in names:
+        if not split_of(name) and (word := _SPLIT_WORD.search(name)):
+            rest = f"{name[: word.start()]}/{name[word.end() :]}".casefold()
+            alike[rest][split_of(word[0])] = name
+    for found in alike.values():
+        if len(found) > 1:
+            raise ValueError(
+                f"{root}: got folders {shown(list(map(printable, found.values())))}, "
+                f"which are called like splits; expected {', '.join(SPLITS)}, with a "
+                "folder for each class in them; rename them, and sort the pictures "
+                "into classes if they are not, or write lists (train.txt with `path "
+                "label` a line)."
+            )
+
+
+def refuse_one_too_deep(root: Path, folders: list[Path]) -> None:
+    """Raises if each folder holds its pictures in one of its own: `<class>/images/*`.
+
+    Raises:
+      ValueError: It names them.
+    """
+    look = functools.cache(listing)
+    inside = [_deeper(os.fspath(folder), look) for folder in folders]
+    if all(len(names) == 1 for names in inside):
+        places = [f / names[0] for f, names in zip(folders, inside, strict=True)]
+        deep = shown([relative(place, root) for place in places])
+        got = f"pictures one folder too deep, in {deep}"
+        raise mismatch(root, got, LAYOUTS, "move them up into their class folders")
+
+
 def find(root: Path, notes: list[str]) -> Found:
     """Pictures in class folders, with or without folders of splits around these.
 
@@ -123,8 +170,12 @@ def find(root: Path, notes: list[str]) -> Found:
         for why, found in sorted(ignored.items())
     ]
     if not any(groups["train"].values()):
-        raise _nothing(root, " of train" if where else "")
-    _check_spelling(root, groups)
+        raise nothing(root, " of train" if where else "")
+    full = sorted(name for name, group in groups["train"].items() if group)
+    if len(full) > 1 and (whole := [n for n in full if n.casefold() in _ALL]):
+        got = f"folders {shown(list(map(printable, full)))}, of which {shown(whole)}"
+        remedy = "give the folder of the classes, or write lists"
+        raise mismatch(root, f"{got} is no name of a class", LAYOUTS, remedy)
     names = tuple(sorted({name for split in have for name in groups[split]}))
     label = {name: k for k, name in enumerate(names)}
     chosen = cut(groups["train"], [s for s in ("val", "test") if s not in have])
@@ -204,10 +255,6 @@ def _classes(
         raise mismatch(root, got, "all in class folders", "move these up, or away")
     if spellings:
         notes.append(f"two spellings, one class: {shown(spellings)}")
-    alike = collections.Counter(name.casefold() for name in flat)
-    cases = [printable(name) for name in flat if alike[name.casefold()] > 1]
-    if cases:
-        notes.append(f"classes whose names differ in case alone: {shown(cases)}")
     return groups
 
 
@@ -222,22 +269,7 @@ def _add(group: dict[str, Any], name: str, value: Any) -> None:
     group[key] = value
 
 
-def _check_spelling(root: Path, groups: Mapping[str, Mapping[str, dict]]) -> None:
-    """Raises if a class of val or test is one of train in upper or lower case."""
-    known = {name for name, group in groups["train"].items() if group}
-    folded = {name.casefold(): name for name in known}
-    for split in groups:
-        odd = [
-            f"{printable(folded[name.casefold()])} and {printable(name)}"
-            for name, group in groups[split].items()
-            if group and name not in known and name.casefold() in folded
-        ]
-        if odd:
-            got = f"classes that train and {split} write differently: {shown(odd)}"
-            raise mismatch(root, got, "the same folders in each", "rename them")
-
-
-def _nothing(root: Path, which: str) -> ValueError:
+def nothing(root: Path, which: str = "") -> ValueError:
     """Says that there are no pictures in class folders, and what is there."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for number, (folder, _, files) in enumerate(os.walk(root)):

@@ -141,6 +141,8 @@ def _rows(root: Path, path: Path) -> list[Row]:
     pairs = _json_pairs if path.suffix.lower() == ".json" else _text_pairs
     rows = []
     for where, name, label in pairs(path):
+        if "\\" in name and not os.path.lexists(_place(root, name)):
+            name = name.replace("\\", "/")  # of a list that Windows wrote
         if name.startswith("/") or ".." in name.split("/"):
             remedy = "move the pictures there, or link to them"
             raise mismatch(path, where, f"a path inside of {root}", remedy)

@@ -403,9 +403,10 @@ def _grid(shapes: dict[str, tuple[int, ...]], class_token: bool, path: Any) -> i
     for with_row in (class_token, False):
         with contextlib.suppress(ValueError):
             return grid_side(shape, with_row)
-    first = int(class_token) + (registers[1] if len(registers) == 3 else 0)
+    extra = registers[1] if len(registers) == 3 else 0
+    first = int(class_token) + extra
     patches = shape[1] - first if len(shape) == 3 else -1
-    if first > 1 and patches > 0 and math.isqrt(patches) ** 2 == patches:
+    if extra and patches > 0 and math.isqrt(patches) ** 2 == patches:
         raise CheckpointError(
             f"{path} holds a ViT whose registers have positions, which is not"
             f" supported: its table has {first} rows more than patches. Take one whose"
