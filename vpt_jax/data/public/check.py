@@ -46,12 +46,7 @@ def check(
     common, records that are damaged or have no right picture or label, a class that
     train or test lacks, and a part most of whose pictures are in another part too.
     Notes are: classes that other parts lack, and fewer equal pictures, which several
-    published sets have.
-
-    Args:
-      row: Of `vtab.BENCHMARKS`.
-      data_dir: As in `vtab.data_dirs`.
-      report: Called with lines of text: what is there, and progress.
+    published sets have. Progress is reported in lines of text.
 
     Raises:
       ValueError: If the data set is not prepared.

@@ -64,12 +64,7 @@ def _state(row: vtab.Benchmark, copy: Prepared | None, data_dir: str) -> str:
 
 
 def show(data_dir: str = "", width: int | None = None) -> None:
-    """Prints the table and a summary.
-
-    Args:
-      data_dir: As in `vtab.data_dirs`.
-      width: Columns of text; None for the terminal's.
-    """
+    """Prints the table and a summary, in `width` columns or the terminal's."""
     console = Console(width=width, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.add_column("Task", no_wrap=True)
