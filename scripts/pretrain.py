@@ -24,8 +24,8 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from vpt_jax.data.augment import crop_and_flip, normalise, resize
 from vpt_jax.files import cli, preemption, states, workdirs
+from vpt_jax.models.inputs import normalise
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import apply_head, init_head
@@ -38,6 +38,30 @@ class State(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: Any
+
+
+def resize(images: jax.Array, side: int) -> jax.Array:
+    """Bilinear resize of `[b, h, w, 3]` to `side`, antialiased when shrinking."""
+    if images.shape[1:3] == (side, side):
+        return images
+    shape = (images.shape[0], side, side, images.shape[3])
+    out = jax.image.resize(images.astype(jnp.float32), shape, "bilinear")
+    return jnp.round(out).astype(images.dtype)
+
+
+def crop_and_flip(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
+    """Random shift by up to `pad` pixels (zeros outside), random horizontal flip."""
+    b, h, w, c = images.shape
+    shift_key, flip_key = jax.random.split(key)
+    shifts = jax.random.randint(shift_key, (b, 2), 0, 2 * pad + 1)
+    flips = jax.random.bernoulli(flip_key, 0.5, (b,))
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def one(image: jax.Array, shift: jax.Array, flip: jax.Array) -> jax.Array:
+        image = jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (h, w, c))
+        return jnp.where(flip, image[:, ::-1], image)
+
+    return jax.vmap(one)(padded, shifts, flips)
 
 
 def read_zip(path: str | Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import parallel, train
-from vpt_jax.data.augment import normalise
+from vpt_jax.models.inputs import normalise
 from vpt_jax.models.layers import LayerNorm
 from vpt_jax.prompts import Mask, prompt_dropout
 from vpt_jax.run import fitting

@@ -15,9 +15,9 @@ import numpy as np
 import vpt_jax
 from studies.study import Lab, tuned
 from vpt_jax import parallel
-from vpt_jax.data.augment import normalise
 from vpt_jax.data.strips import view
 from vpt_jax.files import workdirs
+from vpt_jax.models.inputs import normalise
 from vpt_jax.models.scores import example_values
 from vpt_jax.prompts import Prompts, counts
 from vpt_jax.run.stages import Run

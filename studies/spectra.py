@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.data.augment import normalise
+from vpt_jax.models.inputs import normalise
 from vpt_jax.models.layers import Attention
 from vpt_jax.prompts import counts
 

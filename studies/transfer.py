@@ -38,8 +38,8 @@ from studies.scenes import CLASSES, make_scenes
 from studies.study import Lab, Result
 from studies.transfer_page import REFERENCES, SEVENTY
 from vpt_jax import train
-from vpt_jax.data.augment import normalise
 from vpt_jax.files import workdirs
+from vpt_jax.models.inputs import normalise
 from vpt_jax.prompts import Importance, Mask
 from vpt_jax.run import config as configs
 from vpt_jax.run import parsing

@@ -20,7 +20,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,27 +240,10 @@ _FLAG_NAMES = st.sampled_from(
     + ["tune.unknown", "unknown", "tune..epochs", "", "tune.epochs.x", "seeds[0]"]
 ).map(lambda name: f"--config.{name}=")
 _OTHER_FLAGS = st.sampled_from(
-    [
-        "--unknown",
-        "--workdir",
-        "--traceback=7",
-        "-x",
-        "word",
-        "--config",
-        "--seeds=1",
-        "--config=configs/absent.py",
-        "--config=configs/demo.py:absent",
-        "--config=",
-        "--config=README.md",
-        "--config=configs",
-        "--config.tune.epochs",
-        "--",
-        "--noconfig",
-        "--launcher=moon",
-        "--list",
-        "--address=x",
-        "--list=maybe",
-    ]
+    "--unknown --workdir --traceback=7 -x word --config --seeds=1 --config= --noconfig"
+    " --config=configs/absent.py --config=configs/demo.py:absent --config=README.md"
+    " --config=configs --config.tune.epochs -- --launcher=moon --list --address=x"
+    " --list=maybe".split()
 )
 ARGUMENTS = st.lists(
     st.builds(str.__add__, _FLAG_NAMES, _FLAG_VALUES) | _OTHER_FLAGS,
@@ -285,15 +268,14 @@ def try_flags(arguments: list[str], folder: Path) -> str:
             with open(errors, "wb") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), "utf-8")
-            sys.stderr = io.TextIOWrapper(
-                io.FileIO(2, "w"), "utf-8", "backslashreplace"
+            sys.stdout, sys.stderr = (
+                io.TextIOWrapper(io.FileIO(fd, "w"), "utf-8", "backslashreplace")
+                for fd in (1, 2)
             )
             _command_line(arguments)
         except SystemExit as end:
-            code = {None: 0}.get(
-                end.code, end.code if isinstance(end.code, int) else 98
-            )
+            code = end.code or 0
+            code = code if isinstance(code, int) else 98
         except BaseException:
             import traceback
 
@@ -479,8 +461,8 @@ def try_weights(data: bytes, folder: Path) -> str:
     path.write_bytes(data)
     with or_refused(path) as outcome:
         arrays, _ = read_arrays(path)
-        assert all(type(a) is np.ndarray and not a.dtype.hasobject for a in
-                   arrays.values())  # fmt: skip
+        for array in arrays.values():
+            assert type(array) is np.ndarray and not array.dtype.hasobject
         outcome.append("accepted")
     return outcome[0]
 
@@ -488,33 +470,27 @@ def try_weights(data: bytes, folder: Path) -> str:
 # --- pictures -------------------------------------------------------------------------
 
 
-def png(
-    width: int, height: int, rows: int = 0, depth: int = 8, colour: int = 2
-) -> bytes:
+def png(width, height, rows=0, depth=8, colour=2) -> bytes:
     """A PNG that states a size and has `rows` black rows of it: some 1/1000 of them."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
     line = bytes(1 + (width * channels * depth + 7) // 8)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + crc
-
     packer = zlib.compressobj()
     body = b"".join(packer.compress(line) for _ in range(rows)) + packer.flush()
-    head = struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0)
-    palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette
-    return start + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    palette = [(b"PLTE", bytes(768))] if colour == 3 else []
+    return png_of((width, height, depth, colour), [*palette, (b"IDAT", body)])
 
 
-def tiff(
-    height: int,
-    width: int,
-    tags: dict,
-    data: bytes,
-    order: str = "<",
-    strips: Sequence[int] = (),
-) -> bytes:
+def png_of(head, chunks) -> bytes:
+    """A PNG of `(width, height, depth, colour)` and chunks of a kind and data."""
+    out = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">2I5B", *head, 0, 0, 0)
+    for kind, data in [(b"IHDR", header), *chunks, (b"IEND", b"")]:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        out += struct.pack(">I", len(data)) + kind + data + crc
+    return out
+
+
+def tiff(height, width, tags, data, order="<", strips=()) -> bytes:
     """A TIFF of one page; values of `tags` are numbers, or a type and numbers."""
     strips = strips or [len(data)]
     entries = {256: (4, [width]), 257: (4, [height]), 279: (4, list(strips))}
@@ -586,35 +562,13 @@ def try_picture(data: bytes, folder: Path) -> str:
 
 # --- folders --------------------------------------------------------------------------
 
-_PARTS = st.sampled_from(
-    [
-        "train",
-        "val",
-        "test",
-        "valid",
-        "Train",
-        "@eaDir",
-        "cat",
-        "dog",
-        "a.png",
-        "b.png",
-        "c.JPG",
-        "d.gif",
-        ".hidden",
-        "e.png\n",
-        "classes.txt",
-        "f.txt",
-        os.fsdecode(b"\xff.png"),
-        "\u00e9.png",
-        "e\u0301.png",
-        "n" * 200,
-        "two words.png",
-        "\x1b[31m.png",
-        "-",
-        "%s.png",
-        "train.txt",
-    ]
-) | st.text(min_size=1, max_size=4)
+_PLAIN_PARTS = (
+    "train val test valid Train @eaDir cat dog a.png b.png c.JPG d.gif .hidden f.txt"
+    " classes.txt train.txt \u00e9.png e\u0301.png - %s.png"
+).split()
+_ODD_PARTS = ["e.png\n", os.fsdecode(b"\xff.png"), "two words.png", "\x1b[31m.png"]
+_PARTS = st.sampled_from([*_PLAIN_PARTS, *_ODD_PARTS, "n" * 200])
+_PARTS |= st.text(min_size=1, max_size=4)
 _KINDS = st.sampled_from(
     ["picture"] * 8 + ["broken", "empty", "folder", "pipe", "loop", "up", "zero"]
 )
@@ -701,36 +655,13 @@ def load_folder(path: Path, folder: Path, skip_broken: bool = False) -> str:
     return outcome[0]
 
 
-_LINES = st.lists(
-    st.sampled_from(
-        [
-            "a.png 0",
-            "b.png 1",
-            "a/c.png 2",
-            "gone.png 1",
-            "b.png",
-            "1",
-            " ",
-            "a.png -1",
-            "/etc/passwd 0",
-            "../x.png 1",
-            "a.png 99999999999",
-            "a.png " + "9" * 5000,
-            "a.png ١",
-            "a.png 0.5",
-            "pipe 1",
-            "\x00 1",
-            "b.png\t1",
-            "n" * 5000 + " 0",
-            "images/../../up.png 0",
-            "/dev/zero 1",
-            "\ufeff 0",
-            "loop 1",
-        ]
-    )
-    | st.text(max_size=8),
-    max_size=9,
-)
+_ROWS = (
+    "a.png 0;b.png 1;a/c.png 2;gone.png 1;b.png;1; ;a.png -1;/etc/passwd 0;../x.png 1"
+    ";a.png 99999999999;a.png ١;a.png 0.5;pipe 1;\x00 1;b.png\t1;/dev/zero 1;\ufeff 0"
+    ";images/../../up.png 0;loop 1"
+).split(";")
+_ROWS += ["a.png " + "9" * 5000, "n" * 5000 + " 0"]
+_LINES = st.lists(st.sampled_from(_ROWS) | st.text(max_size=8), max_size=9)
 _TEXT = _LINES.map(lambda lines: "\n".join(lines).encode(errors="surrogatepass"))
 _JSON = st.one_of(
     st.dictionaries(
@@ -774,20 +705,8 @@ _DTYPES = st.sampled_from(
 _DIMS = st.lists(st.sampled_from([0, 1, 3, 4, 6, 6, 8]), max_size=5).map(tuple)
 _ARRAYS = st.tuples(_DTYPES, _DIMS | st.just((6, 9, 9, 3)), st.integers(-2, 5))
 _KEYS = st.sampled_from(
-    [
-        "train_images",
-        "train_labels",
-        "val_images",
-        "val_labels",
-        "test_images",
-        "test_labels",
-        "images",
-        "labels",
-        "class_names",
-        "other",
-        "x/labels",
-        "../y",
-    ]
+    "train_images train_labels val_images val_labels test_images test_labels images"
+    " labels class_names other x/labels ../y".split()
 )
 
 
@@ -810,10 +729,8 @@ def _set_file(arrays: dict, labels: Any, names: Any, compressed: bool) -> bytes:
     if names is not None:
         made["class_names"] = np.array(names)
     for name, (dtype, shape, fill) in arrays.items():
-        value = {"U": "abc"[: abs(fill)], "S": b"a", "O": {}, "M": 0}.get(
-            dtype[0], fill
-        )
-        made[name] = np.full(shape, value).astype(dtype)
+        values = {"U": "abc"[: abs(fill)], "S": b"a", "O": {}, "M": 0}
+        made[name] = np.full(shape, values.get(dtype[0], fill)).astype(dtype)
     return npz_of(made, compressed)
 
 

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from fuzzing import tiff
+from fuzzing import png_of, tiff
 from PIL import Image
 
 from vpt_jax.data import pictures
@@ -164,14 +164,9 @@ def png(x, depth, colour, clear, *more):
     """A picture of numbers of `depth` bits, one value of which is transparent."""
     bits = (x[..., None] >> np.arange(depth - 1, -1, -1)) & 1
     rows = [np.packbits(r.reshape(-1)).tobytes() for r in bits.reshape(len(x), -1)]
-    head = struct.pack(">2I5B", x.shape[1], len(x), depth, colour, 0, 0, 0)
-    parts = [(b"IHDR", head), (b"tRNS", struct.pack(f">{len(clear)}H", *clear)), *more]
+    parts = [(b"tRNS", struct.pack(f">{len(clear)}H", *clear)), *more]
     parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + r for r in rows)))]
-    out = b"\x89PNG\r\n\x1a\n"
-    for kind, data in [*parts, (b"IEND", b"")]:
-        crc = struct.pack(">I", zlib.crc32(kind + data))
-        out += struct.pack(">I", len(data)) + kind + data + crc
-    return out
+    return png_of((x.shape[1], len(x), depth, colour), parts)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])

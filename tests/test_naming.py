@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vpt_jax
-from vpt_jax.data.augment import NORMALISATIONS
+from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
 from vpt_jax.weights.backbones import BACKBONES, known_backbone

@@ -3,12 +3,12 @@
 
 import io
 import os
-import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+from fuzzing import png_of
 from PIL import Image, TiffImagePlugin, features
 
 from vpt_jax.data import pictures
@@ -199,13 +199,7 @@ def test_16_bit_colour(tmp_path):
 
 
 def png(head, rows):
-    def chunk(kind, data):
-        crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", *head, 0, 0, 0)
-    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*p) for p in parts)
+    return png_of(head, [(b"IDAT", zlib.compress(rows))])
 
 
 # EXIF orientation: what was done to the upright picture before it was stored.

@@ -12,8 +12,9 @@ import pytest
 from conftest import make_tiny
 
 import vpt_jax
+from scripts.pretrain import crop_and_flip, resize
 from vpt_jax import train
-from vpt_jax.data.augment import crop_and_flip, normalise, resize
+from vpt_jax.models.inputs import normalise
 from vpt_jax.run import probe
 
 NUM = (2, 0, 3)

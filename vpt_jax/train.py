@@ -23,8 +23,8 @@ import optax
 
 from vpt_jax import parallel
 from vpt_jax.data import strips
-from vpt_jax.data.augment import normalise
 from vpt_jax.files.checks import check_labels
+from vpt_jax.models.inputs import normalise
 from vpt_jax.prompts import (
     Mask,
     apply_head,

@@ -30,21 +30,13 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", "download and prepare", "'all' for those without manual files"),
         ("check", "read all of a prepared set and verify it", "'all' for those there"),
     ):
-        command = commands.add_parser(
-            name, help=text, description=f"{text.capitalize()}."
-        )
+        about = f"{text.capitalize()}."
+        add = commands.add_parser(name, help=text, description=about).add_argument
         if tasks:
-            command.add_argument(
-                "task", nargs="+", help=f"as `list` shows them; {tasks}"
-            )
-        command.add_argument(
-            "--data_dir",
-            default="",
-            help="of prepared sets; else $TFDS_DATA_DIR and ~/tensorflow_datasets",
-        )
-        command.add_argument(
-            "--traceback", action="store_true", help="show where an error was raised"
-        )
+            add("task", nargs="+", help=f"as `list` shows them; {tasks}")
+        where = "of prepared sets; else $TFDS_DATA_DIR and ~/tensorflow_datasets"
+        add("--data_dir", default="", help=where)
+        add("--traceback", action="store_true", help="show where an error was raised")
     return parser
 
 
@@ -61,17 +53,10 @@ def _rows(
         else:
             close = [task for task in vtab.BENCHMARKS if name and name in task]
             close = close or difflib.get_close_matches(name, vtab.BENCHMARKS)
-            raise ValueError(
-                f"got task {name!r}; expected 'all' or "
-                f"{' or '.join(close or vtab.BENCHMARKS)}; `python -m vpt_jax.data "
-                "list` shows all."
-            )
+            expected = f"'all' or {' or '.join(close or vtab.BENCHMARKS)}"
+            remedy = "`python -m vpt_jax.data list` shows all"
+            raise messages.mismatch("", f"task {name!r}", expected, remedy)
     return list(rows.values())
-
-
-def _list(args: argparse.Namespace) -> int:
-    listing.show(args.data_dir)
-    return 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -93,14 +78,10 @@ def _prepare(args: argparse.Namespace) -> int:
     for row in todo:
         builders.require(row, args.data_dir)
     if todo:
-        sources = [row.source for row in todo]
-        print(
-            f"to prepare in {vtab.data_dirs(args.data_dir)[0]}: "
-            f"{', '.join(source.name for source in sources)}; "
-            f"{listing.total_download(sources)} to download",
-            flush=True,
-        )
-    failed = 0
+        where, names = vtab.data_dirs(args.data_dir)[0], [r.source.name for r in todo]
+        size = listing.total_download(row.source for row in todo)
+        print(f"to prepare in {where}: {', '.join(names)}; {size} to download")
+    failed = False
     for row in todo:
         try:
             found = builders.prepare(row, args.data_dir)
@@ -108,12 +89,12 @@ def _prepare(args: argparse.Namespace) -> int:
         except Exception as error:
             if args.traceback:
                 raise
-            failed += 1
+            failed = True
             _complain(f"{row.source.name} is not prepared: {messages.reason(error)}")
         else:
             print(f"{row.source.name}: prepared in {found}", flush=True)
             print(f"  verify it: python -m vpt_jax.data check {row.name}")
-    return 1 if failed else 0
+    return int(failed)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -126,10 +107,9 @@ def _check(args: argparse.Namespace) -> int:
     for row in rows:
         start = time.monotonic()
         found = check.check(row, args.data_dir, lambda text: print(text, flush=True))
-        for note in found.notes:
-            print(f"  note: {note}")
-        for error in found.errors:
-            print(f"  error: {error}")
+        texts = [f"note: {note}" for note in found.notes]
+        texts += [f"error: {error}" for error in found.errors]
+        print("".join(f"  {text}\n" for text in texts), end="")
         seconds = time.monotonic() - start
         num = len(found.errors)
         verdict = f"{num} error{'s' * (num > 1)}" if num else "fine"
@@ -137,7 +117,7 @@ def _check(args: argparse.Namespace) -> int:
         wrong += [row.name] if found.errors else []
     if wrong and len(rows) > 1:
         print(f"wrong: {', '.join(wrong)}")
-    return 1 if wrong else 0
+    return int(bool(wrong))
 
 
 def _complain(error: object) -> None:
@@ -147,18 +127,13 @@ def _complain(error: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-      argv: Its arguments; those of the process when None.
-
-    Returns:
-      The exit code.
-    """
+    """Runs a command of these arguments, or the process's; returns the exit code."""
     args = _parser().parse_args(argv)
-    commands = {"list": _list, "prepare": _prepare, "check": _check}
     try:
-        return commands[args.command](args)
+        if args.command == "list":
+            listing.show(args.data_dir)
+            return 0
+        return (_prepare if args.command == "prepare" else _check)(args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from vpt_jax.condense import SCOPES
-from vpt_jax.data.augment import NORMALISATIONS
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.files.messages import shown
 from vpt_jax.models.attention import ATTENTIONS
+from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.scores import DEFAULT_SCORE, REDUCTIONS, SCORES, Score
 from vpt_jax.models.vit import NORMS, READOUTS, REMATS

@@ -14,7 +14,7 @@ import numpy as np
 
 from vpt_jax import parallel
 from vpt_jax.data import strips
-from vpt_jax.data.augment import normalise
+from vpt_jax.models.inputs import normalise
 
 DECAYS = tuple(float(f"{10.0**-e:.3g}") for e in np.arange(-1.0, 5.1, 0.5))
 """Decays that are tried, 10 ... 1e-5, of features at unit scale."""

@@ -18,10 +18,10 @@ import numpy as np
 
 import vpt_jax
 from vpt_jax import parallel, train
-from vpt_jax.data.augment import normalise
 from vpt_jax.data.strips import Strip, view
 from vpt_jax.data.tasks import Split, Task
 from vpt_jax.files import durable, workdirs
+from vpt_jax.models.inputs import normalise
 from vpt_jax.prompts import Mask
 from vpt_jax.run import config as configs
 from vpt_jax.run import fitting, probe

@@ -21,7 +21,7 @@ class Backbone(NamedTuple):
     pattern: str  # regular expression, searched in the lower-case path
     source: str
     licence: str
-    normalisation: str  # see `data.augment.NORMALISATIONS`
+    normalisation: str  # see `models.inputs.NORMALISATIONS`
     readout: str = "cls"
     norm: str = "before"
     resize: str = "corner_aligned"

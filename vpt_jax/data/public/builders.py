@@ -20,10 +20,6 @@ _NEEDED = ("tensorflow", "h5py", "cv2")
 def require(row: vtab.Benchmark, data_dir: str = "") -> None:
     """Looks, before anything is downloaded, whether a data set can be prepared.
 
-    Args:
-      row: Of `vtab.BENCHMARKS`.
-      data_dir: As in `vtab.data_dirs`.
-
     Raises:
       ValueError: If files that are fetched by hand are not there, or a package that
         builders need is not installed.
@@ -45,12 +41,9 @@ def require(row: vtab.Benchmark, data_dir: str = "") -> None:
 def prepare(row: vtab.Benchmark, data_dir: str = "") -> Path:
     """Downloads and prepares the data set of a benchmark, as ArrayRecord files.
 
-    Args:
-      row: Of `vtab.BENCHMARKS`.
-      data_dir: As in `vtab.data_dirs`; the first folder is written.
-
     Returns:
-      The directory of the version that was prepared. It appears when it is whole.
+      The directory of the version that was prepared, in the first of
+      `vtab.data_dirs`. It appears when it is whole.
 
     Raises:
       ValueError: If the version is not one that `vtab` accepts, or our own builder

@@ -18,7 +18,6 @@ from vpt_jax.files import messages
 
 _INTERVAL_S = 10.0  # between lines of progress
 _PATIENCE = 20  # unreadable examples of a part, after which it is left
-_SHOWN = 3  # examples that a message names
 # Real sets have some equal pictures. That most of a part is in another is a mistake.
 _LEAK = 0.5
 
@@ -47,12 +46,7 @@ def check(
     common, records that are damaged or have no right picture or label, a class that
     train or test lacks, and a part most of whose pictures are in another part too.
     Notes are: classes that other parts lack, and fewer equal pictures, which several
-    published sets have.
-
-    Args:
-      row: Of `vtab.BENCHMARKS`.
-      data_dir: As in `vtab.data_dirs`.
-      report: Called with lines of text: what is there, and progress.
+    published sets have. Progress is reported in lines of text.
 
     Raises:
       ValueError: If the data set is not prepared.
@@ -107,10 +101,10 @@ def _overlaps(parts: Mapping[str, Sequence[vtab.Run]]) -> list[str]:
         for a, b in itertools.product(parts.get(first, ()), parts.get(second, ())):
             start, stop = max(a.start, b.start), min(a.stop, b.stop)
             if a.split == b.split and start < stop:
-                errors.append(
-                    f"{first} and {second}: got {stop - start:,} records in common, "
-                    f"{a.split}[{start}:{stop}]; expected none; correct the table."
-                )
+                both, where = f"{first} and {second}", f"{a.split}[{start}:{stop}]"
+                got = f"{stop - start:,} records in common, {where}"
+                error = messages.mismatch(both, got, "none", "correct the table")
+                errors.append(str(error))
     return errors
 
 
@@ -169,8 +163,7 @@ def _count_classes(
         report(f"  {part}: {len(labels):,} examples of {len(present)} classes, {each}")
     lacking = np.flatnonzero(counts == 0).tolist()
     if lacking and whole:  # else what cannot be read has been reported
-        some = ", ".join(map(str, lacking[:_SHOWN]))
-        some += ", ..." if len(lacking) > _SHOWN else ""
+        some = doubts.first_of([str(k) for k in lacking])
         text = f"{part}: got no example of {len(lacking)} of {row.classes} classes"
         if part in ("train", "test"):
             more = "expected all; prepare the whole data set."
@@ -187,7 +180,7 @@ def _compare_pictures(
     pairs = doubts.shared(theirs, ours)
     if not pairs:
         return
-    some = ", ".join(f"{second}[{j}] is {first}[{i}]" for j, i in pairs[:_SHOWN])
+    some = doubts.first_of([f"{second}[{j}] is {first}[{i}]" for j, i in pairs])
     text = (
         f"{first} and {second}: {len(pairs):,} of {second}'s {len(theirs):,} "
         f"pictures are equal to one of {first} ({some})"

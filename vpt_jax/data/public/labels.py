@@ -90,11 +90,7 @@ def picture(example: Example) -> np.ndarray:
 
 
 def binary_picture(example: Example) -> np.ndarray:
-    """A picture of zeros and ones, as of 0 and 255: uint8 `[h, w, 3]`.
-
-    Raises:
-      ValueError: If it has other values, or is no picture.
-    """
+    """A picture of zeros and ones, as of 0 and 255; ValueError if it has others."""
     image = picture(example)
     if image.max(initial=0) > 1:
         got = f"a picture with values up to {image.max()}"

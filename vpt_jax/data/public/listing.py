@@ -10,9 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from vpt_jax.data.public import vtab
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
-_UNITS = {"MB": 10**6, "GB": 10**9}
+from vpt_jax.data.public import vtab
 
 
 class Prepared(NamedTuple):
@@ -23,25 +26,17 @@ class Prepared(NamedTuple):
     size: int  # bytes
 
 
-def in_words(size: int) -> str:
-    """A number of bytes: 0.2 MB, 170 MB, 12.6 GB."""
-    unit = "GB" if size >= 999.5e6 else "MB"
-    number = size / _UNITS[unit]
-    return f"{number:.1f} {unit}" if number < 99.95 else f"{number:,.0f} {unit}"
-
-
 def download_size(source: vtab.Source) -> int | None:
     """Bytes that tfds downloads; None where it is done by hand."""
-    found = re.fullmatch(r"([\d.]+) (MB|GB)", source.download)
-    if source.manual or not found:
-        return None
-    return round(float(found[1]) * _UNITS[found[2]])
+    number, _, unit = source.download.partition(" ")
+    scale = {"MB": 10**6, "GB": 10**9}.get(unit)
+    return round(float(number) * scale) if scale and not source.manual else None
 
 
 def total_download(sources: Iterable[vtab.Source]) -> str:
     """What tfds downloads for several data sets together, in words."""
     size = sum(download_size(source) or 0 for source in sources)
-    return in_words(size) if size else "nothing"
+    return decimal(size) if size else "nothing"
 
 
 def find(row: vtab.Benchmark, data_dir: str = "") -> Prepared | None:
@@ -61,33 +56,15 @@ def find(row: vtab.Benchmark, data_dir: str = "") -> Prepared | None:
 
 def _state(row: vtab.Benchmark, copy: Prepared | None, data_dir: str) -> str:
     if copy:
-        return f"{copy.version} {copy.file_format} {in_words(copy.size)}"
+        return f"{copy.version} {copy.file_format} {decimal(copy.size)}"
     homes = [root / row.source.name for root in vtab.data_dirs(data_dir)]
     others = [version for home in homes for version in vtab.versions(home)]
     wanted = " or ".join(row.source.versions)
     return f"{', '.join(others)}, not {wanted}" if others else "missing"
 
 
-def _sizes(row: vtab.Benchmark) -> list[str]:
-    """Published numbers of examples of train, val and test."""
-    parts = vtab.part_runs(row)
-    return [
-        f"{sum(run.stop - run.start for run in parts[part]):,}"
-        for part in ("train", "val", "test")
-    ]
-
-
 def show(data_dir: str = "", width: int | None = None) -> None:
-    """Prints the table and a summary.
-
-    Args:
-      data_dir: As in `vtab.data_dirs`.
-      width: Columns of text; None for the terminal's.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    """Prints the table and a summary, in `width` columns or the terminal's."""
     console = Console(width=width, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.add_column("Task", no_wrap=True)
@@ -101,15 +78,16 @@ def show(data_dir: str = "", width: int | None = None) -> None:
         for row in vtab.BENCHMARKS.values():
             if row.group != group:
                 continue
-            source = row.source
+            source, parts = row.source, vtab.part_runs(row)
             if source.name not in sources:
                 sources[source.name] = source
                 copies[source.name] = find(row, data_dir)
             copy = copies[source.name]
+            runs = [parts[part][0] for part in ("train", "val", "test")]
             table.add_row(
                 row.name,
                 str(row.classes),
-                *_sizes(row),
+                *(f"{run.stop - run.start:,}" for run in runs),
                 "by hand" if source.manual else source.download,
                 _state(row, copy, data_dir),
                 style="" if copy else "dim",
@@ -126,7 +104,7 @@ def _summary(
     missing = [source for name, source in sources.items() if not copies[name]]
     by_hand = sum(bool(source.manual) for source in missing)
     roots = " or ".join(_home(root) for root in vtab.data_dirs(data_dir))
-    size = in_words(sum(copy.size for copy in there))
+    size = decimal(sum(copy.size for copy in there))
     state = [f"{len(there)} prepared ({size} on disk)"] if there else []
     if missing:
         more = f", and {by_hand} by hand" if by_hand else ""

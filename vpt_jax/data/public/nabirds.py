@@ -22,20 +22,11 @@ CLASSES = 555
 
 
 def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, cub.Picture]:
-    """Reads the publisher's lists, and looks whether every picture is there.
-
-    Args:
-      folder: Of `images.txt`, `image_class_labels.txt`, `train_test_split.txt` and
-        `images/`.
-      classes: How many there must be.
-
-    Returns:
-      Uuid to picture.
+    """Reads the publisher's lists: uuid to picture.
 
     Raises:
-      ValueError: If a file is missing or has a line of another form, the files are
-        about different pictures, there are more or fewer classes, or a picture is not
-        there.
+      ValueError: As `cub.read`, or if there are more or fewer classes, or a picture is
+        not there.
     """
     pictures, numbers = cub.read(folder)
     if len(numbers) != classes:

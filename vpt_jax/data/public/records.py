@@ -10,7 +10,6 @@ import bisect
 import functools
 import io
 import itertools
-import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -50,17 +49,15 @@ def index_tfrecord(path: str) -> np.ndarray:
     size = os.path.getsize(path)
     found, at = [], 0
     with open(path, "rb") as f:
-        # An empty file cannot be mapped; it has no records.
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         while at + 12 <= size:
-            (length,) = _LENGTH.unpack_from(data, at)
-            if _checksum(data[at : at + 8]) != _CRC.unpack_from(data, at + 8)[0]:
+            f.seek(at)
+            head = f.read(12)
+            if _checksum(head[:8]) != _CRC.unpack(head[8:])[0]:
                 where = f"{path}, record {len(found)}"
                 raise mismatch(where, f"a length {_NOT_SUMMED}", _INTACT, _AGAIN)
+            (length,) = _LENGTH.unpack(head[:8])
             found.append((at + 12, length))
             at += 16 + length
-        if isinstance(data, mmap.mmap):
-            data.close()
     if at != size:
         # A header of less than 12 bytes is a record too, and not in `found`.
         last = len(found) if at < size else len(found) - 1
@@ -245,15 +242,12 @@ def split_sizes(directory: str | os.PathLike[str]) -> Mapping[str, int]:
 
 
 def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
-    """Opens the examples of a prepared split, or of parts of splits.
+    """Opens the examples of a prepared split, or of parts of splits, in that order.
 
     Args:
       directory: The directory of one version, with `dataset_info.json`.
       expression: In tfds' own terms, such as 'train[:800]+validation[:200]'. Give
         numbers rather than percentages, which tfds rounds to the nearest.
-
-    Returns:
-      The examples, part after part and in the order in which they are stored.
 
     Raises:
       ValueError: If it is not such a directory, its file format is neither

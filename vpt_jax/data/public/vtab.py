@@ -247,8 +247,7 @@ def part_runs(
     """The parts of a benchmark, in numbers of examples of tfds' splits.
 
     VTAB-1k trains on the first 800 examples of `train`, chooses on the first 200 of
-    `val`, trains again on the two together, and reports on the whole of `test`. The
-    fine-grained sets have no such small parts.
+    `val`, trains again on the two together, and reports on the whole of `test`.
 
     Args:
       benchmark: A row of `BENCHMARKS`.
@@ -291,11 +290,9 @@ def split_expressions(
 
 
 def data_dirs(data_dir: str = "") -> list[Path]:
-    """Where prepared data sets are looked for.
+    """Where prepared data sets are looked for: in `data_dir` alone, if given.
 
-    Args:
-      data_dir: The only folder, if given; else those of the environment variable
-        `TFDS_DATA_DIR` and `~/tensorflow_datasets`.
+    Else in `$TFDS_DATA_DIR`, if set, and in `~/tensorflow_datasets`.
     """
     if data_dir:
         return [Path(data_dir).expanduser()]
@@ -318,12 +315,8 @@ def versions(folder: Path) -> list[str]:
 def find(benchmark: Benchmark, data_dir: str = "") -> Path:
     """The directory of the newest accepted version of a prepared data set.
 
-    Args:
-      benchmark: A row of `BENCHMARKS`.
-      data_dir: As in `data_dirs`.
-
     Raises:
-      ValueError: If there is none; it says how to prepare one.
+      ValueError: If there is none in `data_dirs`; it says how to prepare one.
     """
     other = []
     for root in data_dirs(data_dir):
@@ -392,10 +385,7 @@ class Pictures:
 def load(benchmark: Benchmark, part: str, *, data_dir: str = "") -> Pictures:
     """Opens a part of a benchmark that tfds has prepared; imports no TensorFlow.
 
-    Args:
-      benchmark: A row of `BENCHMARKS`.
-      part: One of `PARTS` or, for VTAB, of `PARTS_1K`.
-      data_dir: As in `data_dirs`.
+    `part` is one of `PARTS` or, for VTAB, of `PARTS_1K`.
 
     Raises:
       ValueError: If there is no such part, or the data set is missing or damaged.
