@@ -2,23 +2,18 @@
 """Several real processes work on one run: the same end, also after a kill."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from conftest import save_small_backbone
+from conftest import ROOT, save_small_backbone, start_command
+from test_main import end_state
 
 import vpt_jax
 from vpt_jax.files import cli
-
-ROOT = Path(__file__).parent.parent
 
 CONFIG = """
 import runpy
@@ -48,12 +43,6 @@ runpy.run_module("vpt_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-class Ended(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A config file, beside it a small backbone and what is compiled."""
@@ -70,16 +59,6 @@ def start(config, workdir, num, victim=None, die_at=0):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_NUM_CPU_DEVICES": "1",
-        "VPT_JAX_CACHE": str(config.parent / "cache"),
-    }
-    command = [
-        *(sys.executable, "-c", PROGRAM),
-        *(f"--config={config}", f"--workdir={workdir}"),
-    ]
     children = []
     for i in range(num):
         several = [
@@ -88,37 +67,29 @@ def start(config, workdir, num, victim=None, die_at=0):
             f"--process_id={i}",
             "--heartbeat=10",
         ]
-        children.append(
-            subprocess.Popen(
-                command + several * (num > 1),
-                env=environment | {"DIE_AT": str(die_at if i == victim else 0)},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        child = start_command(
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *several * (num > 1),
+            python=("-c", PROGRAM),
+            VPT_JAX_CACHE=str(config.parent / "cache"),
+            DIE_AT=str(die_at if i == victim else 0),
         )
+        children.append(child)
     try:
         said = [child.communicate(timeout=300) for child in children]
     finally:
         for child in children:
             child.kill()
     return [
-        Ended(child.returncode, *s) for child, s in zip(children, said, strict=True)
+        subprocess.CompletedProcess(child.args, child.returncode, *s)
+        for child, s in zip(children, said, strict=True)
     ]
 
 
-def end_state(workdir):
-    """Files that must be the same, and rows without clocks."""
-    state = {
-        p.name: p.read_bytes()
-        for name in ("prompts", "scores")
-        for p in sorted((workdir / name).iterdir())
-    }
+def end_state_and_device(workdir):
     report = json.loads((workdir / "report.json").read_text())
-    for row in report["rows"]:
-        del row["latency_ms"]
-    return state, report["rows"], report["versions"]["device"]
+    return *end_state(workdir), report["versions"]["device"]
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +113,8 @@ def test_processes_agree_stop_together_and_resume(config, alone, tmp_path, num, 
     spoken = "".join(e.stdout for e in ended[1:]).splitlines()
     assert [line for line in spoken if not line.startswith("[Gloo] ")] == []
 
-    state, rows, device = end_state(whole)
-    one_state, one_rows, _ = end_state(alone)
+    state, rows, device = end_state_and_device(whole)
+    one_state, one_rows, _ = end_state_and_device(alone)
     assert device.startswith(f"{num} x ")
     assert rows == one_rows and state.keys() == one_state.keys()
     for path in sorted((whole / "prompts").iterdir()):
@@ -169,23 +140,7 @@ def test_processes_agree_stop_together_and_resume(config, alone, tmp_path, num, 
     ended = start(config, broken, num)
     assert [e.returncode for e in ended] == [0] * num, ended
     assert "continuing after epoch" in (broken / "log.txt").read_text()
-    assert end_state(broken) == (state, rows, device)
-
-
-def test_flags_that_belong_together():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "vpt_jax.main", "--config=configs/demo.py"),
-            "--coordinator=127.0.0.1:1",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "--process_id belong together; pass all three" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert end_state_and_device(broken) == (state, rows, device)
 
 
 def test_a_lost_process_is_told_from_wrong_input():
