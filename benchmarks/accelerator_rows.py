@@ -56,12 +56,18 @@ class Sizes(NamedTuple):
     matrix: int = 8192
     budget: float = 1.0  # seconds for which a program is timed
     tests: Sequence[str] = tuple(
-        f"tests/test_{name}.py"
-        for name in ("attention", "vit", "condense", "train", "swin")
+        f"tests/{name}.py"
+        for name in (
+            "models/test_attention",
+            "models/test_vit",
+            "models/test_swin",
+            "test_condense",
+            "test_train",
+        )
     )
 
 
-ONE_TEST = ("tests/test_attention.py::test_how_many_blocks",)
+ONE_TEST = ("tests/models/test_attention.py::test_how_many_blocks",)
 SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16",), 5, 256, 0.02, ONE_TEST)
 
 # What is tried beside the plain program: changes of the model, of the epoch, the dtype

@@ -61,7 +61,7 @@ def trainable_of(model, num=NUM):
 
 @pytest.fixture(scope="module")
 def accelerator():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     yield importlib.import_module("accelerator")
     sys.path.pop(0)
 

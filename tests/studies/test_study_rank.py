@@ -18,7 +18,7 @@ from studies.spectra import energy_rank, entropy_rank
 from vpt_jax.run import parsing
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-DOC = (Path(__file__).parent.parent / "docs" / "rank_bound.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "rank_bound.md").read_text()
 
 matrices_of = jax.jit(spectra.attention_matrices, static_argnums=0)
 

@@ -17,7 +17,7 @@ import vpt_jax
 from vpt_jax.bench import search
 from vpt_jax.data import cache, folder, found, npz, pictures, tasks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SIDE = 8
 
 

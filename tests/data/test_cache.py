@@ -13,7 +13,7 @@ import pytest
 
 from vpt_jax.data import cache
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), np.uint8)
 KEY = {"files": [["a.jpg", 10, 3], ["é\udcff.jpg", 2, 3]], "side": 6, "splits": (1, 2)}
 

@@ -27,7 +27,7 @@ from vpt_jax.run import experiment, parsing
 from vpt_jax.serve import share
 from vpt_jax.weights import checkpoint, release
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 

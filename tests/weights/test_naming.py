@@ -524,7 +524,7 @@ def unread():
 
 
 def test_the_docs_print_the_table():
-    docs = Path(__file__).parent.parent / "docs" / "backbones.md"
+    docs = Path(__file__).parents[2] / "docs" / "backbones.md"
     text = docs.read_text(encoding="utf-8")
     for row in BACKBONES:
         assert row.row() in text

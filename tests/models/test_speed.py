@@ -19,7 +19,7 @@ from vpt_jax.files import cli
 from vpt_jax.models.vit import REMATS
 from vpt_jax.prompts import per_example
 
-path = Path(__file__).parent.parent / "benchmarks" / "roofline.py"
+path = Path(__file__).parents[2] / "benchmarks" / "roofline.py"
 spec = importlib.util.spec_from_file_location("roofline", path)
 roofline = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(roofline)
