@@ -440,6 +440,11 @@ def test_the_path_alone(timm, file, tmp_path):
     assert (model.depth, model.num_heads, model.width) == (5, 2, 128)
 
 
+def test_one_name_to_skip_may_be_a_text():
+    with pytest.raises(vpt_jax.CheckpointError, match="skip names 'my_head', which is"):
+        vpt_jax.load_backbone("demo/4", skip="my_head")
+
+
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
@@ -453,6 +458,8 @@ def test_the_path_alone(timm, file, tmp_path):
         ("vitb16", "B/16"),
         ("deit_tiny_patch16_224", "Ti/16"),
         ("dinov2_vits14", "S/14"),
+        ("facebook/dino-vits16", "S/16"),
+        ("dino_vitb8", "B/8"),
         ("facebook/dinov2-giant", "g/14"),
         ("vit_giant_patch14_reg4_dinov2", "g/14"),
         ("vit_huge_patch14_224", "H/14"),

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.files.checks import check_layers, check_model, is_array, said
+from vpt_jax.files.checks import (
+    check_backbone,
+    check_layers,
+    check_model,
+    is_array,
+    said,
+)
 from vpt_jax.models.attention import wide
 from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice
@@ -56,12 +62,23 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
 
 def check_images(images: Any, side: int) -> None:
     """Raises ValueError unless the pictures are normalised floats `[b, s, s, 3]`."""
-    shape = tuple(images.shape) if is_array(images) else said(images)
+    shape = tuple(images.shape) if is_array(images) else ()
     if len(shape) != 4 or shape[1:] != (side, side, 3):
+        remedy = (
+            "resize them, or build the model with image_size= (load_backbone resizes"
+            " the position table)"
+        )
+        if not is_array(images):
+            remedy = "pass one array of all pictures"
+        elif shape == (side, side, 3):
+            remedy = "of one picture pass images[None]"
+        elif shape[1:2] == (3,):
+            remedy = "put the channels last: images.transpose(0, 2, 3, 1)"
+        elif shape[3:] and shape[3] != 3:
+            remedy = "make them RGB: three channels"
         raise ValueError(
-            f"images have shape {shape} but the model expects [b, {side}, {side}, 3];"
-            " resize them, or build the model with image_size= (load_backbone resizes"
-            " the position table)."
+            f"images have shape {shape if is_array(images) else said(images)} but the"
+            f" model expects [b, {side}, {side}, 3]; {remedy}."
         )
     check_normalised(images)
 
@@ -257,5 +274,6 @@ def prefill(model: Any, backbone: Any, prompts: Sequence[jax.Array]) -> Any:
         features, _ = model.apply({"params": backbone}, images, prompts=ready)
     """
     check_model(model, "prefill", "widths")
+    check_backbone(backbone)
     check_layers("prompts", prompts, 2, 3, shape="[n_i, d], not prefilled before,")
     return model.apply({"params": backbone}, prompts, method="prefill")

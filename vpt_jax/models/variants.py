@@ -10,7 +10,7 @@ _LETTERS |= {short.lower(): short for short in _LETTERS.values()}
 _SIZE = "|".join(sorted(_LETTERS, key=len, reverse=True))
 _END = r"(?:[-_.].*)?"
 _VIT = re.compile(
-    rf"(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
+    rf"(?:dino[-_])?(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
 )
 _DINOV2 = re.compile(
     r"dinov2(?:-with-registers)?[-_](?:vit)?(?P<size>s|b|l|g|small|base|large|giant)"

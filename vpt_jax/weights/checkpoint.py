@@ -30,7 +30,7 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.weights.backbones import known_backbone, where_to_get
-from vpt_jax.weights.facts import ask, assumed, card_of, check_sizes
+from vpt_jax.weights.facts import ask, assumed, card_of, check_given, check_sizes
 from vpt_jax.weights.families import refuse_families
 from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.weights.naming import Named, named_leaves, read_names
@@ -136,6 +136,8 @@ def load_backbone(
       >>> model.width, model.depth
       (128, 6)
     """
+    image_size = check_given(variant, path, image_size, resize)
+    skip = (skip,) if isinstance(skip, str) else skip
     variant, path = told_apart(variant, path)
     # An unknown variant is the first thing to hear of.
     kind: Any = Swin if variant.startswith("Swin") else ViT
