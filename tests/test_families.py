@@ -285,6 +285,21 @@ PLAIN = ("patch_embed.proj.weight", "blocks.0.norm1.weight", "pos_embed", "cls_t
         (("stages.0.blocks.0.norm1.weight", "stem.conv.weight"), "hierarch", "plain"),
         ((*PLAIN, "blocks.0.attn.q_norm.weight"), "normalised queries", "plain ViT"),
         ((*PLAIN, "neck.0.weight", "blocks.0.attn.rel_pos_h"), "SAM", "plain ViT"),
+        (
+            ("vision_model.embeddings.patch_embedding.weight", "x"),
+            "SigLIP of transformers",
+            "siglip_gap",
+        ),
+        (
+            ("conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"),
+            "ViT of torchvision",
+            "plain ViT",
+        ),
+        (
+            ("features.0.0.weight", "features.1.0.attn.qkv.weight"),
+            "Swin of torchvision",
+            "swin_base_patch4",
+        ),
     ],
 )
 def test_other_families_are_refused_by_name(names, family, instead):
@@ -362,6 +377,24 @@ def test_values_that_are_no_numbers_are_refused_by_the_arrays_name(
     # What is not loaded is not looked at.
     np.savez(tmp_path / "w.npz", **timm | {"head.weight": np.full((3, 128), value)})
     vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
+
+
+def test_values_beyond_a_dtype_are_told_from_diverged_ones(timm, tmp_path):
+    large = timm | {"norm.weight": np.full(128, 1e6, np.float32)}
+    np.savez(tmp_path / "w.npz", **large)
+    with pytest.raises(vpt_jax.CheckpointError, match="beyond what float16 holds"):
+        vpt_jax.load_backbone(
+            "demo/16", tmp_path / "w.npz", num_heads=4, param_dtype=jnp.float16
+        )
+    vpt_jax.load_backbone("demo/16", tmp_path / "w.npz", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epsilon": -1.0}, {"epsilon": 2.0}, {"num_heads": -2}]
+)
+def test_facts_that_no_network_has_are_refused(file, wrong):
+    with pytest.raises(ValueError, match="expected a positive integer, and a number"):
+        vpt_jax.load_backbone("demo/16", file, **wrong)
 
 
 def test_whole_numbers_are_no_weights(timm, tmp_path):
@@ -475,7 +508,13 @@ def test_other_peoples_names_of_variants_are_understood(name, variant):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("B/16s", "B/16"), ("G/14", "g/14"), ("demo/4x", "demo/4"), ("Swin-BB", "Swin-B")],
+    [
+        ("B/16s", "B/16"),
+        ("G/14", "g/14"),
+        ("demo/4x", "demo/4"),
+        ("Swin-BB", "Swin-B"),
+        ("vit_smal_patch16_224", "vit_small_patch16_224"),
+    ],
 )
 def test_a_misspelt_variant(name, meant):
     with pytest.raises(ValueError, match=rf"unknown variant '{name}' \(did you mean '"):

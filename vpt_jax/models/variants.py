@@ -20,6 +20,14 @@ _SWIN = re.compile(
     rf"swin[-_]?(?P<size>t|tiny|s|small|b|base|l|large){_END}", re.IGNORECASE
 )
 
+_EXAMPLES = [  # of other projects' names, for those who misspell one
+    *(f"vit_{s}_patch{p}_224" for s in ("small", "base", "large") for p in (16, 32)),
+    *(f"deit_{s}_patch16_224" for s in ("tiny", "small", "base")),
+    *("vit_tiny_patch16_224", "vit_huge_patch14_224"),
+    *(f"swin_{s}_patch4_window7_224" for s in ("tiny", "small", "base", "large")),
+    *(f"dinov2_vit{s}14" for s in "sblg"),
+]
+
 
 def canonical(variant: str) -> str:
     """Our name of a variant, or the name as it is where it is none that we know.
@@ -47,6 +55,6 @@ def canonical(variant: str) -> str:
 
 def similar(variant: str, known: Iterable[str]) -> str:
     """`" (did you mean 'B/16'?)"`, or nothing where no known name is like it."""
-    names = {name.lower(): name for name in known}
+    names = {name.lower(): name for name in (*_EXAMPLES, *known)}
     close = difflib.get_close_matches(canonical(variant).lower(), names, 1, 0.5)
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
