@@ -66,7 +66,9 @@ def fuzz(name, cases, seed, verbose=True):
                     traceback.print_exc(limit=-4)
             seconds = time.perf_counter() - began
             if verbose and seconds > max(slowest, 1.0):
-                print(f"{name}: {seconds:.1f} s for {case[:300]!r}", file=sys.stderr)
+                print(
+                    f"{name}: {seconds:.1f} s for {repr(case)[:300]}", file=sys.stderr
+                )
             slowest = max(slowest, seconds)
 
         warm_up(reader, folder)

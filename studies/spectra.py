@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention matrices, their singular values, and what counts as their rank.
 
-What docs/rank_bound.md says of these matrices is checked in tests/studies/test_study_rank.py.
+What docs/rank_bound.md says of these matrices is checked in
+tests/studies/test_study_rank.py.
 """
 
 import functools

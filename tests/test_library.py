@@ -36,8 +36,10 @@ def as_users_call_it():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def importance(*, model=MODEL, trainable=TRAINABLE, batches=(BATCH,), **kwargs):
-    return vpt_jax.importance(model, BACKBONE, trainable, batches, **kwargs)
+def importance(
+    *, model=MODEL, backbone=BACKBONE, trainable=TRAINABLE, batches=(BATCH,), **kwargs
+):
+    return vpt_jax.importance(model, backbone, trainable, batches, **kwargs)
 
 
 def with_label(label, dtype=jnp.int32):
@@ -295,6 +297,53 @@ def start(num):
 SCORES = tuple(jnp.arange(2.0) for _ in PROMPTS)
 READY = vpt_jax.prefill(MODEL, BACKBONE, PROMPTS)
 WRONG = [
+    # pictures
+    (
+        lambda: MODEL.apply({"params": BACKBONE}, IMAGES[0]),
+        "images.None",
+    ),
+    (
+        lambda: MODEL.apply({"params": BACKBONE}, IMAGES.transpose(0, 3, 1, 2)),
+        r"channels last: images.transpose\(0, 2, 3, 1\)",
+    ),
+    (
+        lambda: MODEL.apply({"params": BACKBONE}, IMAGES[..., :1]),
+        "make them RGB",
+    ),
+    (
+        lambda: MODEL.apply({"params": BACKBONE}, list(IMAGES)),
+        "images have shape a list but .*one array of all pictures",
+    ),
+    # keys and parameters
+    (
+        lambda: vpt_jax.init_prompts(0, MODEL, 2),  # pyright: ignore[reportArgumentType]
+        r"key is 0; expected a JAX random key, such as jax.random.key\(0\)",
+    ),
+    (
+        lambda: vpt_jax.init_head(0, MODEL.width, 5),  # pyright: ignore[reportArgumentType]
+        "key is 0; expected a JAX random key",
+    ),
+    (
+        lambda: importance(backbone={"params": BACKBONE}),
+        "backbone is a dict of 'params'; expected the parameters themselves",
+    ),
+    (
+        lambda: vpt_jax.prefill(MODEL, {"params": BACKBONE}, PROMPTS),
+        "backbone is a dict of 'params'",
+    ),
+    # load_backbone
+    (
+        lambda: vpt_jax.load_backbone("demo/4", resize="bicubic2"),
+        "unknown resize 'bicubic2'; did you mean 'bicubic'",
+    ),
+    (
+        lambda: vpt_jax.load_backbone("demo/4", image_size="64"),  # pyright: ignore[reportArgumentType]
+        "image_size is '64'; expected an integer >= 0",
+    ),
+    (
+        lambda: vpt_jax.load_backbone(16),  # pyright: ignore[reportArgumentType]
+        "variant is 16; expected a text or a path",
+    ),
     # importance
     (lambda: importance(batches=BATCH), r"pass \[batch\]"),
     (lambda: importance(batches=None), "batches is None"),

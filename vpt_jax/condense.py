@@ -142,6 +142,7 @@ def importance(
             f"score 'signed' is key_gate with reduction 'mean'; got {reduction!r}."
         )
     checks.check_model(model, "apply")
+    checks.check_backbone(backbone)
     totals = [np.zeros(n, np.float64) for n in counts(prompts)]
     examples, num_classes = 0.0, trainable["head"]["bias"].shape[0]
     for done, batch in enumerate(_padded(batches, num_classes, loss_fn), start=1):

@@ -22,6 +22,7 @@ from vpt_jax.files.checks import (
     BATCH,
     check_head,
     check_integer,
+    check_key,
     check_keys,
     check_labels,
     check_layers,
@@ -109,6 +110,7 @@ def init_prompts(
       (2, 2, 2, 2, 2, 2)
     """
     check_choice("init", init, INITS)
+    check_key(key)
     check_model(model, "widths", "patch")
     depth = len(model.widths)
     given: Any = num_prompts
@@ -289,6 +291,7 @@ def init_head(
         `init` unknown.
     """
     check_choice("init", init, ("reference", "zeros"))
+    check_key(key)
     width = check_integer("width", width, 1)
     num_classes = check_integer("num_classes", num_classes, 2)
     if init == "zeros":

@@ -261,6 +261,9 @@ blocks.0.attn.qkv.weight_scale                    | quantised | before the quant
 stages.0.blocks.0.norm1.weight stem.conv.weight   | hierarch | plain
 {PLAIN} blocks.0.attn.q_norm.weight               | normalised queries | plain ViT
 {PLAIN} neck.0.weight blocks.0.attn.rel_pos_h     | SAM | plain ViT
+vision_model.embeddings.patch_embedding.weight x  | SigLIP of transformers | siglip_gap
+conv_proj.weight encoder.layers.encoder_layer_0.ln_1.weight | ViT of torchvision | plain
+features.0.0.weight features.1.0.attn.qkv.weight  | Swin of torchvision | swin_base
 """
 
 
@@ -343,6 +346,24 @@ def test_values_that_are_no_numbers_are_refused_by_the_arrays_name(
     vpt_jax.load_backbone("demo/16", tmp_path / "w.npz")
 
 
+def test_values_beyond_a_dtype_are_told_from_diverged_ones(timm, tmp_path):
+    large = timm | {"norm.weight": np.full(128, 1e6, np.float32)}
+    np.savez(tmp_path / "w.npz", **large)
+    with pytest.raises(vpt_jax.CheckpointError, match="beyond what float16 holds"):
+        vpt_jax.load_backbone(
+            "demo/16", tmp_path / "w.npz", num_heads=4, param_dtype=jnp.float16
+        )
+    vpt_jax.load_backbone("demo/16", tmp_path / "w.npz", num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epsilon": -1.0}, {"epsilon": 2.0}, {"num_heads": -2}]
+)
+def test_facts_that_no_network_has_are_refused(file, wrong):
+    with pytest.raises(ValueError, match="expected a positive integer, and a number"):
+        vpt_jax.load_backbone("demo/16", file, **wrong)
+
+
 def test_whole_numbers_are_no_weights(timm, tmp_path):
     whole = timm["blocks.0.attn.qkv.weight"].astype(np.int8)
     np.savez(tmp_path / "w.npz", **timm | {"blocks.0.attn.qkv.weight": whole})
@@ -419,10 +440,16 @@ def test_the_path_alone(timm, file, tmp_path):
     assert (model.depth, model.num_heads, model.width) == (5, 2, 128)
 
 
+def test_one_name_to_skip_may_be_a_text():
+    with pytest.raises(vpt_jax.CheckpointError, match="skip names 'my_head', which is"):
+        vpt_jax.load_backbone("demo/4", skip="my_head")
+
+
 OTHERS = """
-S/16: vit_small_patch16_224 vit_small_patch16_224.augreg_in21k
+S/16: facebook/dino-vits16 vit_small_patch16_224 vit_small_patch16_224.augreg_in21k
 B/16: google/vit-base-patch16-224-in21k ViT-B/16 B16 b/16 vitb16
 L/32: ViT-L_32
+B/8: dino_vitb8
 Ti/16: deit_tiny_patch16_224
 S/14: dinov2_vits14
 g/14: facebook/dinov2-giant vit_giant_patch14_reg4_dinov2
@@ -443,7 +470,13 @@ def test_other_peoples_names_of_variants_are_understood(line):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("B/16s", "B/16"), ("G/14", "g/14"), ("demo/4x", "demo/4"), ("Swin-BB", "Swin-B")],
+    [
+        ("B/16s", "B/16"),
+        ("G/14", "g/14"),
+        ("demo/4x", "demo/4"),
+        ("Swin-BB", "Swin-B"),
+        ("vit_smal_patch16_224", "vit_small_patch16_224"),
+    ],
 )
 def test_a_misspelt_variant(name, meant):
     message = f"unknown variant '{name}'; did you mean '{meant}'"

@@ -59,6 +59,23 @@ def check_model(model: Any, *attributes: str) -> None:
     expect(right, "model", model, f"{one} parameters")
 
 
+def check_key(key: Any) -> None:
+    """Raises ValueError unless `key` can be a JAX random key, of the old kind too."""
+    if not is_array(key):
+        raise ValueError(
+            f"key is {said(key)}; expected a JAX random key, such as jax.random.key(0)."
+        )
+
+
+def check_backbone(backbone: Any) -> None:
+    """Raises ValueError if parameters are still in a collection's dict."""
+    if isinstance(backbone, Mapping) and list(backbone) == ["params"]:
+        raise ValueError(
+            f"backbone is {said(backbone)}; expected the parameters themselves, as"
+            " load_backbone returns them: of {'params': x} pass x."
+        )
+
+
 def check_keys(name: str, given: Any, expected: Mapping[str, str]) -> None:
     """Raises ValueError unless `given` is a dict that has the expected keys."""
     right = isinstance(given, Mapping) and expected.keys() <= given.keys()

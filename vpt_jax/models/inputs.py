@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vpt_jax.files.checks import (
+    check_backbone,
     check_layers,
     check_model,
     check_shallow,
@@ -47,7 +48,7 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
       1.0
     """
     check_choice("normalisation", name, tuple(NORMALISATIONS))
-    shape = tuple(images.shape) if is_array(images) else ()
+    shape: tuple[int, ...] = tuple(images.shape) if is_array(images) else ()
     if len(shape) != 4 or shape[3] != 3 or images.dtype != jnp.uint8:
         raise ValueError(
             f"images are {said(images)}; expected uint8 [b, h, w, 3]. Of floats in 0"
@@ -62,12 +63,23 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
 
 def check_images(images: Any, side: int) -> None:
     """Raises ValueError unless the pictures are normalised floats `[b, s, s, 3]`."""
-    shape = tuple(images.shape) if is_array(images) else said(images)
+    shape: tuple[int, ...] = tuple(images.shape) if is_array(images) else ()
     if len(shape) != 4 or shape[1:] != (side, side, 3):
+        remedy = (
+            "resize them, or build the model with image_size= (load_backbone resizes"
+            " the position table)"
+        )
+        if not is_array(images):
+            remedy = "pass one array of all pictures"
+        elif shape == (side, side, 3):
+            remedy = "of one picture pass images[None]"
+        elif shape[1:2] == (3,):
+            remedy = "put the channels last: images.transpose(0, 2, 3, 1)"
+        elif shape[3:] and shape[3] != 3:
+            remedy = "make them RGB: three channels"
         raise ValueError(
-            f"images have shape {shape} but the model expects [b, {side}, {side}, 3];"
-            " resize them, or build the model with image_size= (load_backbone resizes"
-            " the position table)."
+            f"images have shape {shape if is_array(images) else said(images)} but the"
+            f" model expects [b, {side}, {side}, 3]; {remedy}."
         )
     check_normalised(images)
 
@@ -271,5 +283,6 @@ def prefill(model: Any, backbone: Any, prompts: Sequence[jax.Array]) -> Any:
         features, _ = model.apply({"params": backbone}, images, prompts=ready)
     """
     check_model(model, "prefill", "widths")
+    check_backbone(backbone)
     check_layers("prompts", prompts, 2, 3, shape="[n_i, d], not prefilled before,")
     return model.apply({"params": backbone}, prompts, method="prefill")

@@ -8,7 +8,7 @@ _LETTERS |= {short.lower(): short for short in _LETTERS.values()}
 _SIZE = "|".join(sorted(_LETTERS, key=len, reverse=True))
 _END = r"(?:[-_.].*)?"
 _VIT = re.compile(
-    rf"(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
+    rf"(?:dino[-_])?(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
 )
 _DINOV2 = re.compile(
     r"dinov2(?:-with-registers)?[-_](?:vit)?(?P<size>s|b|l|g|small|base|large|giant)"
@@ -17,6 +17,14 @@ _DINOV2 = re.compile(
 _SWIN = re.compile(
     rf"swin[-_]?(?P<size>t|tiny|s|small|b|base|l|large){_END}", re.IGNORECASE
 )
+
+EXAMPLES = [  # of other projects' names, for those who misspell one
+    *(f"vit_{s}_patch{p}_224" for s in ("small", "base", "large") for p in (16, 32)),
+    *(f"deit_{s}_patch16_224" for s in ("tiny", "small", "base")),
+    *("vit_tiny_patch16_224", "vit_huge_patch14_224"),
+    *(f"swin_{s}_patch4_window7_224" for s in ("tiny", "small", "base", "large")),
+    *(f"dinov2_vit{s}14" for s in "sblg"),
+]
 
 
 def canonical(variant: str) -> str:

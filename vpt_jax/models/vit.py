@@ -31,7 +31,7 @@ from vpt_jax.models.layers import (
     PatchEmbedding,
     mean_tokens,
 )
-from vpt_jax.models.variants import canonical
+from vpt_jax.models.variants import EXAMPLES, canonical
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import check_choice, per_example
 
@@ -77,9 +77,9 @@ def decode_variant(variant: str) -> dict[str, Any]:
     name = canonical(variant)
     size, _, patch = name.partition("/")
     if size not in VARIANTS or not patch.isdecimal() or int(patch) == 0:
+        near = did_you_mean(name, (*NAMED_VARIANTS, *EXAMPLES))
         raise ValueError(
-            f"unknown variant {variant!r}; {did_you_mean(name, NAMED_VARIANTS)}known:"
-            f" {', '.join(NAMED_VARIANTS)}, or"
+            f"unknown variant {variant!r}; {near}known: {', '.join(NAMED_VARIANTS)}, or"
             f" another patch size for one of {', '.join(VARIANTS)}. For free sizes pass"
             " width=, depth=, num_heads=, mlp_dim= and patch= instead."
         )

@@ -36,7 +36,7 @@ from vpt_jax.models.vit import ViT
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.weights.backbones import known_backbone, where_to_get
-from vpt_jax.weights.facts import ask, assumed, card_of, check_sizes
+from vpt_jax.weights.facts import ask, assumed, card_of, check_given, check_sizes
 from vpt_jax.weights.families import refuse_families
 from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.weights.naming import Named, named_leaves, read_names
@@ -122,7 +122,7 @@ def load_backbone(
       image_size: Side of the pictures in pixels; 0 takes the file's own. The position
         table is resized when it differs.
       readout: `"cls"`, `"mean"` or `"mean_with_prompts"`, see `ViT`. Default: the class
-        token if there is one, else the mean.
+        token if there is one, else the mean; of a Swin `"mean_with_prompts"`.
       norm: Final norm `"before"` or `"after"` the read-out (ViT). Default: before,
         unless the file was trained the other way (`fc_norm`). After pooling, a norm
         that was trained on tokens is not used: scale 1, bias 0, as MAE and VPT do.
@@ -153,6 +153,8 @@ def load_backbone(
       >>> model.width, model.depth
       (128, 6)
     """
+    image_size = check_given(variant, path, image_size, resize)
+    skip = (skip,) if isinstance(skip, str) else skip
     variant, path = told_apart(variant, path)
     # An unknown variant is the first thing to hear of.
     kind: Any = Swin if variant.startswith("Swin") else ViT
@@ -169,6 +171,11 @@ def load_backbone(
     given = {"readout": readout, "norm": norm, "resize": resize}
     given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
     given = {name: value for name, value in given.items() if value}
+    if num_heads < 0 or (epsilon and not 0 < epsilon < 1):
+        raise ValueError(
+            f"num_heads is {num_heads} and epsilon is {epsilon}; expected a positive"
+            " integer, and a number between 0 and 1; or leave them out."
+        )
     with open_weights(path) as file:
         refuse_families(file.arrays, path)
         card = card_of(path, _own_card(path, file.metadata))

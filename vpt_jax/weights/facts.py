@@ -11,7 +11,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from vpt_jax.files.checks import check_integer, said
+from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.swin import EPSILON
+from vpt_jax.prompts import check_choice
 from vpt_jax.weights.backbones import AMBIGUOUS, architecture, known_backbone
 from vpt_jax.weights.matching import differing
 from vpt_jax.weights.naming import Named
@@ -35,6 +38,20 @@ def card_of(path: str | os.PathLike, own: Mapping[str, Any]) -> dict[str, Any]:
         row = known_backbone(name) if name else None
         card |= {k: v for k, v in row.card().items() if v} if row else {}
     return card | {k: v for k, v in config.items() if v}
+
+
+def check_given(variant: Any, path: Any, image_size: Any, resize: str) -> int:
+    """The side of pictures, 0 for the file's own.
+
+    Raises:
+      ValueError: If one of the arguments of `load_backbone` cannot be what it is for.
+    """
+    for name, value in (("variant", variant), ("path", path or "")):
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name} is {said(value)}; expected a text or a path.")
+    if resize:
+        check_choice("resize", resize, RESIZES)
+    return check_integer("image_size", image_size, 0)
 
 
 def check_sizes(named: Named, card: Mapping[str, Any], path: Any) -> None:

@@ -71,6 +71,26 @@ FAMILIES = (
         lacks=rf"{_BLOCK}in_proj\.",
     ),
     Family(
+        "a SigLIP of transformers",
+        r"(^|\.)embeddings\.patch_embedding\.",
+        "names that are not read here and, in most files, a learned query that pools"
+        " the patches",
+        "timm's file without the pooling, read by the mean, such as"
+        " hf://timm/vit_base_patch16_siglip_gap_224.webli/model.safetensors",
+    ),
+    Family(
+        "a ViT of torchvision",
+        r"(^|\.)encoder_layer_\d+\.(ln_\d|self_attention|mlp)\.",
+        "names that are not read here",
+        _PLAIN,
+    ),
+    Family(
+        "a Swin of torchvision",
+        r"(^|\.)features\.\d+\.\d+\.(norm1|attn)\.",
+        "names that are not read here",
+        "hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",
+    ),
+    Family(
         "a distilled DeiT",
         r"(^|\.)(dist_token|distillation_token)$",
         "a second class token",

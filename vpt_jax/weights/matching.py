@@ -89,7 +89,7 @@ def match_swin(
     return wanted.clone(
         window=max(windows, default=0),
         image_size=image_size or side,
-        readout=readout or wanted.readout,
+        readout=readout or "mean_with_prompts",  # of every published one
     )
 
 
@@ -247,15 +247,22 @@ def parameters(
 def finite(array: np.ndarray, name: str, path: Any, dtype: Any) -> np.ndarray:
     """The array in `dtype`, or a CheckpointError if a value is no number there."""
     with np.errstate(over="ignore"):  # too large for `dtype`: infinite there
-        array = array.astype(dtype, copy=False)
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+        cast = array.astype(dtype, copy=False)
+        bad = cast.size - int(np.count_nonzero(np.isfinite(cast)))
+        narrow = bad and np.isfinite(array.astype(np.float32, copy=False)).all()
+    if narrow:
+        raise CheckpointError(
+            f"{path} has {name} with {bad} of {array.size} values beyond what"
+            f" {cast.dtype} holds; expected smaller ones. Pass"
+            " param_dtype=jnp.float32 or jnp.bfloat16."
+        )
     if bad:
         raise CheckpointError(
             f"{path} has {name} with {bad} of {array.size} values that are NaN or"
             " infinite; expected numbers. The training that made it diverged, or it was"
             " damaged: take an earlier checkpoint, or fetch it again."
         )
-    return array
+    return cast
 
 
 # Where a name lies in a block, in any project's words.
