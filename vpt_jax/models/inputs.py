@@ -62,7 +62,7 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
 
 def check_images(images: Any, side: int) -> None:
     """Raises ValueError unless the pictures are normalised floats `[b, s, s, 3]`."""
-    shape = tuple(images.shape) if is_array(images) else ()
+    shape: tuple[int, ...] = tuple(images.shape) if is_array(images) else ()
     if len(shape) != 4 or shape[1:] != (side, side, 3):
         remedy = (
             "resize them, or build the model with image_size= (load_backbone resizes"
@@ -74,7 +74,7 @@ def check_images(images: Any, side: int) -> None:
             remedy = "of one picture pass images[None]"
         elif shape[1:2] == (3,):
             remedy = "put the channels last: images.transpose(0, 2, 3, 1)"
-        elif shape[3:] and shape[3] != 3:
+        elif len(shape) == 4 and shape[3] != 3:
             remedy = "make them RGB: three channels"
         raise ValueError(
             f"images have shape {shape if is_array(images) else said(images)} but the"
