@@ -8,7 +8,9 @@ Every model of timm whose name is like that of a ViT, at its default size, with 
 weights, as a file of its name: either the features of one random picture equal timm's
 to 1e-4 of the largest, or the message names a family. A model that is loaded is also
 put under a name that tells nothing: then the same model must come of it, or a question.
-What is done is kept in the JSON file; the same command continues.
+What is done is kept in the JSON file; the same command continues. `--blocks 2` compares
+what is still to do with two blocks (of a Swin, in each stage), for machines that are
+too small for the whole: all that a block's number does not change.
 """
 
 import argparse
@@ -29,6 +31,7 @@ def main():
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print what was found")
     parser.add_argument("--largest", type=float, default=1.2e9, help="parameters")
+    parser.add_argument("--blocks", type=int, default=0, help="0: all")
     parser.add_argument("--words", nargs="*", default=WORDS)
     args = parser.parse_args()
     done = json.loads(args.json.read_text()) if args.json.exists() else {}
@@ -41,7 +44,8 @@ def main():
         to_do = [n for n, found in done.items() if found["outcome"] == "to do"]
         for name in sorted(to_do, key=lambda n: done[n]["parameters"]):
             path = Path(folder) / f"{name}.safetensors"
-            keep(args.json, done, name, done[name] | compare(name, path))
+            found = compare(name, path, args.blocks)
+            keep(args.json, done, name, done[name] | found)
     wrong = [n for n, found in done.items() if found["outcome"] == "WRONG"]
     print(f"{len(done)} models, {len(wrong)} wrong: {wrong}")
 
@@ -99,7 +103,7 @@ def hollow(net, path):
         file.truncate(8 + len(text) + end)
 
 
-def compare(name, path):
+def compare(name, path, blocks=0):
     """Features of one picture, timm's and ours; and what an unknown name gives."""
     import jax.numpy as jnp
     import numpy as np
@@ -110,7 +114,8 @@ def compare(name, path):
     import vpt_jax
 
     torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=0).eval()
+    fewer = {"depths": (blocks,) * 4} if "swin" in name else {"depth": blocks}
+    net = timm.create_model(name, num_classes=0, **(fewer if blocks else {})).eval()
     side = net.patch_embed.img_size[0]
     x = torch.randn(1, 3, side, side)
     with torch.no_grad():
@@ -140,18 +145,18 @@ def compare(name, path):
         "off": off,
         "unnamed": unnamed,
         "variant": model.variant or f"{model.width} x {model.depth}",
-    }
+    } | ({"blocks": blocks} if blocks else {})
 
 
 def table(done):
     """Markdown: a row per family, those that are loaded first."""
     rows = collections.defaultdict(list)
     for name, found in done.items():
-        kind = found.get("family") or found["outcome"]
-        rows[found["outcome"], kind if found["outcome"] == "refused" else ""].append(
-            name
-        )
-    print("| outcome | family | models | for example | most off | unnamed |")
+        outcome, kind = found["outcome"], found.get("family", "")
+        if blocks := found.get("blocks"):
+            kind = f"compared with {blocks} blocks"
+        rows[outcome, kind].append(name)
+    print("| outcome | family, or how | models | for example | most off | unnamed |")
     print("|---|---|---|---|---|---|")
     for (outcome, family), names in sorted(rows.items()):
         off = [done[n]["off"] for n in names if "off" in done[n]]

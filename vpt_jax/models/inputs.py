@@ -75,7 +75,7 @@ def check_images(images: Any, side: int) -> None:
             remedy = "of one picture pass images[None]"
         elif shape[1:2] == (3,):
             remedy = "put the channels last: images.transpose(0, 2, 3, 1)"
-        elif shape[3:] and shape[3] != 3:
+        elif len(shape) == 4 and shape[3] != 3:
             remedy = "make them RGB: three channels"
         raise ValueError(
             f"images have shape {shape if is_array(images) else said(images)} but the"
