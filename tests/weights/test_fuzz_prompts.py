@@ -61,7 +61,10 @@ def test_flipped_bits_of_the_header_never_crash(tmp_path):
         (written({"head/bias": np.full(3, np.inf, "f4")}), "infinite or NaN"),
         (written({"prompts/00": np.zeros((2, 4), "f8")}), "float64.*expected float32"),
         (written({"prompts/00": np.zeros(4, "f4")}), r"prompts/00 float32 \[4\]"),
-        (written({"head/kernel": np.zeros((4, 2), "f4")}), r"expected float32 \[d, 3\]"),
+        (
+            written({"head/kernel": np.zeros((4, 2), "f4")}),
+            r"expected float32 \[d, 3\]",
+        ),
         (written({"more": np.zeros(1, "f4")}), "holds .*more"),
         (written(counts=[1, 2]), r"expected float32 \[1, d\]"),
         (written(counts="ab"), "counts 'ab' in its header"),
@@ -70,7 +73,10 @@ def test_flipped_bits_of_the_header_never_crash(tmp_path):
         (written(version=2), "format version 2"),
         (written(backbone_hash="other"), "belongs to another backbone"),
         (safetensors_of(prompt_arrays(), {}), "without a vpt_jax header"),
-        (safetensors_of(prompt_arrays(), {"vpt_jax": "[1]"}), r"is \[1\]; expected an object"),
+        (
+            safetensors_of(prompt_arrays(), {"vpt_jax": "[1]"}),
+            r"is \[1\]; expected an object",
+        ),
         (safetensors_of(prompt_arrays(), {"vpt_jax": "[" * 99999}), "is no JSON"),
         (safetensors_of(prompt_arrays(), {"vpt_jax": 5}), "no strings"),
         (struct.pack("<Q", 2**63) + b"{}", "bytes of header"),
