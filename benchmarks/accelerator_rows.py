@@ -23,8 +23,8 @@ from vpt_jax.models.attention import attend, attend_fused
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10  # of training in one call; PyTorch's in a loop
-TINY = "tiny/8"
-vit.VARIANTS["tiny"] = dict(width=32, depth=2, num_heads=2, mlp_dim=64, image_size=32)
+TINY = "toy/8"
+vit.VARIANTS["toy"] = dict(width=32, depth=2, num_heads=2, mlp_dim=64, image_size=32)
 
 
 class Row(NamedTuple):

@@ -385,6 +385,7 @@ def _parse_safetensors(file: File) -> Arrays:
     metadata = header.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no strings")
+    at_most(MAX_ARRAYS, len(header), "arrays")
     arrays, runs = {}, []
     for name, entry in header.items():
         begin, end = _naturals(entry["data_offsets"])
