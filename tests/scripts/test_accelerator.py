@@ -220,7 +220,7 @@ def test_a_whole_run_on_a_cpu(script, tmp_path):
     """Every part, in small: processes, profile and all; and again, nothing is left."""
     command = [sys.executable, str(FOLDER / "accelerator.py"), "--tiny"]
     command += ["--minutes=30", f"--out={tmp_path / 'out'}"]
-    more = {"PYTHONPATH": str(FOLDER.parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    more = {"PYTHONPATH": str(FOLDER.parent)}
     texts = [
         subprocess.run(
             command,
