@@ -157,6 +157,7 @@ def command(row: Row, context: Context) -> dict[str, Any]:
     if row.what == "demo":
         out = context.folder / "demo"
         words = ["vpt_jax.main", "--config=configs/demo.py:smoke", f"--workdir={out}"]
+        words += context.sizes.demo
     else:
         where["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
         words = ["pytest", "-q", "-o", "addopts=", "-o", "filterwarnings="]

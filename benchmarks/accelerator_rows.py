@@ -65,10 +65,20 @@ class Sizes(NamedTuple):
             "test_train",
         )
     )
+    demo: Sequence[str] = ()  # flags of the demo's run
 
 
-ONE_TEST = ("tests/models/test_attention.py::test_how_many_blocks",)
-SMALL = Sizes((TINY,), (2,), (4,), ("bfloat16",), 5, 256, 0.02, ONE_TEST)
+SMALL = Sizes(
+    (TINY,),
+    (2,),
+    (4,),
+    ("bfloat16",),
+    pictures=5,
+    matrix=256,
+    budget=0.02,
+    tests=("tests/models/test_attention.py::test_how_many_blocks",),
+    demo=("--config.condense.keep_ratios=()", "--config.baselines=()"),
+)
 
 # What is tried beside the plain program: changes of the model, of the epoch, the dtype
 # in which the backbone is kept, dropout, a mask.
