@@ -40,8 +40,8 @@ class BenchmarkConfig:
     layer to try too; empty: each task's own. Fine-tuning has `finetune_rate` times the
     rate of the task. `final_splits` is what the last runs train and report on.
     In mode `search`, `shares` are the lengths of the trials as shares of a whole
-    training: all rates at the first, the better half at the next; every rate is tried
-    with a head from each of `head_inits`.
+    training: all rates at the first, with a head from each of `head_inits`; at the next
+    the better half of the rates of each.
     """
 
     name: str
@@ -97,13 +97,13 @@ class SearchConfig:
     """How a run finds its rate, if `tune.base_lr` is None; see `search.py`.
 
     `rates` are tried, with a head from each of `head_inits`, for the first of `shares`
-    of a whole training, and the better half of them for the next. The rate of
+    of a whole training, and the better half of each start's for the next. The rate of
     fine-tuning is `finetune_rate` times the chosen one.
     """
 
     rates: tuple[float, ...] = (0.01, 0.03)
     head_inits: tuple[str, ...] = ("zeros", "probe")
-    shares: tuple[float, ...] = (0.15, 0.3)
+    shares: tuple[float, ...] = (0.15, 0.7)
     finetune_rate: float = 1.0
 
     def settings(self, decay: float) -> BenchmarkConfig:

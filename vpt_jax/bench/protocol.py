@@ -253,8 +253,10 @@ def rungs(
 ) -> Iterator[list[Job]]:
     """The trials of mode `search`, shortest first; a rung when the one before ended.
 
-    Each next rung has the better half, by validation accuracy; of equals, the smaller
-    rate. With `all_of`, rungs that are not known yet too, as if the smallest were best.
+    Each next rung has the better half of every start of the head, by validation
+    accuracy; of equals, the smaller rate. Starts are not played against each other in
+    short trainings: a head from the probe leads there and is often overtaken. With
+    `all_of`, rungs that are not known yet too, as if the smallest were best.
     """
     left = choices(bench, task)
     for share in bench.settings.shares:
@@ -266,7 +268,11 @@ def rungs(
         order = list(range(len(left)))
         if known:
             order.sort(key=lambda i: -results[rung[i].name]["rows"][0]["val_accuracy"])
-        left = [left[i] for i in sorted(order[: math.ceil(len(left) / 2)])]
+        kept = []
+        for start in bench.settings.head_inits:
+            own = [i for i in order if left[i]["head_init"] == start]
+            kept += own[: math.ceil(len(own) / 2)]
+        left = [left[i] for i in sorted(kept)]
 
 
 def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float) -> Job:
