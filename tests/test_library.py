@@ -190,6 +190,15 @@ def test_pictures_that_are_not_normalised_are_an_error(dtype, run):
         importance(batches=[{**BATCH, "image": raw.reshape(RAW.shape)}])
 
 
+def test_colours_as_floats_are_not_normalised_either():
+    raw = RAW.astype(np.float32)
+    with pytest.raises(ValueError, match=r"values up to 25\d;.*vpt_jax.normalise\("):
+        MODEL.apply({"params": BACKBONE}, raw)
+    with pytest.raises(ValueError, match=r"values up to 25\d;.*vpt_jax.normalise\("):
+        importance(batches=[{**BATCH, "image": raw}])
+    MODEL.apply({"params": BACKBONE}, raw / 255)
+
+
 @pytest.mark.parametrize(
     "images",
     [RAW / 255, RAW.astype(np.int32), RAW[0], RAW[..., :1], RAW.tolist(), RAW[0, 0, 0]],

@@ -24,6 +24,7 @@ from jax.core import Tracer
 from vpt_jax import parallel
 from vpt_jax.files import checks
 from vpt_jax.files.checks import said
+from vpt_jax.models.inputs import check_normalised
 from vpt_jax.models.scores import (
     DEFAULT_REDUCTION,
     DEFAULT_SCORE,
@@ -212,6 +213,7 @@ def _padded(
             batch = {k: batch[k] for k in (*checks.BATCH, "mask") if k in batch}
         else:  # labels of another kind, or none
             checks.check_batch(batch, None)
+        check_normalised(batch["image"])
         size = size or len(batch["image"])
         yield parallel.pad_batch(batch, size)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpt_jax.files.checks import (
     check_backbone,
@@ -20,6 +21,7 @@ from vpt_jax.models.layers import KeyValue, batched
 from vpt_jax.prompts import check_choice
 
 FORMULATIONS = ("kv", "tokens")
+MAX_NORMALISED = 50  # of pictures: with the means and deviations below 3
 NORMALISATIONS = {
     # name: (mean, std) per channel of pictures scaled to [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
@@ -85,10 +87,21 @@ def check_images(images: Any, side: int) -> None:
 
 
 def check_normalised(images: Any) -> None:
-    """Raises ValueError if pictures are integers: their colours, 0 ... 255."""
-    if is_array(images) and not jnp.issubdtype(images.dtype, jnp.floating):
+    """Raises ValueError if pictures are colours, 0 ... 255, as integers or as floats.
+
+    Floats are looked at if they are NumPy's: those of a device would be waited for.
+    """
+    if not is_array(images):
+        return
+    colours = not jnp.issubdtype(images.dtype, jnp.floating)
+    large = ""
+    if isinstance(images, np.ndarray) and not colours and images.size:
+        colours = images.min() >= 0 and images.max() > MAX_NORMALISED
+        large = f" with values up to {images.max():g}" if colours else ""
+    if colours:
         raise ValueError(
-            f"images are {said(images)}; expected floats, normalised as the backbone"
+            f"images are {said(images)}{large}; expected floats, normalised as the"
+            " backbone"
             " was trained: vpt_jax.normalise(images, 'half'), or another name that"
             " vpt_jax.read_card(path)['normalisation'] gives."
         )
