@@ -190,8 +190,9 @@ def test_pictures_that_are_not_normalised_are_an_error(dtype, run):
         importance(batches=[{**BATCH, "image": raw.reshape(RAW.shape)}])
 
 
-def test_colours_as_floats_are_not_normalised_either():
-    raw = RAW.astype(np.float32)
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_colours_as_floats_are_not_normalised_either(array):
+    raw = array(RAW.astype(np.float32))
     with pytest.raises(ValueError, match=r"values up to 25\d;.*vpt_jax.normalise\("):
         MODEL.apply({"params": BACKBONE}, raw)
     with pytest.raises(ValueError, match=r"values up to 25\d;.*vpt_jax.normalise\("):

@@ -213,7 +213,7 @@ def _padded(
             batch = {k: batch[k] for k in (*checks.BATCH, "mask") if k in batch}
         else:  # labels of another kind, or none
             checks.check_batch(batch, None)
-        check_normalised(batch["image"])
+        check_normalised(batch["image"], wait=size is None)
         size = size or len(batch["image"])
         yield parallel.pad_batch(batch, size)
 

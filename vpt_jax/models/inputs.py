@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from vpt_jax.files.checks import (
     check_backbone,
@@ -86,25 +87,32 @@ def check_images(images: Any, side: int) -> None:
     check_normalised(images)
 
 
-def check_normalised(images: Any) -> None:
+def check_normalised(images: Any, *, wait: bool = True) -> None:
     """Raises ValueError if pictures are colours, 0 ... 255, as integers or as floats.
 
-    Floats are looked at if they are NumPy's: those of a device would be waited for.
+    Floats are looked at where they have values: not inside `jax.jit`; those of a device
+    only with `wait`, for all that was sent to it before is waited for too.
     """
     if not is_array(images):
         return
-    colours = not jnp.issubdtype(images.dtype, jnp.floating)
-    large = ""
-    if isinstance(images, np.ndarray) and not colours and images.size:
-        colours = images.min() >= 0 and images.max() > MAX_NORMALISED
-        large = f" with values up to {images.max():g}" if colours else ""
+    colours, large = not jnp.issubdtype(images.dtype, jnp.floating), ""
+    if not colours and images.size and _has_values(images, wait):
+        least, most = float(images.min()), float(images.max())
+        colours = least >= 0 and most > MAX_NORMALISED
+        large = f" with values up to {most:g}" if colours else ""
     if colours:
         raise ValueError(
             f"images are {said(images)}{large}; expected floats, normalised as the"
-            " backbone"
-            " was trained: vpt_jax.normalise(images, 'half'), or another name that"
-            " vpt_jax.read_card(path)['normalisation'] gives."
+            " backbone was trained: vpt_jax.normalise(images, 'half'), or another name"
+            " that vpt_jax.read_card(path)['normalisation'] gives."
         )
+
+
+def _has_values(images: Any, wait: bool) -> bool:
+    if isinstance(images, np.ndarray):
+        return True
+    concrete = isinstance(images, jax.Array) and not isinstance(images, Tracer)
+    return wait and concrete and images.is_fully_addressable
 
 
 class Inputs(NamedTuple):

@@ -5,17 +5,14 @@ All is computed from the content of report.json, so that
 `python -m vpt_jax.report WORKDIR` can render the page again.
 """
 
-import argparse
-import json
 import math
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.report import cautions, figures, leaderboard, page, tables
+from vpt_jax.report import cautions, figures, page, tables
 from vpt_jax.report.formats import percent, three_digits, with_prefix
 from vpt_jax.report.rows import Row, default_score, kind, label, summarise
 
@@ -50,7 +47,7 @@ def _table(report: Row) -> tables.Table:
 
 def _cells(group: Row, default: str, num_test: int) -> list[str]:
     """The texts of a group's line in the table, in the order of `HEADER`."""
-    test = _percent(group, "test")
+    test = percents(group, "test")
     if test and group["n"] == 1 and num_test:
         ends = cautions.interval(group["test_accuracy"], num_test)
         test += " [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
@@ -60,7 +57,7 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
         label(group, default),
         f"{low:,}" if low == high else f"{low:,} to {high:,}",
         test,
-        _percent(group, "val"),
+        percents(group, "val"),
         with_prefix(group["macs"]),
         with_prefix(group["macs_reference"]),
         "" if latency is None else three_digits(latency),
@@ -69,7 +66,8 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
     ]
 
 
-def _percent(group: Row, split: str) -> str:
+def percents(group: Row, split: str) -> str:
+    """Mean accuracy and deviation of a group on a split, or nothing."""
     mean, deviation = group[f"{split}_accuracy"], group[f"{split}_sd"]
     if mean is None:  # not measured: those pictures were trained on
         return ""
@@ -86,7 +84,7 @@ def print_table(report: Row, file: Any = None) -> None:
     )
 
 
-class _Difference(NamedTuple):
+class Difference(NamedTuple):
     """Points of test accuracy of one model minus another, the mean over seeds."""
 
     points: float
@@ -99,7 +97,7 @@ class _Difference(NamedTuple):
         return number if self.error is None else f"{number} ± {self.error:.2f}"
 
 
-def _difference(rows: list[Row], others: list[Row]) -> _Difference | None:
+def paired(rows: list[Row], others: list[Row]) -> Difference | None:
     """`rows` minus `others`, paired by seed; None without a common seed."""
     ours = {row["seed"]: 100 * row["test_accuracy"] for row in rows}
     theirs = {row["seed"]: 100 * row["test_accuracy"] for row in others}
@@ -109,7 +107,7 @@ def _difference(rows: list[Row], others: list[Row]) -> _Difference | None:
     deltas, n = np.array([ours[seed] - theirs[seed] for seed in common]), len(common)
     error = float(deltas.std(ddof=1) / math.sqrt(n)) if n > 1 else None
     seeds = f"{n} paired seeds" if n > 1 else "one seed"
-    return _Difference(float(deltas.mean()), error, f" points ({seeds})")
+    return Difference(float(deltas.mean()), error, f" points ({seeds})")
 
 
 def _find(report: Row, wanted: str, ratio: float) -> list[Row]:
@@ -128,7 +126,7 @@ def verdict(report: Row) -> list[str]:
     """Sentences about what the numbers say; differences are paired by seed."""
     sentences = []
     tuned = _find(report, "tune", 1.0)
-    difference = _difference(tuned, _find(report, "linear", 0.0))
+    difference = paired(tuned, _find(report, "linear", 0.0))
     if difference is not None:
         minus = _list_differences({"the linear probe": difference})
         sentences.append(f"All prompts (100 %) {minus}.")
@@ -153,12 +151,12 @@ def _verdict_at(report: Row, ratio: float, tuned: list[Row]) -> list[str]:
     condensed = _find(report, scope, ratio)
     name = f"PC at {100 * ratio:.4g} % ({scope})"
     sentences = []
-    against_tuned = _difference(condensed, tuned)
+    against_tuned = paired(condensed, tuned)
     if against_tuned is not None:
         sentences.append(f"{name} {_gap(against_tuned)}")
     differences = {}
     for control, control_name in CONTROLS.items():
-        difference = _difference(condensed, _find(report, control, ratio))
+        difference = paired(condensed, _find(report, control, ratio))
         if control != scope and difference is not None:
             differences[control_name] = difference
     if differences:
@@ -166,7 +164,7 @@ def _verdict_at(report: Row, ratio: float, tuned: list[Row]) -> list[str]:
     return sentences
 
 
-def _gap(difference: _Difference) -> str:
+def _gap(difference: Difference) -> str:
     """Whether the loss against all prompts is within the limit."""
     verb = "loses" if difference.points < 0 else "gains"
     size = difference._replace(points=abs(difference.points))
@@ -178,7 +176,7 @@ def _gap(difference: _Difference) -> str:
     )
 
 
-def _list_differences(differences: dict[str, _Difference]) -> str:
+def _list_differences(differences: dict[str, Difference]) -> str:
     """The differences by what is subtracted: "minus random +1.20 ± 0.30 points"."""
     last = list(differences)[-1]
     parts = []
@@ -214,6 +212,11 @@ tokens of every layer, as papers do. Time is per picture, in batches of
     return page.page(title, body)
 
 
+def render(report: Row) -> dict[str, str]:
+    """What is written beside report.json, by suffix."""
+    return {"html": html(report)}
+
+
 def _search(report: Row) -> str:
     """The trials of the rate's search, if there was one."""
     search = report.get("search")
@@ -240,32 +243,3 @@ def write(report: Row, workdir: str | Path) -> None:
     page = html(report)  # fails before anything is written
     workdirs.write_json(Path(workdir) / "report.json", report)
     workdirs.write_text(Path(workdir) / "report.html", page)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Renders a workdir again from its JSON and prints the table.
-
-    A benchmark's workdir has a leaderboard.json, that of a single run a report.json.
-    """
-    parser = argparse.ArgumentParser(prog="python -m vpt_jax.report")
-    help_text = "folder with report.json or leaderboard.json"
-    parser.add_argument("workdir", type=Path, help=help_text)
-    workdir = parser.parse_args(argv).workdir
-    several = (workdir / "leaderboard.json").exists()
-    source = workdir / ("leaderboard.json" if several else "report.json")
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-        texts = leaderboard.render(content) if several else {"html": html(content)}
-    except FileNotFoundError:
-        run = f"python -m vpt_jax.main --config=CONFIG --workdir={workdir}"
-        parser.error(f"{workdir} has no report.json; a finished run writes it: {run}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        kind_of_file = "leaderboard" if several else "report"
-        parser.error(f"{source} is not a {kind_of_file} ({e!r}).")
-    from vpt_jax.files import workdirs  # imports Orbax, which takes seconds
-
-    for suffix, text in texts.items():
-        workdirs.write_text(source.with_suffix(f".{suffix}"), text)
-    (leaderboard.print_table if several else print_table)(content)
-    for suffix in texts:
-        print(f"Wrote {source.with_suffix(f'.{suffix}')}")
