@@ -15,9 +15,9 @@ from test_report import make_row as row_of_a_report
 from test_vtab import DEEP_GROUP_MEANS, DEEP_MEAN_OVER_GROUPS, MEANS_OVER_TASKS
 
 from vpt_jax.data.public.vtab import BENCHMARKS
+from vpt_jax.report import __main__ as command
 from vpt_jax.report import board_figures, published, standings
 from vpt_jax.report import board_tables as tables
-from vpt_jax.report import document as rp
 from vpt_jax.report import leaderboard as lb
 
 NATURAL = tuple(n for n in published.VTAB if BENCHMARKS[n].group == "natural")
@@ -518,12 +518,12 @@ def test_render_again(tmp_path, capsys):
     texts = {path: path.read_bytes() for path in paths}
     for path in paths[1:]:
         path.unlink()
-    rp.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     assert {path: path.read_bytes() for path in paths} == texts
     shown = capsys.readouterr().out
     assert "PC global 30 %" in shown
     assert f"Wrote {paths[-1]}" in shown
     paths[0].write_text("{}")
     with pytest.raises(SystemExit):
-        rp.main([str(tmp_path)])
+        command.main([str(tmp_path)])
     assert "is not a leaderboard" in capsys.readouterr().err

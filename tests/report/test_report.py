@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from vpt_jax.report import __main__ as command
+from vpt_jax.report import compare, figures
 from vpt_jax.report import document as rp
-from vpt_jax.report import figures
 from vpt_jax.report.rows import label, summarise
 
 
@@ -310,7 +311,7 @@ def test_write_and_render_again(tmp_path, capsys):
     (tmp_path / "report.html").unlink()
     compact = json.dumps(report)
     (tmp_path / "report.json").write_text(compact)
-    rp.main([str(tmp_path)])
+    command.main([str(tmp_path)])
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
     assert (tmp_path / "report.json").read_text() == compact  # only read
     assert "All prompts (100 %)" in capsys.readouterr().out
@@ -318,11 +319,67 @@ def test_write_and_render_again(tmp_path, capsys):
 
 def test_main_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        rp.main([str(tmp_path)])
+        command.main([str(tmp_path)])
     assert "python -m vpt_jax.main" in capsys.readouterr().err
     for text in ("{", "[]", "{}"):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(SystemExit):
-            rp.main([str(tmp_path)])
+            command.main([str(tmp_path)])
         assert "is not a report" in capsys.readouterr().err
         assert (tmp_path / "report.json").read_text() == text
+
+
+# --- runs side by side ----------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of one task: the second has another rate, and half of its prompts' luck.
+
+    They share the seeds 0 and 1; the second is 2 points worse, exactly.
+    """
+    for name, seeds, shift in (("a/run", 3, 0.0), ("b/run", 2, -0.02)):
+        report = make_report(seeds=seeds)
+        report["config"] = {"tune": {"base_lr": 0.01 - shift}}
+        for row in report["rows"]:
+            row["test_accuracy"] += shift
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+    return [tmp_path / "a/run", tmp_path / "b/run"]
+
+
+def test_runs_are_paired_by_seed(runs):
+    reports = compare.read(runs)
+    assert list(reports) == ["a/run", "b/run"]  # as much as tells them apart
+    (line,) = compare.differing(reports).rows
+    assert line == ["tune.base_lr", "0.01", "0.03"]
+    table = compare.accuracies(reports)
+    assert table.header[-1] == "b/run\nminus a/run"
+    assert {row[-1] for row in table.rows} == {"\N{MINUS SIGN}2.00 ± 0.00"}
+
+
+def test_a_comparison_is_printed_and_drawn(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    command.main([*map(str, runs), f"--out={out}"])
+    printed = capsys.readouterr().out
+    assert "tune.base_lr" in printed and str(out) in printed
+    page = out.read_text()
+    Page(page)
+    assert page.count("<svg") == 1 and "All prompts (100 %)" in page
+
+
+def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
+    def refused(*folders):
+        with pytest.raises(SystemExit):
+            command.main([*map(str, folders)])
+        return capsys.readouterr().err
+
+    assert "each once" in refused(runs[0], f"{runs[0]}/")
+    assert "has no report.json; a finished run" in refused(runs[0], tmp_path)
+    path = runs[1] / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"task": "another"}))
+    assert "tested on different things" in refused(*runs)
+    path.write_text("{}")
+    assert "is not a report" in refused(*runs)

@@ -110,7 +110,10 @@ def test_transformers_normalisation_lies_in_a_file_of_its_own(file):
         (VIT | {"num_hidden_layers": 5}, r"depth 5 \(the file has 6\)"),
         (VIT | {"hidden_act": "relu"}, "hidden_act 'relu'; expected one of gelu,"),
         (VIT | {"num_attention_heads": "8"}, "num_attention_heads '8'; expected a pos"),
-        (VIT | {"num_attention_heads": 7}, "not a multiple of num_heads 7"),
+        (
+            VIT | {"num_attention_heads": 7},
+            "num_heads is 7, by the config.json beside it",
+        ),
         (VIT | {"layer_norm_eps": -1}, "layer_norm_eps -1; expected a positive"),
     ],
 )
@@ -118,6 +121,38 @@ def test_a_config_that_is_not_the_files_is_an_error(file, content, message):
     beside(file, **content)
     with pytest.raises(ValueError, match=message):
         vpt_jax.load_backbone("demo/16", file)
+
+
+@pytest.mark.parametrize("inside", [(), ("vision_config",)])
+def test_a_config_of_no_known_kind_counts_as_far_as_it_goes(file, inside, caplog):
+    content = {"num_attention_heads": 8}
+    for name in inside:
+        content = {name: content, "model_type": "somebodys"}
+    beside(file, **content)
+    with caplog.at_level(logging.WARNING):
+        model, _ = vpt_jax.load_backbone("demo/16", file)
+    assert (model.num_heads, model.epsilon) == (8, 1e-6)
+    (said,) = {record.getMessage() for record in caplog.records}
+    assert "the config.json beside it does not say more; assumed activation=" in said
+    assert "epsilon=" in said and "num_heads" not in said
+    beside(file, num_heads=2, act_layer="quick_gelu", layer_norm_eps=1e-4)
+    model, _ = vpt_jax.load_backbone("demo/16", file)
+    assert (model.num_heads, model.activation, model.epsilon) == (2, "quick_gelu", 1e-4)
+    beside(file, act_layer="relu")
+    with pytest.raises(vpt_jax.CheckpointError, match="act_layer 'relu'; expected one"):
+        vpt_jax.load_backbone("demo/16", file)
+
+
+def test_a_variant_of_another_family_is_named():
+    for name, family in (
+        ("swinv2_tiny_window8_256", "a Swin V2"),
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "a DINOv3"),
+        ("google/siglip2-base-patch16-224", "a SigLIP"),
+        ("openai/clip-vit-base-patch16", "a CLIP"),
+        ("microsoft/beit-base-patch16-224", "a BEiT"),
+    ):
+        with pytest.raises(ValueError, match=rf"is {family}\b.* not supported.*Take "):
+            vpt_jax.load_backbone(name, "weights.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 200_000])
@@ -144,7 +179,7 @@ def test_a_model_card_is_checked(timm, tmp_path, name, value):
 
 
 def test_a_config_of_something_else_tells_nothing(file):
-    beside(file, learning_rate=0.1, num_attention_heads=8)
+    beside(file, learning_rate=0.1, vision_config=7)
     assert vpt_jax.read_card(file) == {}
     assert vpt_jax.load_backbone("demo/16", file)[0].num_heads == 4
 

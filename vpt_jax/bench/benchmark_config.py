@@ -103,7 +103,7 @@ class SearchConfig:
 
     rates: tuple[float, ...] = (0.01, 0.03)
     head_inits: tuple[str, ...] = ("zeros", "probe")
-    shares: tuple[float, ...] = (0.15, 0.7)
+    shares: tuple[float, ...] = (0.17, 0.65)
     finetune_rate: float = 1.0
 
     def settings(self, decay: float) -> BenchmarkConfig:

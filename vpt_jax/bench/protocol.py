@@ -279,7 +279,7 @@ def _short(bench: Benchmark, task: str, choice: Mapping[str, Any], share: float)
     """A trial of a share of the epochs, warm-up and fall of the rate included."""
     config = _config(bench, task, choice, choice, "select", (GRID_SEED,))
     tune = config.tune
-    epochs = max(1, round(share * tune.epochs))
+    epochs = max(1, int(share * tune.epochs + 1e-9))
     warmup = tune.warmup_epochs * epochs / tune.epochs
     tune = dataclasses.replace(tune, epochs=epochs, warmup_epochs=warmup)
     name = f"{task}/search-{epochs}epochs-lr{choice['base_lr']:g}"

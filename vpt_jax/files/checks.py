@@ -5,6 +5,7 @@ Types, shapes and dtypes are known under jit too; values are looked at outside o
 """
 
 import operator
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,15 @@ def check_integer(name: str, value: Any, least: int) -> int:
         number = operator.index(value)
     except TypeError:  # that of a traced one too
         number = least - 1
+    if isinstance(value, bool):
+        number = least - 1
     expect(number >= least, name, value, f"an integer >= {least}")
     return number
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises ValueError unless it is a text or a path."""
+    expect(isinstance(value, str | os.PathLike), name, value, "a text or a path")
 
 
 def check_model(model: Any, *attributes: str) -> None:

@@ -317,8 +317,18 @@ def parse_flags(argv: list[str]) -> list[str]:
             if text.startswith("ValueError: "):  # says itself what is wrong
                 fail(text.removeprefix("ValueError: "))
         elif isinstance(error, flags.Error):
+            for raw, plain in _OF_PYTHON.items():
+                text = re.sub(raw, plain, text)
             fail(text)
         fail(f"cannot read --config: {' '.join(text.split())}")
+
+
+# What Python says within a message of absl's, and what a person understands.
+_OF_PYTHON = {
+    r"invalid literal for int\(\) with base 10: ": "expected an integer, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+    r"\('Non-boolean argument[^,]*, (.*)\)": r"expected true or false, got \1",
+}
 
 
 def fail(error: Any, code: int = 2) -> NoReturn:

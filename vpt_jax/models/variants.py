@@ -36,7 +36,7 @@ def canonical(variant: str) -> str:
       >>> canonical("swin_tiny_patch4_window7_224"), canonical("facebook/dinov2-base")
       ('Swin-T', 'B/14')
     """
-    if len(variant) < 3:
+    if not isinstance(variant, str) or len(variant) < 3:
         return variant
     # Of timm/vit_base_patch16_224 or google/vit-base-patch16-224 the name alone.
     names = {variant, variant.rpartition("/")[2]}

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpt_jax.files.checks import expect
 from vpt_jax.files.messages import did_you_mean
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.inputs import Inputs, check_prompts, given_to
@@ -74,6 +75,7 @@ def decode_variant(variant: str) -> dict[str, Any]:
     Raises:
       ValueError: If the string is not `SIZE/PATCH` with a known size.
     """
+    expect(isinstance(variant, str), "variant", variant, "a text such as 'B/16'")
     name = canonical(variant)
     size, _, patch = name.partition("/")
     if size not in VARIANTS or not patch.isdecimal() or int(patch) == 0:

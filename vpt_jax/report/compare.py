@@ -64,6 +64,7 @@ def read(folders: Sequence[Path]) -> dict[str, Row]:
 
 def _short(paths: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as tell all of them apart."""
+    names: list[str] = []
     for size in range(1, max(len(path.parts) for path in paths) + 1):
         names = [os.path.join(*path.parts[-size:]) for path in paths]
         if len(set(names)) == len(names):
@@ -94,7 +95,7 @@ def _flatten(report: Row) -> dict[str, str]:
             found[name] = str(value)
 
     visit("", report["config"])
-    visit("backbone", {k: report["backbone"][k] for k in ("hash", "load")})
+    visit("backbone", {k: report["backbone"].get(k) for k in ("hash", "load")})
     visit("versions", report["versions"])
     return found
 

@@ -37,7 +37,7 @@ from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
 from vpt_jax.weights.backbones import known_backbone, where_to_get
 from vpt_jax.weights.facts import ask, assumed, card_of, check_given, check_sizes
-from vpt_jax.weights.families import refuse_families
+from vpt_jax.weights.families import refuse_families, refuse_name
 from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.weights.naming import Named, named_leaves, read_names
 from vpt_jax.weights.readers import CheckpointError, read_arrays
@@ -157,6 +157,7 @@ def load_backbone(
     skip = (skip,) if isinstance(skip, str) else skip
     variant, path = told_apart(variant, path)
     # An unknown variant is the first thing to hear of.
+    refuse_name(variant)
     kind: Any = Swin if variant.startswith("Swin") else ViT
     wanted = kind(variant) if variant else None
     path = path or (DEMO_BACKBONE if variant == "demo/4" else "")
@@ -190,6 +191,12 @@ def load_backbone(
             read = {"readout": told["readout"], "image_size": image_size}
             model = match_swin(model, named, path, **read)
         else:
+            heads = told["num_heads"] or model.num_heads
+            if not isinstance(heads, int) or model.width % heads:
+                raise CheckpointError(
+                    f"{path}: num_heads is {shown(heads)}, by the config.json beside it"
+                    f" or as given; expected a divisor of its width, {model.width}."
+                )
             model = model.clone(**{n: told[n] for n in _FACTS if told.get(n)})
             read = {"readout": told["readout"], "norm": told["norm"]}
             model = match_vit(model, named, path, **read, posemb=posemb)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vpt_jax.files.checks import check_integer, said
+from vpt_jax.files.checks import check_integer, check_path
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.swin import EPSILON
 from vpt_jax.prompts import check_choice
@@ -32,7 +32,8 @@ def card_of(path: str | os.PathLike, own: Mapping[str, Any]) -> dict[str, Any]:
     config = config_facts(local_path(path))
     # Sizes are held against the file where a config.json says them.
     card = {k: v for k, v in own.items() if k not in ("width", "depth")}
-    card |= architecture(path)
+    if facts := architecture(path):
+        card |= facts | {"architecture": os.path.basename(path)}
     for name in (path, config.get("architecture", "")):
         card |= architecture(name)
         row = known_backbone(name) if name else None
@@ -47,8 +48,7 @@ def check_given(variant: Any, path: Any, image_size: Any, resize: str) -> int:
       ValueError: If one of the arguments of `load_backbone` cannot be what it is for.
     """
     for name, value in (("variant", variant), ("path", path or "")):
-        if not isinstance(value, str | os.PathLike):
-            raise ValueError(f"{name} is {said(value)}; expected a text or a path.")
+        check_path(name, value)
     if resize:
         check_choice("resize", resize, RESIZES)
     return check_integer("image_size", image_size, 0)
@@ -84,7 +84,7 @@ def assumed(
       given: The caller's arguments, without the empty ones.
       resized: Whether the position table was.
     """
-    if card:
+    if _is_whole(card):
         return ""
     names = ["num_heads", "activation", "epsilon", "readout", "norm"]
     told = {n: getattr(model, n) for n in names if hasattr(model, n)}
@@ -92,12 +92,16 @@ def assumed(
         told["resize"] = "corner_aligned"
     if "num_heads" in told and not isinstance(told["num_heads"], int):
         del told["num_heads"]  # a Swin's follow from its tables
-    told = {n: value for n, value in told.items() if n not in given}
+    told = {n: value for n, value in told.items() if n not in given and not card.get(n)}
     shown = ", ".join(f"{n}={value!r}" for n, value in told.items())
-    return shown and (
-        f"no published file has this name and no config.json lies beside it; assumed"
-        f" {shown}"
-    )
+    beside = "the config.json beside it does not say more"
+    beside = beside if card else "no config.json lies beside it"
+    return shown and f"no published file has this name and {beside}; assumed {shown}"
+
+
+def _is_whole(card: Mapping[str, Any]) -> bool:
+    """Whether a card is of a model that is known: what it does not say is usual."""
+    return bool({"name", "kind", "architecture", "variant"} & card.keys())
 
 
 def ask(
@@ -113,12 +117,12 @@ def ask(
       ValueError: With the arguments to pass and their possible values.
     """
     fused = any(e.source.endswith("attn.qkv.weight") for e in named.entries)
-    if card or named.kind != "vit" or not fused:
+    if _is_whole(card) or named.kind != "vit" or not fused:
         return
     open_questions = [
         f"{q.fact}={q.answers}"
         for q in AMBIGUOUS
-        if q.fact not in given and q.applies(model)
+        if q.fact not in given and not card.get(q.fact) and q.applies(model)
     ]
     if open_questions:
         raise ValueError(

@@ -28,6 +28,7 @@ class Family(NamedTuple):
     why: str  # in "which is not supported: it has ..."
     instead: str  # what to take
     lacks: str = ""  # and no array has this
+    called: str = ""  # regular expression, searched in the name of a variant
 
 
 # The first that fits; the more special ones come first.
@@ -54,6 +55,7 @@ FAMILIES = (
         "a Swin of the first version, such as"
         " hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",
         lacks=r"text_model|token_embedding|(^|/)t/|attn_pool|probe|resblocks",
+        called=r"swin[-_]?v2",
     ),
     Family(
         "a SigLIP, or another ViT with attention pooling",
@@ -61,6 +63,7 @@ FAMILIES = (
         "a learned query that pools the patches",
         "timm's file without the pooling, read by the mean, such as"
         " hf://timm/vit_base_patch16_siglip_gap_224.webli/model.safetensors",
+        called=r"siglip(?!.*_gap)",
     ),
     Family(
         "a CLIP, or another ViT with a LayerNorm before its blocks",
@@ -69,6 +72,7 @@ FAMILIES = (
         "a LayerNorm before the blocks, and QuickGELU in some files",
         _PLAIN,
         lacks=rf"{_BLOCK}in_proj\.",
+        called=r"clip(?!_ft)",
     ),
     Family(
         "a SigLIP of transformers",
@@ -132,6 +136,7 @@ FAMILIES = (
         r"rope_embed|storage_tokens|(^|\.)rope\.",
         "rotary positions in every block and no position table",
         f"DINOv2 with registers: {_DINOV2}",
+        called="dinov3",
     ),
     Family(
         "a DINOv3, or another ViT with rotary positions and registers",
@@ -160,6 +165,7 @@ FAMILIES = (
         "MAE or DINOv2, self-supervised too:"
         " hf://timm/vit_base_patch16_224.mae/model.safetensors",
         lacks=r"layers\.\d+\.(blocks\.\d|downsample)",
+        called=r"(^|[-_/])beit|data2vec",
     ),
     Family(
         "an EVA, AIMv2 or another ViT with rotary positions or gates",
@@ -226,6 +232,20 @@ STRUCTURES = (
         lacks=r"Transformer/encoder_norm/(scale|bias)$",
     ),
 )
+
+
+def refuse_name(variant: str) -> None:
+    """Raises if a variant's name is that of one of `FAMILIES`.
+
+    Raises:
+      ValueError: As `refuse_families`.
+    """
+    for family in FAMILIES:
+        if family.called and re.search(family.called, variant.lower()):
+            raise ValueError(
+                f"{variant!r} is {family.name}, which is not supported: it has"
+                f" {family.why}. Take {family.instead}."
+            )
 
 
 def refuse_families(names: Iterable[str], path: Any) -> None:

@@ -24,6 +24,7 @@ from vpt_jax.weights.naming import (
     Entry,
     Named,
     named_leaves,
+    needed,
     skipped,
     unflatten,
 )
@@ -287,13 +288,10 @@ def refuse_skips(
         if not any(skipped(n, skip) for n in (e.source, *e.names))
         for name in e.names
     }
-    needed = [n for n in expected if skipped(n, skip) and n not in given]
-    needed += [n for n in named.skipped if _IN_BLOCK.search(n)]
-    for name in needed:
-        raise CheckpointError(
-            f"{path}: skip= names {name!r}, which the network's function needs; leave"
-            " out only what is no part of the features, such as a further head."
-        )
+    names = [n for n in expected if skipped(n, skip) and n not in given]
+    names += [n for n in named.skipped if _IN_BLOCK.search(n)]
+    for name in names:
+        raise CheckpointError(needed(path, name))
 
 
 def _init(model: Any) -> dict[str, jax.Array]:

@@ -167,6 +167,7 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
     outside = [n for n in arrays if not n.startswith(prefix)]
     aside = {n for n in inside if _LEFT_OUT.match(n)}
     alone = {n for n in inside if n not in aside and skipped(n, skip)}
+    every = inside
     inside = {n: a for n, a in inside.items() if n not in aside | alone}
     if any(n.startswith("blocks_0_0/") for n in inside):
         kind, translate = "swin", _flax_entry
@@ -190,12 +191,24 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
             f"{path} holds {twice[0]} twice, as {' and '.join(both)}; name the one to"
             " leave out in skip=."
         )
+    for name in sorted(alone):  # before the position table is compared without it
+        left = [n for e in translate(name, every[name]) or () for n in e.names]
+        if "cls" in left and "cls" not in names:
+            raise CheckpointError(needed(path, prefix + name))
     return Named(
         kind,
         entries,
         unknown,
         left_out=[*outside, *(prefix + n for n in sorted(aside))],
         skipped=[prefix + n for n in sorted(alone)],
+    )
+
+
+def needed(path: Any, name: str) -> str:
+    """The message about a name in `skip` without which there is another network."""
+    return (
+        f"{path}: skip= names {name!r}, which the network's function needs; leave out"
+        " only what is no part of the features, such as a further head."
     )
 
 

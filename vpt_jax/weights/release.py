@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vpt_jax.files.checks import check_path
 from vpt_jax.files.messages import shown
 from vpt_jax.weights.readers import CheckpointError
 from vpt_jax.weights.remote import local_path
@@ -121,6 +122,7 @@ def file_of(path: str | os.PathLike) -> Path:
 
     `hf://ORG/NAME`, or with `@REVISION`, is such a folder on the hub.
     """
+    check_path("path", path)
     text = os.fspath(path)
     if _REPOSITORY.fullmatch(text):
         text = f"{text.rstrip('/')}/{FOLDER}"

@@ -88,23 +88,28 @@ def config_facts(path: str | os.PathLike) -> dict[str, Any]:
 
     `num_heads` (of a Swin a tuple), `activation`, `epsilon`, `readout`, `norm`,
     `resize` and `normalisation` as far as they are said; `architecture`, timm's name
-    with its tag; and, to be held against the weights, `width` and `depth`. Raises
-    CheckpointError for a file that is no JSON object, or says what no model of ours
-    computes.
+    with its tag; `kind`, transformers'; and, to be held against the weights, `width`
+    and `depth`. Raises CheckpointError for a file that is no JSON object, or says what
+    no model of ours computes.
     """
     folder = Path(path).parent
     config = _object(folder / NAMES[0])
-    if "architecture" in config and "pretrained_cfg" in config:
+    if "architecture" in config:
         return _timm(config, folder)
-    for part in (config, *(config.get(name) for name in _NESTED)):
-        if not isinstance(part, dict):
-            continue
+    parts = [config, *(config.get(name) for name in _NESTED)]
+    parts = [part for part in parts if isinstance(part, dict)]
+    for part in parts:
         if (kind := str(part.get("model_type"))) in _KINDS:
             part = {**part, "hidden_act": None} if part.get("use_swiglu_ffn") else part
             facts = _read(part, _SWIN if kind == "swin" else _VIT, folder)
             facts |= _normalisation(_object(folder / NAMES[1]), "image_")
             return {"kind": kind, **_KINDS[kind], **facts}
-    return {}
+    # Somebody's own: what it says counts, the rest is assumed or asked for.
+    facts = {}
+    for part in parts:
+        swin = "depths" in part or isinstance(part.get("num_heads"), list)
+        facts = _read(part, _SWIN if swin else _TIMM | _VIT, folder) | facts
+    return facts | _normalisation(config, "")
 
 
 def json_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
@@ -145,7 +150,8 @@ def _timm(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     name = config["architecture"] if isinstance(config["architecture"], str) else ""
     if isinstance(pretrained.get("tag"), str) and "." not in name:
         name += f".{pretrained['tag']}"
-    facts = _read(args, _TIMM, folder) | _normalisation(pretrained, "")
+    # Before `pretrained_cfg`, timm wrote its values beside the name.
+    facts = _read(args, _TIMM, folder) | _normalisation(pretrained or config, "")
     return {"architecture": name, **facts}
 
 
