@@ -16,7 +16,7 @@ After the file's name, separated by commas:
     published     no grid: the rate and decay that VPT's authors published for four of
                   the tasks, and one sensible default for the others
     search        not VPT's recipe but that of configs/folder.py: AdamW, its rate found
-                  by six short trainings and not by forty
+                  by six shorter trainings and not by forty
     smoke         a trial of the whole way on the small backbone of the package
 
 The data sets must have been prepared by tensorflow-datasets in ~/tensorflow_datasets,

@@ -163,7 +163,9 @@ def html(section: Section) -> str:
     parts.append(
         page.figures(
             {name: figure.svg for name, figure in shown.items()},
-            {name: (figure.heading, figure.caption) for name, figure in shown.items()},
+            captions={
+                name: (figure.heading, figure.caption) for name, figure in shown.items()
+            },
         )
     )
     return "\n".join(parts)

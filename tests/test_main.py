@@ -70,7 +70,7 @@ def end_state(workdir):
     state |= {p.name: p.read_bytes() for p in sorted((workdir / "scores").iterdir())}
     rows = json.loads((workdir / "report.json").read_text())["rows"]
     for row in rows:
-        del row["latency_ms"]
+        del row["latency_ms"], row["latency_spread"]
     return state, rows
 
 

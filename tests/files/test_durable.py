@@ -261,6 +261,9 @@ class Spy(workdirs.Log):
     def note(self, text):
         pass
 
+    def progress(self, text):
+        pass
+
     def epoch(self, name, epoch, epochs, images, metrics, prefix=""):
         self.epochs.append((epoch, metrics["loss"], metrics["accuracy"]))
         self.hook(epoch)

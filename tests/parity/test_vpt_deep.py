@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import vpt_jax
 from vpt_jax import train
+from vpt_jax.weights.vpt import load_vpt, save_vpt
 
 SIDE, CLASSES, NUM, BATCH = 112, 7, 10, 4
 RATE, DECAY = 0.05, 0.01
@@ -177,3 +178,32 @@ def test_ten_steps_of_sgd(case):
         # The change, not the value: prompts move little in ten steps.
         moved = torch.tensor(np.asarray(before))
         assert relative(after - before, p.detach() - moved) < 1e-3
+
+
+def test_checkpoints_of_vpts_code(case, tmp_path):
+    """Names and shapes as KMnP/vpt's modules have them, written and read by PyTorch."""
+    model, backbone, trainable, batch, state = case
+    plain = Plain(trainable, batch, state)
+    save_vpt(tmp_path / "ours.pth", *trainable.values(), model=model)
+    theirs = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
+    first = theirs["enc.transformer.prompt_embeddings"]
+    later = theirs["enc.transformer.deep_prompt_embeddings"]
+    assert first.shape == (1, NUM, 384) and later.shape == (11, NUM, 384)
+    features = plain_features(state, plain.images, [*first, *later])
+    head = torch.nn.Linear(384, CLASSES)
+    own = {
+        n.removeprefix("head.last_layer."): x for n, x in theirs.items() if "head" in n
+    }
+    head.load_state_dict(own)
+    logits = train.predict(
+        trainable, backbone, batch["image"], model=model, recipe=train.Recipe()
+    )
+    assert relative(logits, head(features)) < 1e-4
+    # As fvcore's checkpointer writes a training, with what else it holds.
+    more = {"model": theirs, "optimizer": {"state": {}}, "iteration": 7}
+    torch.save(more, tmp_path / "model_final.pth")
+    prompts, found, deep = load_vpt(tmp_path / "model_final.pth", model)
+    assert deep
+    for a, b in zip(prompts, trainable["prompts"], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found["kernel"], trainable["head"]["kernel"])

@@ -243,9 +243,9 @@ def test_importance_with_zeros_and_empty_layers():
 
 def test_latency_says_its_batch():
     report, file = make_report(seeds=1), io.StringIO()
-    note = "per picture, in batches of 64."
+    note = "per picture, in batches of 64"
     page = " ".join(rp.html(report).split())
-    assert page.count(note) == 2  # below the table and below the figure
+    assert page.count(note) == 1  # below the table
     assert "latency_batch" not in page.lower()  # not again among the details
     rp.print_table(report, file)
     assert note in " ".join(file.getvalue().split())
@@ -259,15 +259,15 @@ class Page(HTMLParser):
         self.tags, self.text, self.open = [], "", []
         self.feed(text)
         assert self.open == []
-        assert not {"script", "link", "img", "iframe"} & set(self.tags)
+        assert not {"script", "link", "iframe"} & set(self.tags)
         assert "@import" not in text and "url(http" not in text
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
         names = ("src", "href", "xlink:href", "srcset", "data")
-        assert all(v.startswith("#") for k, v in attrs if k in names)
+        assert all(v.startswith(("#", "data:")) for k, v in attrs if k in names)
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -283,7 +283,7 @@ class Page(HTMLParser):
 def test_html_loads_nothing_and_says_everything():
     report = make_report()
     page = Page(rp.html(report))
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 2 * 4  # for a screen and for a phone
     for part in (*rp.verdict(report), report["command"], report["backbone"]["hash"]):
         assert part in page.text
     for part in ("learning_rate", "0.9.0", "1212.5", "shapes_orientation"):
@@ -366,7 +366,7 @@ def test_a_comparison_is_printed_and_drawn(runs, tmp_path, capsys):
     assert "tune.base_lr" in printed and str(out) in printed
     page = out.read_text()
     Page(page)
-    assert page.count("<svg") == 1 and "All prompts (100 %)" in page
+    assert page.count("<svg") == 2 and "All prompts (100 %)" in page
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
@@ -383,3 +383,48 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
     assert "tested on different things" in refused(*runs)
     path.write_text("{}")
     assert "is not a report" in refused(*runs)
+
+
+# --- what is looked at ----------------------------------------------------------------
+
+
+def look_at(classes=3, attention=True):
+    rng = np.random.default_rng(0)
+    confusion = rng.integers(0, 9, (classes, classes)).tolist()
+    example = {"picture": "AAAA", "probability": 0.9, "label": "<a>"}
+    example["attention"] = rng.random((2, 2)).tolist() if attention else []
+    return {
+        "split": "test",
+        "accuracy": 0.5,
+        "confusion": confusion,
+        "confused": [["<a>", "b", 7]],
+        "examples": [{**example, "answer": "b"}, {**example, "answer": "<a>"}],
+    }
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_answers_are_shown_as_pictures(attention):
+    report = make_report()
+    report |= {"looks": look_at(attention=attention), "classes": ["<a>", "b", "c"]}
+    text = rp.html(report)
+    Page(text)
+    assert "&lt;a&gt; taken for b: 7" in text and "<a>" not in text
+    assert text.count("data:image/jpeg;base64,AAAA") == 2
+    assert text.count("data:image/png") == (2 if attention else 0)
+    assert "but is &lt;a&gt;" in text and "Confusion matrix" in text
+
+
+def test_many_classes_have_no_matrix():
+    report = make_report() | {"looks": look_at() | {"confusion": []}, "classes": []}
+    assert "Confusion matrix" not in rp.html(report)
+
+
+def test_trainings_are_drawn_by_epoch():
+    report = make_report()
+    assert "curves" not in figures.draw(report)
+    for row in report["rows"]:
+        if row["stage"] != "linear":
+            row |= {"losses": [2.0, 1.0, 0.5], "watched": [[1, 0.4], [3, 0.6]]}
+    for width in figures.WIDTHS:
+        svg = figures.draw(report, width)["curves"]
+        assert "Loss on train" in svg and "PC global 30 %" in svg

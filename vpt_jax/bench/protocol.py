@@ -242,7 +242,10 @@ def board(bench: Benchmark, results: Results) -> dict[str, dict[str, Any]]:
             "chosen": chosen(bench, task, "grid", results) if final else None,
             "chosen_linear": chosen(bench, task, "linear", results) if final else None,
             "grid": grid(bench, task, "grid", results),
-            "rows": [{k: v for k, v in r.items() if k != "latency_ms"} for r in rows],
+            "rows": [
+                {k: v for k, v in r.items() if not k.startswith("latency_")}
+                for r in rows
+            ],
             "missing": missing,
         }
     return shown

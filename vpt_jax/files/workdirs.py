@@ -23,6 +23,8 @@ from vpt_jax import parallel
 from vpt_jax.files import durable
 from vpt_jax.files.durable import atomic_path as atomic_path
 
+_SPEAKS_EVERY_S = 20.0  # of progress, where there is no terminal to show it on
+
 
 def writes() -> bool:
     """Process 0 writes; the others compute the same and keep quiet."""
@@ -152,7 +154,7 @@ class Log:
 
     def __init__(self, path: Path, events: Path, *, echo: bool = True) -> None:
         """`echo=False` keeps lines off the terminal; progress is still shown there."""
-        self._start = time.perf_counter()
+        self._start = self._spoke = time.perf_counter()
         self._quiet, self._echo = not writes(), echo
         self._path, self._folder = path, events
         if self._quiet:
@@ -171,7 +173,7 @@ class Log:
             return
         if self._echo:
             self._clear()
-            print(f"{time.perf_counter() - self._start:7.1f} s  {text}", flush=True)
+            self._say(text)
         self._write(text)
 
     def note(self, text: str) -> None:
@@ -180,10 +182,18 @@ class Log:
             self._write(text)
 
     def progress(self, text: str) -> None:
-        """Replaces the terminal's progress line; nothing where there is none."""
-        if not self._quiet and sys.stderr.isatty():
+        """Replaces the terminal's progress line; elsewhere a line now and then."""
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+        elif time.perf_counter() - self._spoke > _SPEAKS_EVERY_S:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._spoke = time.perf_counter()
+        print(f"{self._spoke - self._start:7.1f} s  {text}", flush=True)
 
     def epoch(
         self,

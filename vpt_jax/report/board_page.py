@@ -25,7 +25,7 @@ head, and their share of the backbone; MACs (multiply-accumulates) are per pictu
 counts prompts as tokens of every layer, as papers do. All are means over tasks.</p>
 {_sources(lines)}
 <h2>Accuracy of every task</h2>{_table(board_tables.per_task(board, lines))}
-{page.figures(board_figures.draw(board, lines), captions)}
+{page.figures(board_figures.draw(board, lines), captions=captions)}
 <h2>What was chosen</h2>{_table(board_tables.choices(board))}
 {_grids(board)}
 {page.details(details, {})}"""

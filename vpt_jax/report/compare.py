@@ -147,7 +147,7 @@ def draw(figure: Any, reports: Mapping[str, Row]) -> bool:
     names = _labels(reports)
     lines = {key: number for number, key in enumerate(names)}
     axes = figure.subplots()
-    figure.set_size_inches(7.2, 1.4 + 0.34 * len(names))
+    figure.set_figheight(1.4 + 0.34 * len(names))
     for number, (run, report) in enumerate(reports.items()):
         shift = 0.5 * ((number + 0.5) / len(reports) - 0.5)
         colour, shown = COLOURS[number % len(COLOURS)], run
@@ -172,7 +172,8 @@ def draw(figure: Any, reports: Mapping[str, Row]) -> bool:
 def html(reports: Mapping[str, Row]) -> str:
     """The comparison as one HTML file that loads nothing."""
     task = next(iter(reports.values()))["task"]
-    svgs = figures.render({"accuracy": lambda figure: draw(figure, reports)})
+    functions = {"accuracy": lambda figure: draw(figure, reports)}
+    svgs = [figures.render(functions, width) for width in figures.WIDTHS]
     captions = {
         "accuracy": (
             "Accuracy of every model",
@@ -187,7 +188,7 @@ def html(reports: Mapping[str, Row]) -> str:
 <p class="soft">Test accuracies are means over seeds ± one sample standard deviation.
 Differences are means over the seeds that both runs have, ± their standard error; of one
 seed they have none, and are no evidence.</p>
-{page.figures(svgs, captions)}"""
+{page.figures(*svgs, captions=captions)}"""
     return page.page(f"{task}: {len(reports)} runs", body)
 
 

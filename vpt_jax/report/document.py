@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vpt_jax.report import cautions, figures, page, tables
+from vpt_jax.report import cautions, figures, looks, page, tables
 from vpt_jax.report.formats import percent, three_digits, with_prefix
 from vpt_jax.report.rows import Row, default_score, kind, label, summarise
 
@@ -60,10 +60,14 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
         percents(group, "val"),
         with_prefix(group["macs"]),
         with_prefix(group["macs_reference"]),
-        "" if latency is None else three_digits(latency),
+        "" if latency is None else _with_spread(latency, group.get("latency_spread")),
         f"{group['tuned_params']:,}",
         str(group["n"]),
     ]
+
+
+def _with_spread(value: float, spread: float | None) -> str:
+    return three_digits(value) + (f" ± {spread:.1g}" if spread else "")
 
 
 def percents(group: Row, split: str) -> str:
@@ -80,7 +84,7 @@ def print_table(report: Row, file: Any = None) -> None:
     tables.show(console, _table(report))
     console.print(
         "± standard deviation over seeds. MACs: per picture. Time: per picture, in"
-        f" batches of {report['latency_batch']}."
+        f" batches of {report['latency_batch']}, ± half an interquartile range."
     )
 
 
@@ -194,10 +198,12 @@ def html(report: Row) -> str:
     backbone = report["backbone"]
     title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
     shown_above = ("task", "importance", "rows", "latency_batch", "search", "doubts")
+    shown_above += ("looks", "classes")
     details = {k: v for k, v in report.items() if k not in shown_above}
     headings = {"seconds": "Seconds per stage, all seeds together"}
     notes = cautions.of(report)
     warned = f"<h2>Before you believe it</h2>{page.bullets(notes)}" if notes else ""
+    svgs = [figures.draw(report, width) for width in figures.WIDTHS]
     body = f"""{page.bullets(verdict(report))}
 {warned}
 <h2>Results</h2>{tables.html(_table(report))}
@@ -205,9 +211,10 @@ def html(report: Row) -> str:
 one seed with the 95 % interval that so many test pictures leave. PC is
 prompt condensation. MACs (multiply-accumulates) are per picture; ref. counts prompts as
 tokens of every layer, as papers do. Time is per picture, in batches of
-{report["latency_batch"]}.</p>
+{report["latency_batch"]}: the median of nine, ± half of their interquartile range.</p>
+{looks.html(report.get("looks", {}), report.get("classes", ()))}
 {_search(report)}
-{page.figures(figures.draw(report), figures.captions(report))}
+{page.figures(*svgs, captions=figures.captions(report))}
 {page.details(details, headings)}"""
     return page.page(title, body)
 

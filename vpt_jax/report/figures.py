@@ -16,6 +16,7 @@ import numpy as np
 
 from vpt_jax.report.rows import Row, default_score, kind, label, summarise
 
+WIDTHS = 9.2, 4.9  # inches: of a screen, and of a phone
 # Okabe and Ito's colours, distinct to colour-blind eyes.
 COLOURS = {
     "linear": "black",
@@ -47,6 +48,11 @@ LAYER_AXIS = "Layer (1 is next to the picture)"
 def captions(report: Row) -> dict[str, tuple[str, str]]:
     """Heading and caption of every figure, by name."""
     return {
+        "curves": (
+            "Training",
+            "Mean loss of every epoch, and accuracy on at most 256 pictures of the"
+            " validation set, of the first seed. Fine-tuning begins at tuned prompts.",
+        ),
         "accuracy": (
             "Accuracy against prompts kept",
             "Markers are mean test accuracies, bars and bands (with several seeds) one"
@@ -68,15 +74,15 @@ def captions(report: Row) -> dict[str, tuple[str, str]]:
             "Cost of inference",
             "Multiply-accumulates (MACs) against the prompts of all layers, as spent"
             " here (prompts are only keys and values) and as papers count them (prompts"
-            " are tokens of every layer); beside it, if measured, the latency"
-            f" per picture, in batches of {report['latency_batch']}.",
+            " are tokens of every layer).",
         ),
     }
 
 
-def draw(report: Row) -> dict[str, str]:
-    """SVG elements of the figures whose data are there, by name."""
+def draw(report: Row, width: float = WIDTHS[0]) -> dict[str, str]:
+    """SVG elements of the figures whose data are there, by name; one of `WIDTHS`."""
     functions = {
+        "curves": _draw_curves,
         "accuracy": draw_accuracy,
         "layers": _draw_layers,
         "importance": _draw_importance,
@@ -91,11 +97,14 @@ def draw(report: Row) -> dict[str, str]:
         {
             name: functools.partial(function, groups=groups, report=report)
             for name, function in functions.items()
-        }
+        },
+        width,
     )
 
 
-def render(functions: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
+def render(
+    functions: Mapping[str, Callable[[Any], bool]], width: float = WIDTHS[0]
+) -> dict[str, str]:
     """SVG elements by name, to stand in one page: in one style, the same every time.
 
     `functions` draw into the empty figure that they get; False drops it.
@@ -108,10 +117,10 @@ def render(functions: Mapping[str, Callable[[Any], bool]]) -> dict[str, str]:
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
         matplotlib.rcParams.update(STYLE)
         for name, function in functions.items():
-            figure = Figure((9.2, 4.1), layout="constrained")
+            figure = Figure((width, 4.1), layout="constrained")
             if function(figure):
                 _add_legend(figure)
-                figures[name] = _svg(figure, name)
+                figures[name] = _svg(figure, name if width > 6 else f"{name}-narrow")
     return figures
 
 
@@ -122,6 +131,7 @@ def _add_legend(figure: Any) -> None:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[text] = handle  # a name of many markers is listed once
     place, columns = "outside lower center", 4 if len(handles) > 5 else 5
+    columns = columns if figure.get_figwidth() > 6 else 2
     figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
 
 
@@ -138,6 +148,42 @@ def _svg(figure: Any, name: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
+def _draw_curves(figure: Any, groups: list[Row], report: Row) -> bool:
+    """Loss by epoch of every training of the first seed, and accuracy on val."""
+    seed, default = report["importance"]["seed"], default_score(report)
+    rows = [r for r in report["rows"] if r["seed"] == seed and r.get("watched")]
+    rows = [r for r in rows if len(r.get("losses", ())) > 1 and kind(r) in COLOURS]
+    if not rows:
+        return False
+    left, right = panels(figure, 2)
+    for row in rows:
+        ratios = sorted({r["keep_ratio"] for r in rows})
+        style = ("-", "--", ":", "-.")[ratios[::-1].index(row["keep_ratio"]) % 4]
+        look = {"color": COLOURS[kind(row)], "linestyle": style, "linewidth": 1.4}
+        name = label(row, default)
+        left.plot(range(1, len(row["losses"]) + 1), row["losses"], **look, label=name)
+        epochs, values = zip(*row["watched"], strict=True)
+        right.plot(epochs, [100 * v for v in values], **look, marker="o", markersize=3)
+    probe = [r["val_accuracy"] for r in report["rows"]
+             if r["stage"] == "linear" and r["seed"] == seed]  # fmt: skip
+    if probe and probe[0] is not None:
+        right.axhline(100 * probe[0], color="#999999", lw=1, label="Linear probe")
+    left.set(xlabel="Epoch", ylabel="Loss on train", yscale="log")
+    left.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.minorticks_off()
+    right.set(xlabel="Epoch", ylabel="Accuracy on val (%)")
+    return True
+
+
+def panels(figure: Any, num: int) -> list[Any]:
+    """Axes side by side; one below the other on a narrow figure."""
+    if figure.get_figwidth() > 6:
+        return list(figure.subplots(1, num, squeeze=False)[0])
+    figure.set_figheight(0.6 + num * 3)
+    return list(figure.subplots(num, 1, squeeze=False)[:, 0])
+
+
 def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     """Test accuracy against the ratio kept, with a close-up if that shows more."""
     cut = [group for group in groups if kind(group) not in LINE_STYLES]
@@ -148,13 +194,13 @@ def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     # Without repetitions, in the order of the table.
     names = list(dict.fromkeys(label(group, default, ratio=False) for group in cut))
 
-    panels = [groups]
+    shown_groups = [groups]
     # These two are often far below the others and would squeeze them together.
     near = [group for group in groups if kind(group) not in ("linear", "condense")]
     if near and np.ptp(_accuracy_limits(groups)) > 2 * np.ptp(_accuracy_limits(near)):
-        panels.append(near)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, shown in zip(all_axes, panels, strict=True):
+        shown_groups.append(near)
+    all_axes = panels(figure, len(shown_groups))
+    for axes, shown in zip(all_axes, shown_groups, strict=True):
         for group in shown:
             name, x = label(group, default, ratio=False), None
             if kind(group) not in LINE_STYLES:
@@ -165,7 +211,7 @@ def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
         axes.set(xlabel="Prompts kept (% of all prompts)", ylabel="Test accuracy (%)")
         ticks = [f"{100 * ratio:.4g} %" for ratio in ratios]
         axes.set_xticks(np.arange(len(ratios)) + 0.3, ticks)
-    if len(panels) > 1:
+    if len(shown_groups) > 1:
         all_axes[1].set_title("Close-up")
     return True
 
@@ -278,24 +324,15 @@ def _scale_importance(axes: Any, values: np.ndarray) -> None:
 
 
 def _draw_cost(figure: Any, groups: list[Row], report: Row) -> bool:
-    """MACs, and the latency if measured, against the number of prompts."""
+    """MACs against the number of prompts."""
     groups = sorted(groups, key=lambda group: (group["prompts_max"], group["macs"]))
-    timed = [group for group in groups if group["latency_ms"] is not None]
     scale, unit = (1e9, "G") if groups[-1]["macs_reference"] >= 1e9 else (1e6, "M")
-    all_axes = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-    axes = all_axes[0]
+    axes = figure.subplots()
     prompts = [group["prompts_max"] for group in groups]
     macs = [group["macs_reference"] / scale for group in groups]
     axes.plot(prompts, macs, "s-", color="#D55E00", label="MACs as papers count them")
     macs = [group["macs"] / scale for group in groups]
     axes.plot(prompts, macs, "o-", color="#0072B2", label="MACs as spent here")
-    axes.set_ylabel(f"MACs per picture ({unit})")
-    if timed:
-        axes = all_axes[1]
-        prompts = [group["prompts_max"] for group in timed]
-        latencies = [group["latency_ms"] for group in timed]
-        axes.plot(prompts, latencies, "D", color="#009E73", label="Measured latency")
-        axes.set_ylabel("Latency (ms per picture)")
-    for axes in all_axes:
-        axes.set(xlabel="Prompts in all layers", ylim=(0, 1.08 * axes.dataLim.y1))
+    axes.set(xlabel="Prompts in all layers", ylabel=f"MACs per picture ({unit})")
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1)
     return True

@@ -27,14 +27,25 @@ def bullets(sentences: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in sentences)}</ul>"
 
 
-def figures(svgs: Mapping[str, str], captions: Mapping[str, tuple[str, str]]) -> str:
-    """A section per figure, with the heading and caption of its name."""
+def figures(
+    svgs: Mapping[str, str],
+    narrow: Mapping[str, str] | None = None,
+    *,
+    captions: Mapping[str, tuple[str, str]],
+) -> str:
+    """A section per figure, with the heading and caption of its name.
+
+    `narrow` are the same ones as a phone shows them.
+    """
     sections = []
     for name, svg in svgs.items():
         heading, caption = captions[name]
+        card = f'<div class="card wide">{svg}</div>'
+        if narrow:
+            card = card.replace('"card wide', '"card wide on-screen')
+            card += f'<div class="card on-phone">{narrow[name]}</div>'
         sections.append(
-            f"<section><h2>{escape(heading)}</h2>"
-            f'<figure><div class="card wide">{svg}</div>'
+            f"<section><h2>{escape(heading)}</h2><figure>{card}"
             f'<figcaption class="soft"><p>{escape(caption)}</p></figcaption></figure>'
             "</section>"
         )

@@ -102,6 +102,8 @@ def _average(rows: list[Row]) -> Row:
     # A resumed run may lack the latency of some seeds.
     latencies = [row["latency_ms"] for row in rows if row["latency_ms"] is not None]
     group["latency_ms"] = float(np.mean(latencies)) if latencies else None
+    spreads = [s for row in rows if (s := row.get("latency_spread"))]
+    group["latency_spread"] = float(np.mean(spreads)) if spreads else None
 
     totals = [sum(row["counts"]) for row in rows]
     group["prompts_min"], group["prompts_max"] = min(totals), max(totals)

@@ -27,7 +27,7 @@ from vpt_jax.models.scores import DEFAULT_REDUCTION
 from vpt_jax.report import cautions
 from vpt_jax.report import document as report
 from vpt_jax.run import config as configs
-from vpt_jax.run import parsing
+from vpt_jax.run import looks, parsing
 from vpt_jax.run.stages import Run, Unit, run_unit, scores_of
 from vpt_jax.weights.checkpoint import told_apart
 from vpt_jax.weights.release import is_address
@@ -77,8 +77,9 @@ def run(
     pictures = load_pictures(config.task, model.model.image_size)
     with started(config, workdir, model, pictures) as shared:
         rows, seconds = run_units(shared, plan(config))
-        write_best(shared, rows)
+        unit = write_best(shared, rows)
         content = make_report(shared, rows, seconds, command)
+        content["looks"] = looks.look(shared, unit)
         if search:
             content["search"] = search
         for caution in cautions.of(content):
@@ -121,16 +122,16 @@ def best(rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
     return number, why
 
 
-def write_best(run: Run, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes `best.json`: which released file answers for the run, and why.
+def write_best(run: Run, rows: Sequence[dict[str, Any]]) -> Unit:
+    """The best unit of a run, which `best.json` says, and why it is.
 
     Also where the backbone lies on this machine, which the file itself does not say.
     """
-    if not workdirs.writes():
-        return
     number, why = best(rows)
     row, checkpoint = rows[number], run.config.backbone.checkpoint
     unit = Unit(*(row[k] for k in ("stage", "seed", "score", "scope", "keep_ratio")))
+    if not workdirs.writes():
+        return unit
     if checkpoint and not is_address(checkpoint):
         checkpoint = str(Path(checkpoint).expanduser().absolute())
     content = {
@@ -143,6 +144,7 @@ def write_best(run: Run, rows: Sequence[dict[str, Any]]) -> None:
     }
     workdirs.write_json(run.workdir / "best.json", content)
     run.log.line(f"best: {unit.name}, {why}")
+    return unit
 
 
 class Model(NamedTuple):
@@ -347,6 +349,7 @@ def make_report(
             "seed": seed,
             "layers": [np.asarray(s).tolist() for s in scores],
         },
+        "classes": list(task.class_names),
         "doubts": list(run.doubts),
         "rows": rows,
     }

@@ -159,13 +159,24 @@ def fit(
     log: workdirs.Log,
     *,
     model: Any,
+    watch: Callable[[dict[str, Any]], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains, from the newest sound checkpoint if there is one.
 
+    Args:
+      job: What it is called, and its recipe.
+      trainable: The start.
+      backbone: Frozen parameters.
+      images: See `calls`.
+      labels: int32 `[n]`.
+      log: Of the run.
+      model: None where `images` are features.
+      watch: Accuracy on val of `{'prompts', 'head'}`; asked ten times, evenly.
+
     Returns:
       Prompts and head of the last epoch, or of the last one in which all was finite
-      (`diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`, and the
-      `losses` of the first epoch and the last.
+      (`diverged`); and `seconds`, `epochs` that they saw, `planned_epochs`, the mean
+      `losses` of every epoch, and `watched`, pairs of an epoch and its accuracy on val.
 
     Raises:
       FloatingPointError: If training diverges and `diverged` is "error".
@@ -178,6 +189,7 @@ def fit(
     log.note(f"{job.name} trains\n{overview}")
     state = parallel.held(saved["state"])
     kept, losses = on_host(saved["kept"]), np.array(saved["losses"])
+    watched = np.array(saved["watched"])
     sums, seconds = np.array(saved["sums"]), float(saved["seconds"])
     step, saved_at = int(state.step), time.perf_counter()
     loop = calls(
@@ -206,9 +218,15 @@ def fit(
             if call.whole:
                 kept, shown = now.trainable, {"seconds": sums[0]}
                 shown |= {"loss": sums[1] / num, "accuracy": sums[2] / num}
-                sums, losses[int(call.epoch > 0) :] = np.zeros(3), shown["loss"]
+                shown["rate"] = float(call.rates[-1])
+                sums, losses[call.epoch] = np.zeros(3), shown["loss"]
                 epoch = call.epoch + 1, settings.epochs
+                if watch and is_watched(*epoch):
+                    watched[call.epoch] = shown["val_accuracy"] = watch(kept)
                 log.epoch(job.name, *epoch, num, shown, job.prefix)
+            else:
+                at = f"epoch {call.epoch + 1}/{settings.epochs}, step {call.stop}"
+                log.progress(f"{job.prefix} {job.name}: {at} of {steps}")
             last = step == settings.epochs * steps
             due = last or (call.whole and (call.epoch + 1) % job.checkpoint_every == 0)
             # All processes save, or none: process 0 looks at the clock and for SIGTERM.
@@ -216,7 +234,8 @@ def fit(
             stopping = parallel.agreed(preemption.requested())
             if due or late or stopping:
                 content = {"state": call.state, "kept": kept, "sums": sums}
-                content |= {"losses": losses, "seconds": np.asarray(seconds)}
+                content |= {"losses": losses, "watched": watched}
+                content["seconds"] = np.asarray(seconds)
                 states.save_checkpoint(job.directory / str(step), content)
                 states.remove_checkpoints(job.directory)
                 saved_at = time.perf_counter()
@@ -228,6 +247,11 @@ def fit(
         "epochs": step // steps,
         "planned_epochs": settings.epochs,
         "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
+        "watched": [
+            (epoch, round(float(x), 6))
+            for epoch, x in enumerate(watched, start=1)
+            if math.isfinite(x)
+        ],
     }
     return jax.tree.map(jnp.asarray, kept), training
 
@@ -242,8 +266,9 @@ def _newest(
         "kept": trainable,
         # Of the epoch so far: seconds, loss, right answers.
         "sums": np.zeros(3),
-        # Mean losses of the first whole epoch and of the last.
-        "losses": np.full(2, np.nan),
+        # Of every epoch, if it is over: mean loss, and accuracy on val if it was asked.
+        "losses": np.full(job.settings.epochs, np.nan),
+        "watched": np.full(job.settings.epochs, np.nan),
         "seconds": np.zeros(()),
     }
     if newest := states.restore_newest(job.directory, saved, log.line):
@@ -253,6 +278,11 @@ def _newest(
             where += f", step {number % steps} of {steps}"
         log.line(f"{job.prefix} {job.name}: continuing after {where}")
     return saved
+
+
+def is_watched(epoch: int, epochs: int) -> bool:
+    """Whether the accuracy on val is asked after an epoch, counted from 1."""
+    return epoch == epochs or epoch % math.ceil(epochs / 10) == 0
 
 
 def rates_of(settings: configs.TrainConfig, num: int) -> np.ndarray:

@@ -7,6 +7,7 @@ unit builds on (tuned prompts, scores) it reads from the workdir, or makes: what
 damaged there counts as missing. `fitting.py` is the training itself.
 """
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         return result
     trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
-    row |= {k: training[k] for k in ("decay", "losses") if training.get(k)}
+    row |= {k: training[k] for k in ("decay", "losses", "watched") if training.get(k)}
     if training["epochs"] < training["planned_epochs"]:
         row |= {k: training[k] for k in ("epochs", "planned_epochs")}
     result = {"row": row, "seconds": training["seconds"]}
@@ -278,9 +279,11 @@ def fit(
         diverged=run.config.diverged,
         head_rates=head_rates_of(run, settings),
     )
-    return fitting.fit(
-        job, trainable, run.backbone, images, run.labels, run.log, model=model
-    )
+    watch = None
+    if run.config.task.splits == "all" and run.task.val and unit.stage != "linear":
+        watch = functools.partial(accuracy_on_some, run, run.task.val)
+    given = trainable, run.backbone, images, run.labels, run.log
+    return fitting.fit(job, *given, model=model, watch=watch)
 
 
 def head_rates_of(
@@ -364,31 +367,52 @@ def tokens_of(run: Run) -> tuple[np.ndarray, ...]:
     return vpt_jax.block_tokens(run.model, run.backbone, image)
 
 
+def prepared(
+    run: Run, trainable: dict[str, Any]
+) -> tuple[dict[str, Any], train.Recipe]:
+    """Prompts and head as `train.predict` is fastest with, and its recipe."""
+    deep = run.config.prompts.deep
+    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
+    if deep:  # their keys and values do not depend on the picture
+        kv = vpt_jax.prefill(run.model, run.backbone, trainable["prompts"])
+        trainable = {**trainable, "prompts": kv}
+    return trainable, recipe
+
+
+def accuracy_on(run: Run, ready: dict[str, Any], split: Split) -> float:
+    """Share of right answers of what `prepared` returns."""
+    deep = run.config.prompts.deep
+    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
+    return train.evaluate(
+        ready,
+        run.backbone,
+        split.images,
+        split.labels,
+        model=run.model,
+        recipe=recipe,
+        batch_size=run.config.eval_batch_size,
+    )
+
+
+def accuracy_on_some(run: Run, split: Split, trainable: dict[str, Any]) -> float:
+    """Of at most 256 pictures, evenly: what a curve needs, at little cost."""
+    num = len(split.labels)
+    index = np.arange(0, num, math.ceil(num / 256))
+    some = Split(split.images[index], split.labels[index])
+    return accuracy_on(run, prepared(run, trainable)[0], some)
+
+
 @parallel.everywhere()
 def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]:
     """The unit's row of the report."""
     deep, counts = run.config.prompts.deep, vpt_jax.counts(trainable["prompts"])
-    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
-    ready = trainable
-    if deep:
-        kv = vpt_jax.prefill(run.model, run.backbone, trainable["prompts"])
-        ready = {**trainable, "prompts": kv}
-    size = run.config.eval_batch_size
+    ready, recipe = prepared(run, trainable)
 
     def accuracy(split: Split | None) -> float | None:
-        if split is None:
-            return None
-        return train.evaluate(
-            ready,
-            run.backbone,
-            split.images,
-            split.labels,
-            model=run.model,
-            recipe=recipe,
-            batch_size=size,
-        )
+        return split and accuracy_on(run, ready, split)
 
-    tuned = jax.tree.leaves(trainable)
+    tuned, test = jax.tree.leaves(trainable), run.task.test
+    middle, spread = latency(run, ready, test, recipe) if test else (None, None)
     return {
         "stage": unit.stage,
         "score": unit.score,
@@ -401,7 +425,8 @@ def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]
         "macs_reference": vpt_jax.macs(
             run.model, counts, deep=deep, formulation="tokens"
         ),
-        "latency_ms": run.task.test and latency(run, ready, run.task.test, recipe),
+        "latency_ms": middle,
+        "latency_spread": spread,
         "tuned_params": sum(x.size for x in tuned),
         "seed": unit.seed,
     }
@@ -409,8 +434,11 @@ def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]
 
 def latency(
     run: Run, ready: dict[str, Any], split: Split, recipe: train.Recipe
-) -> float:
-    """Milliseconds per picture of the compiled forward pass, median of 9 batches."""
+) -> tuple[float, float]:
+    """Milliseconds per picture of the compiled forward pass: the median of 9 batches.
+
+    And half of their interquartile range.
+    """
     size = parallel.round_up(run.config.eval_batch_size)
     index = np.arange(size) % len(split.labels)
     # On the devices before the clock starts: the model is timed, not the copy.
@@ -425,4 +453,5 @@ def latency(
             ready, run.backbone, *batch, model=run.model, recipe=recipe
         ).block_until_ready()
         times.append(time.perf_counter() - start)
-    return round(float(np.median(times[1:])) / size * 1000, 5)
+    low, middle, high = np.quantile(times[1:], (0.25, 0.5, 0.75)) / size * 1000
+    return round(float(middle), 5), round(float(high - low) / 2, 5)

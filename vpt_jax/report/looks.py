@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is looked at rather than read: answers, mistakes, attention to prompts."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from vpt_jax.report import figures, page
+
+
+def html(looks: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """Sections of a report on its `looks`, see `run.looks`; empty without any."""
+    if not looks:
+        return ""
+    where = {"test": "the test set", "val": "the validation set"}[looks["split"]]
+    right = f"{100 * looks['accuracy']:.1f}"
+    parts = [
+        f"<h2>What the best model answers</h2><p>Of the models above the one that was"
+        f" best on val: {right} % right on {where}.</p>"
+    ]
+    if looks["confused"]:
+        pairs = [
+            f"{label} taken for {answer}: {count}"
+            for label, answer, count in looks["confused"]
+        ]
+        parts.append(page.bullets([f"Most frequent mistakes: {'; '.join(pairs)}."]))
+    if looks["confusion"]:
+        functions = {"confusion": lambda f: _draw(f, looks["confusion"], classes)}
+        svgs = [figures.render(functions, width) for width in figures.WIDTHS]
+        parts.append(page.figures(*svgs, captions=_CAPTIONS))
+    if looks["examples"]:
+        parts.append(_pictures(looks["examples"]))
+    return "".join(parts)
+
+
+_CAPTIONS = {
+    "confusion": (
+        "Confusion matrix",
+        "A row is the class of a picture, a column the answer; the number of pictures."
+        " What is off the diagonal is wrong.",
+    )
+}
+
+
+def _draw(figure: Any, confusion: Any, classes: Sequence[str]) -> bool:
+    counts = np.asarray(confusion)
+    size = len(counts)
+    width = figure.get_figwidth()
+    figure.set_size_inches(width, min(0.85 * width, 2 + 0.42 * size))
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    names = [name if len(name) < 15 else f"{name[:13]}…" for name in classes]
+    axes.set_xticks(range(size), names, rotation=90 if size > 4 else 0)
+    axes.set_yticks(range(size), names)
+    axes.set(xlabel="Answer", ylabel="Class")
+    axes.grid(False)
+    if size <= 20:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                ink = "white" if shares[i, j] > 0.5 else "black"
+                look = {"ha": "center", "va": "center", "color": ink, "fontsize": 8}
+                axes.text(j, i, str(count), **look)
+    return True
+
+
+def _pictures(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Cards of pictures: the mistakes, then right answers."""
+    wrong = [e for e in examples if e["label"] != e["answer"]]
+    right = [e for e in examples if e["label"] == e["answer"]]
+    shares = [value for e in examples for value in np.ravel(e["attention"])]
+    ends = (min(shares), max(shares)) if shares else (0.0, 1.0)
+    parts = []
+    sections = {"Most confident mistakes": wrong, "Right answers": right}
+    for heading, shown in sections.items():
+        if shown:
+            cards = "".join(_card(example, ends) for example in shown)
+            parts.append(f'<h2>{heading}</h2><div class="cards">{cards}</div>')
+    if shares:
+        parts.append(
+            '<p class="soft">The second picture of each pair shows which regions attend'
+            " to prompts: the share of a patch’s attention, mean over layers and heads,"
+            f" from {100 * ends[0]:.0f} % (dark) to {100 * ends[1]:.0f} % (bright).</p>"
+        )
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _card(example: Mapping[str, Any], ends: tuple[float, float]) -> str:
+    answer, label = escape(example["answer"]), escape(example["label"])
+    wrong = f"<br>but is {label}" if example["answer"] != example["label"] else ""
+    source = f"data:image/jpeg;base64,{example['picture']}"
+    shown = f'<img src="{source}" alt="{label}">'
+    if example["attention"]:
+        shown += f'<img src="{_map(example["attention"], *ends)}" alt="attention">'
+    chance = f"{100 * example['probability']:.0f} %"
+    return (
+        f'<figure class="card">{shown}<figcaption>Answer {answer}, {chance}{wrong}'
+        "</figcaption></figure>"
+    )
+
+
+def _map(shares: Any, least: float, most: float) -> str:
+    """A PNG of a map, a pixel a patch; the page enlarges it."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    shares = (np.asarray(shares) - least) / ((most - least) or 1)
+    colours = colormaps["inferno"](shares, bytes=True)
+    with io.BytesIO() as file:
+        Image.fromarray(colours[..., :3]).save(file, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
