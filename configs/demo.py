@@ -5,9 +5,10 @@ python -m vpt_jax.main --config=configs/demo.py
 python -m vpt_jax.main --config=configs/demo.py:digits
 python -m vpt_jax.main --config=configs/demo.py:shapes_location,seeds=5
 
-The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`),
-`seeds=N`, and `smoke` (two epochs at a given rate, for tests). What is not set here has
-its default from vpt_jax/run/config.py; any key can be set on the command line.
+The argument is a list of a task (`shapes_location`, `shapes_orientation`, `digits`,
+`sign_digits`: photographs of hands), `seeds=N`, and `smoke` (two epochs at a given
+rate, for tests). What is not set here has its default from vpt_jax/run/config.py; any
+key can be set on the command line.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from vpt_jax.bench.benchmark_config import recipe
 from vpt_jax.prompts import check_choice
 from vpt_jax.run.parsing import defaults
 
-TASKS = ("shapes_location", "shapes_orientation", "digits")
+TASKS = ("shapes_location", "shapes_orientation", "digits", "sign_digits")
 
 
 def get_config(arg: str = "") -> ConfigDict:

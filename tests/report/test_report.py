@@ -410,7 +410,7 @@ def test_answers_are_shown_as_pictures(attention):
     Page(text)
     assert "&lt;a&gt; taken for b: 7" in text and "<a>" not in text
     assert text.count("data:image/jpeg;base64,AAAA") == 2
-    assert text.count("data:image/png") == (2 if attention else 0)
+    assert text.count('src="data:image/png') == (2 if attention else 0)
     assert "but is &lt;a&gt;" in text and "Confusion matrix" in text
 
 

@@ -133,7 +133,7 @@ def test_a_config_of_no_known_kind_counts_as_far_as_it_goes(file, inside, caplog
         model, _ = vpt_jax.load_backbone("demo/16", file)
     assert (model.num_heads, model.epsilon) == (8, 1e-6)
     (said,) = {record.getMessage() for record in caplog.records}
-    assert "the config.json beside it does not say more; assumed activation=" in said
+    assert "nor a config.json says more; assumed activation=" in said
     assert "epsilon=" in said and "num_heads" not in said
     beside(file, num_heads=2, act_layer="quick_gelu", layer_norm_eps=1e-4)
     model, _ = vpt_jax.load_backbone("demo/16", file)

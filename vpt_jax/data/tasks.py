@@ -9,12 +9,14 @@ pictures (`folder.py`). Nothing here downloads anything.
 
 import functools
 import importlib.resources
+import io
 import itertools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from vpt_jax.data import folder, shapes, strips
 from vpt_jax.data.pictures import resize_bilinear
@@ -148,6 +150,21 @@ def _digits(image_size: int, data_dir: str) -> Task:
     return Task("digits", tuple("0123456789"), *splits)
 
 
+def _sign_digits(image_size: int, data_dir: str) -> Task:
+    """2,000 photographs of hands that show a digit: 800, 200 and 1,000, in the package.
+
+    Pictures of one person can lie in several splits: the files do not tell signers.
+    """
+    del data_dir
+    asset = importlib.resources.files("vpt_jax") / "assets" / "sign_digits.npz"
+    with asset.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
+        mosaic = np.asarray(Image.open(io.BytesIO(arrays["jpeg"].tobytes())))
+        labels = arrays["labels"]
+    rows = mosaic.reshape(-1, 32, mosaic.shape[1] // 32, 32, 3).transpose(0, 2, 1, 3, 4)
+    images = resize_bilinear(rows.reshape(-1, 32, 32, 3), image_size)
+    return Task("sign_digits", tuple("0123456789"), *_cut(images, labels))
+
+
 def _shapes(label: str, seed: int, image_size: int, data_dir: str) -> Task:
     del data_dir  # drawn, not read
     # One draw without replacement for all splits: no picture is in two of them.
@@ -162,6 +179,7 @@ def _shapes(label: str, seed: int, image_size: int, data_dir: str) -> Task:
 # that was ever reported on that task.
 TASKS: dict[str, Callable[[int, str], Task]] = {
     "digits": _digits,
+    "sign_digits": _sign_digits,
     "shapes_location": functools.partial(_shapes, "location", 1201),
     "shapes_orientation": functools.partial(_shapes, "orientation", 1202),
 }

@@ -248,7 +248,7 @@ def fit(
         "planned_epochs": settings.epochs,
         "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
         "watched": [
-            (epoch, round(float(x), 6))
+            [epoch, round(float(x), 6)]
             for epoch, x in enumerate(watched, start=1)
             if math.isfinite(x)
         ],

@@ -61,7 +61,7 @@ def _look(run: Run, unit: Unit) -> dict[str, Any]:
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, answers), 1)
     pairs = [
-        (classes[i], classes[j], int(confusion[i, j]))
+        [classes[i], classes[j], int(confusion[i, j])]
         for i, j in np.argwhere(confusion - np.diag(np.diag(confusion)) > 0)
     ]
     index = _examples(found, answers, labels)

@@ -399,7 +399,8 @@ def accuracy_on_some(run: Run, split: Split, trainable: dict[str, Any]) -> float
     num = len(split.labels)
     index = np.arange(0, num, math.ceil(num / 256))
     some = Split(split.images[index], split.labels[index])
-    return accuracy_on(run, prepared(run, trainable)[0], some)
+    ready, _ = prepared(run, jax.tree.map(jnp.asarray, trainable))
+    return accuracy_on(run, ready, some)
 
 
 @parallel.everywhere()

@@ -94,8 +94,8 @@ def assumed(
         del told["num_heads"]  # a Swin's follow from its tables
     told = {n: value for n, value in told.items() if n not in given and not card.get(n)}
     shown = ", ".join(f"{n}={value!r}" for n, value in told.items())
-    beside = "the config.json beside it does not say more"
-    beside = beside if card else "no config.json lies beside it"
+    beside = "no config.json lies beside it"
+    beside = "neither its card nor a config.json says more" if card else beside
     return shown and f"no published file has this name and {beside}; assumed {shown}"
 
 
