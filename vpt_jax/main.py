@@ -99,5 +99,10 @@ def complete(values: ConfigDict) -> None:
     benchmark_config.complete(values)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """The command, as a module or as the script `vpt-jax`."""
     cli.start(main, complete)
+
+
+if __name__ == "__main__":
+    start()

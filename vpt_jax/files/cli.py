@@ -128,7 +128,9 @@ def start(
     """
     flags.FLAGS["config"].parser = _ConfigFile(complete)
     program = sys.modules["__main__"].__spec__
-    name = program.name if program else sys.argv[0]
+    # As a module, or by the script that an installation makes.
+    name = Path(sys.argv[0]).name
+    words = ["python", "-m", program.name] if program else [name]
 
     def run(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -136,7 +138,7 @@ def start(
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = local_folder(WORKDIR.value or default_workdir(filename))
-        command = shlex.join(["python", "-m", name, *sys.argv[1:]])
+        command = shlex.join([*words, *sys.argv[1:]])
         spare_memory(CONFIG.value)
         keep_compiled()
         preemption.watch()
