@@ -11,7 +11,7 @@ import pytest
 
 from vpt_jax.data import shapes, strips, tasks
 
-MADE_HERE = ("digits", "shapes_location", "shapes_orientation")
+MADE_HERE = ("digits", "shapes_location", "shapes_orientation", "sign_digits")
 
 
 def some_latents(num, seed=0):
@@ -262,13 +262,13 @@ def test_split_sizes_types_and_classes(name):
     task = tasks.load_task(name)
     assert task.name == name
     sizes = [len(split.labels) for split in (task.train, task.val, task.test)]
-    assert sizes == [800, 200, 797 if name == "digits" else 2000]
+    assert sizes == [800, 200, {"digits": 797, "sign_digits": 1000}.get(name, 2000)]
     for split in (task.train, task.val, task.test):
         assert split.images.shape == (len(split.labels), 32, 32, 3)
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
         classes = np.unique(split.labels).tolist()
         assert classes == list(range(len(task.class_names)))
-    assert len(set(task.class_names)) == (10 if name == "digits" else 16)
+    assert len(set(task.class_names)) == (10 if "digits" in name else 16)
 
 
 @pytest.mark.parametrize("name", MADE_HERE)
@@ -292,6 +292,7 @@ def checksum(task):
         ("digits", "bdd819e3"),
         ("shapes_location", "bdb01053"),
         ("shapes_orientation", "6e35b92a"),
+        ("sign_digits", "694a3a92"),
     ],
 )
 def test_splits_are_the_same_on_every_machine(name, expected):

@@ -6,7 +6,7 @@ GPUs and TPUs; see docs/serving.md.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -46,19 +46,10 @@ def export(
       >>> program.call(jnp.zeros((5, 32, 32, 3), jnp.uint8)).shape  # any batch
       (5, 10)
     """
-    model, recipe = classifier.model, classifier.recipe
-    # On the host: as constants of the program, whichever device they came from.
-    trainable, backbone = jax.tree.map(np.asarray, classifier.parameters)
-
-    def answer(images: jax.Array) -> jax.Array:
-        tuned, frozen = jax.tree.map(jnp.asarray, (trainable, backbone))
-        logits = train.predict(tuned, frozen, images, model=model, recipe=recipe)
-        return jax.nn.softmax(logits)
-
-    side = model.image_size
+    side, answer = classifier.model.image_size, jax.jit(function_of(classifier))
     shape = (*exports.symbolic_shape("b"), side, side, 3)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    program = exports.export(jax.jit(answer), platforms=tuple(platforms))(images)
+    program = exports.export(answer, platforms=tuple(platforms))(images)
     try:
         data = program.serialize()
     except ImportError as error:
@@ -74,3 +65,21 @@ def export(
         "resize": classifier.resize,
     }
     workdirs.write_json(f"{Path(path)}.json", about)
+
+
+def function_of(classifier: Classifier) -> Callable[[jax.Array], jax.Array]:
+    """A classifier as a function: of uint8 squares `[b, s, s, 3]` to their `[b, k]`.
+
+    Its parameters are constants of whatever is made of it, by `jax.export` or another
+    compiler.
+    """
+    model, recipe = classifier.model, classifier.recipe
+    # On the host, whichever device they came from.
+    trainable, backbone = jax.tree.map(np.asarray, classifier.parameters)
+
+    def answer(images: jax.Array) -> jax.Array:
+        tuned, frozen = jax.tree.map(jnp.asarray, (trainable, backbone))
+        logits = train.predict(tuned, frozen, images, model=model, recipe=recipe)
+        return jax.nn.softmax(logits)
+
+    return answer
