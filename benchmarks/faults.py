@@ -264,7 +264,7 @@ def end_state(workdir: Path) -> dict[str, Any]:
     report = json.loads((workdir / "report.json").read_bytes())
     rows = [json.loads(p.read_bytes())["row"] for p in results(workdir)]
     for row in (*rows, *report["rows"]):
-        del row["latency_ms"]
+        del row["latency_ms"], row["latency_spread"]
     state |= {"rows": rows, "report": report["rows"]}
     return state | {"importance": report["importance"]}
 

@@ -198,6 +198,8 @@ def test_colours_as_floats_are_not_normalised_either(array):
     with pytest.raises(ValueError, match=r"values up to 25\d;.*vpt_jax.normalise\("):
         importance(batches=[{**BATCH, "image": raw}])
     MODEL.apply({"params": BACKBONE}, raw / 255)
+    closed_over = raw / 255
+    jax.jit(lambda b: MODEL.apply({"params": b}, closed_over)[0])(BACKBONE)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,9 @@ def test_the_report_shows_every_trial(finished):
     probe = report["rows"][0]
     assert probe["stage"] == "linear" and probe["decay"] > 0
     tuned = report["rows"][1]
-    assert len(tuned["losses"]) == 2 and all(map(np.isfinite, tuned["losses"]))
+    epochs = report["config"]["tune"]["epochs"]
+    assert len(tuned["losses"]) == epochs and all(map(np.isfinite, tuned["losses"]))
+    assert tuned["watched"][-1] == [epochs, tuned["val_accuracy"]]
 
 
 def test_the_same_command_does_nothing_twice(finished, checkpoint, monkeypatch):
@@ -169,8 +171,9 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
     report = search.run(whole(checkpoint), tmp_path, "a command")
     expected = finished[1]
     assert report["search"] == expected["search"]
-    same = [{**r, "latency_ms": 0} for r in report["rows"]]
-    assert same == [{**r, "latency_ms": 0} for r in expected["rows"]]
+    timed = {"latency_ms": 0, "latency_spread": 0}
+    same = [r | timed for r in report["rows"]]
+    assert same == [r | timed for r in expected["rows"]]
 
 
 def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):

@@ -97,8 +97,10 @@ def check_normalised(images: Any, *, wait: bool = True) -> None:
         return
     colours, large = not jnp.issubdtype(images.dtype, jnp.floating), ""
     if not colours and images.size and _has_values(images, wait):
-        least, most = float(images.min()), float(images.max())
-        colours = least >= 0 and most > MAX_NORMALISED
+        # In NumPy: what `jax.jit` closes over has values, and JAX would trace them.
+        values = np.asarray(images)
+        colours, most = values.min() >= 0, float(values.max())
+        colours = bool(colours and most > MAX_NORMALISED)
         large = f" with values up to {most:g}" if colours else ""
     if colours:
         raise ValueError(
