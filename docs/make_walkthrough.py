@@ -9,6 +9,7 @@ folder. A `text` block after it holds what the step printed.
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -26,7 +27,13 @@ def run(kind: str, code: str, folder: Path) -> str:
     """What a step prints; exits with it if it fails."""
     words = ["bash", "-euc", code] if kind == "bash" else [sys.executable, "-c", code]
     done = subprocess.run(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words,
+        cwd=folder,
+        env={**os.environ, "VPT_JAX_CACHE": str(folder / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"{code}\n{done.stdout}\nThis step failed with {done.returncode}.")
