@@ -16,6 +16,7 @@ import vpt_jax
 from vpt_jax.models.variants import canonical
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.weights import facts, torch_files
+from vpt_jax.weights.backbones import architecture
 from vpt_jax.weights.checkpoint import flatten
 from vpt_jax.weights.families import FAMILIES, refuse_families
 from vpt_jax.weights.naming import Entry, Named
@@ -539,3 +540,10 @@ def test_a_missing_checkpoint_says_where_to_get_it():
         text = str(error.value)
         assert all(place in text for place in places) and "\n" not in text, text
         assert "\\n" not in text
+
+
+def test_timms_giantopt_has_sixteen_heads():
+    """With 24, as DINOv2 has, features are off by 7 %: benchmarks/timm_scan.py."""
+    name = "timm/vit_giantopt_patch16_siglip_gap_256/model.safetensors"
+    told = architecture(name)
+    assert (told["num_heads"], told["activation"]) == (16, "gelu_tanh")

@@ -173,7 +173,7 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"activation": "gelu"},
     ),
     (r"test_vit", {"num_heads": 2}),  # timm's smallest, for its tests
-    (r"vit_base_patch16_gap_", {"num_heads": 16}),
+    (r"vit_base_patch16_gap_|vit_giantopt_patch16_siglip_", {"num_heads": 16}),
     (
         r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_"
         r"|vit_large_patch16_siglip_gap_512",
@@ -208,6 +208,11 @@ AMBIGUOUS = (
         "num_heads",
         lambda vit: vit.width == 768 and not vit.class_token,
         "12 (timm's siglip_gap and others) or 16 (timm's vit_base_patch16_gap_224)",
+    ),
+    Question(
+        "num_heads",
+        lambda vit: vit.width == 1536 and not vit.class_token,
+        "16 (timm's giantopt siglip_gap) or 24",
     ),
     Question(
         "activation",
