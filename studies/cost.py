@@ -32,7 +32,7 @@ from studies.inference import (
     ready_to_run,
     uneven,
 )
-from studies.study import Lab, Result, Section
+from studies.study import Lab, Result
 
 PROMPTS = (0, 1, 5, 10, 20, 50, 100, 150, 200)  # per layer
 # Kim et al., table 1, ViT-B/16: "GFLOPs" (which are G MACs) and overhead in per cent.
@@ -185,9 +185,7 @@ def sizes(model: vpt_jax.Swin) -> str:
     )
 
 
-def show(result: Result) -> Section:
-    """Tables, figures, and the verdicts."""
-    return cost_page.show(result)
+show = cost_page.show
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 """The figures of the study `cost`: heading, caption and what draws, for each."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from studies.cost_result import Counted, Timed
 from studies.inference import KEPT, SPREAD, kept
-from studies.study import Figure, Result
-from vpt_jax.report.figures import render
+from studies.study import Drawing, Figure, Result, drawn
 
 LOOKS = {
     "tokens": ("#D55E00", "s", "Tokens"),
     "kv": ("#E69F00", "^", "Keys and values"),
     "prefilled": ("#0072B2", "o", "Keys and values, prefilled"),
 }
-Drawing = tuple[str, str, Callable[[Any], bool]]
 
 
 def all_figures(
@@ -25,27 +23,39 @@ def all_figures(
 ) -> list[Figure]:
     """Multiply-accumulates, and two figures of every measured model."""
     shown = dict.fromkeys(("ViT-B/16", "Swin-B", timed[0].name))
-    drawings = [_macs([counted[name] for name in shown], result["table_1"])]
-    for found in timed:
-        drawings += [_latency(found), _kept(found)]
-    drawn = render({f"cost-{i}": draw for i, (_, _, draw) in enumerate(drawings)})
-    return [
-        Figure(heading, caption, svg)
-        for (heading, caption, _), svg in zip(drawings, drawn.values(), strict=True)
+    models = [counted[name] for name in shown]
+    spreads = " and ".join(f"{quantile:g}" for quantile in SPREAD)
+    drawings: list[Drawing] = [
+        (
+            "Multiply-accumulates against prompts",
+            "Per picture, by formula. Crosses are the numbers that the paper prints.",
+            functools.partial(_draw_macs, models=models, printed=result["table_1"]),
+        )
     ]
-
-
-def _macs(models: Sequence[Counted], printed: Sequence[dict[str, Any]]) -> Drawing:
-    return (
-        "Multiply-accumulates against prompts",
-        "Per picture, by formula. Crosses are the numbers that the paper prints.",
-        functools.partial(_draw_macs, models=models, printed=printed),
-    )
+    for found in timed:
+        drawings += [
+            (
+                f"Measured latency against prompts, {found.name}",
+                f"Medians over the rounds; bars are the quantiles {spreads}. Hollow,"
+                " set aside to be seen: as many prompts in all, their number rising"
+                " from layer to layer.",
+                functools.partial(_draw_latency, found=found),
+            ),
+            (
+                f"What condensing leaves, {found.name}",
+                "Multiply-accumulates, measured time and temporary memory, as a share"
+                " of what the same formulation takes with all"
+                f" {found.full} prompts per layer. Bars are the quantiles {spreads} of"
+                " the rounds' own ratios. The leftmost points have no prompts.",
+                functools.partial(_draw_kept, found=found),
+            ),
+        ]
+    return drawn({f"cost-{i}": drawing for i, drawing in enumerate(drawings)})
 
 
 def _draw_macs(
     figure: Any, models: Sequence[Counted], printed: Sequence[dict[str, Any]]
-) -> bool:
+) -> None:
     all_axes = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, model in zip(all_axes, models, strict=True):
         x, rows = list(model.by_prompts), list(model.by_prompts.values())
@@ -60,20 +70,9 @@ def _draw_macs(
             axes.plot(x, y, "kx", ms=10, label="Table 1 of the paper")
         axes.set(title=model.name, xlabel="Prompts per layer")
         axes.set(ylabel=f"MACs per picture ({unit})", ylim=(0, 1.08 * axes.dataLim.y1))
-    return True
 
 
-def _latency(found: Timed) -> Drawing:
-    return (
-        f"Measured latency against prompts, {found.name}",
-        f"Medians over the rounds; bars are the quantiles {SPREAD[0]:g} and"
-        f" {SPREAD[1]:g}. Hollow, set aside to be seen: as many prompts in all, their"
-        " number rising from layer to layer.",
-        functools.partial(_draw_latency, found=found),
-    )
-
-
-def _draw_latency(figure: Any, found: Timed) -> bool:
+def _draw_latency(figure: Any, found: Timed) -> None:
     left = sorted({0, *(kept(found.full, ratio) for ratio in found.ratios)})
     all_axes = figure.subplots(1, len(found.batches), squeeze=False)[0]
     for axes, batch in zip(all_axes, found.batches, strict=True):
@@ -88,7 +87,6 @@ def _draw_latency(figure: Any, found: Timed) -> bool:
         axes.set(title=f"Batch {batch}", xlabel="Prompts per layer")
         axes.set_ylim(0, 1.05 * axes.dataLim.y1)
     all_axes[0].set_ylabel("Milliseconds per picture")
-    return True
 
 
 def _with_bars(rows: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
@@ -98,18 +96,7 @@ def _with_bars(rows: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
     return middle, np.stack([middle - low, high - middle])
 
 
-def _kept(found: Timed) -> Drawing:
-    return (
-        f"What condensing leaves, {found.name}",
-        "Multiply-accumulates, measured time and temporary memory, as a share of what"
-        f" the same formulation takes with all {found.full} prompts per layer. Bars are"
-        f" the quantiles {SPREAD[0]:g} and {SPREAD[1]:g} of the rounds' own ratios. The"
-        " leftmost points have no prompts.",
-        functools.partial(_draw_kept, found=found),
-    )
-
-
-def _draw_kept(figure: Any, found: Timed) -> bool:
+def _draw_kept(figure: Any, found: Timed) -> None:
     batch, full = max(found.batches), found.even(1.0)
     left = [0.0, *sorted(found.ratios)]
     counts = [found.even(r) if r else found.none for r in left]
@@ -131,4 +118,3 @@ def _draw_kept(figure: Any, found: Timed) -> bool:
     for axes, name in zip(all_axes, names, strict=True):
         axes.set(title=name, xlabel="Prompts kept (%)")
     all_axes[0].set(ylabel="% of the cost of all prompts", ylim=(0, None))
-    return True

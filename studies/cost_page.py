@@ -10,7 +10,7 @@ from studies import cost_figures as figures
 from studies import study
 from studies.cost_result import Counted, Timed, arrange, share
 from studies.inference import HOW, KEPT, SPREAD, Counts, Ratio, kept, plain, ratio
-from studies.study import Result, Section, Table, Verdict
+from studies.study import Result, Section, Table, Verdict, percent
 from vpt_jax.report.formats import three_digits, with_prefix
 
 # The rules of the verdicts: what "expensive" and "much cheaper" are as ratios, and how
@@ -27,9 +27,7 @@ def much_cheaper(found: Ratio, noise: Ratio) -> bool | None:
     Not clear is a spread that covers that bound, covers 1, or meets the spread of a
     program timed against itself.
     """
-    if found.low <= MUCH_CHEAPER < found.high:
-        return None
-    if found.low <= max(1, noise.high) and found.high >= min(1, noise.low):
+    if found.low <= MUCH_CHEAPER < found.high or cheaper(found, noise) is None:
         return None
     return found.high <= MUCH_CHEAPER
 
@@ -113,12 +111,12 @@ def _formula(models: Sequence[Counted]) -> Table:
     ]
     rows += [
         [
-            f"{_percent(left)} of {full}: {kept(full, left)}",
+            f"{percent(left)} of {full}: {kept(full, left)}",
             *cells([m.by_ratio[left] for m in models]),
         ]
         for left in models[0].by_ratio
     ]
-    rows.append([f"{_percent(KEPT)}, uneven", *cells([m.uneven for m in models])])
+    rows.append([f"{percent(KEPT)}, uneven", *cells([m.uneven for m in models])])
     most = next(m for m in models if m.name == LARGE).by_prompts[full]
     return Table(
         ["Prompts per layer"]
@@ -134,24 +132,19 @@ def _formula(models: Sequence[Counted]) -> Table:
 
 
 def _table_1(result: Result) -> Table:
-    def text(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    def minus(value: float, other: float | None) -> float | None:
-        return None if other is None else value - other
-
-    rows = [
-        [
-            f"{row['model']}, {row['prompts']}",
-            text(row["printed"], ".1f"),
-            f"{row['giga']:.2f}",
-            text(minus(row["giga"], row["printed"]), "+.2f"),
-            text(row["printed_overhead"], ".1f"),
-            f"{row['overhead']:.1f}",
-            text(minus(row["overhead"], row["printed_overhead"]), "+.1f"),
-        ]
-        for row in result["table_1"]
-    ]
+    rows = []
+    for row in result["table_1"]:
+        cells = [f"{row['model']}, {row['prompts']}"]
+        for printed, here, digits in (
+            (row["printed"], row["giga"], 2),
+            (row["printed_overhead"], row["overhead"], 1),
+        ):
+            own = f"{here:.{digits}f}"
+            if printed is None:
+                cells += ["–", own, "–"]
+            else:
+                cells += [f"{printed:.1f}", own, f"{here - printed:+.{digits}f}"]
+        rows.append(cells)
     return Table(
         [
             "Prompts per layer",
@@ -174,15 +167,13 @@ def _xla(result: Result) -> Table:
         if max(row["counts"]) == result["full"]
     }
     for row in large:
-        how = row["how"] if any(row["counts"]) else "prefilled"
-        how = "tokens" if row["how"] == "tokens" else how
-        full = most[row["model"], how]
+        none = row["how"] != "tokens" and not any(row["counts"])
+        full = most[row["model"], "prefilled" if none else row["how"]]
         rows.append(
             [
                 f"{row['model']}, {NAMES[row['how']]}",
                 _counts(row["counts"]),
-                with_prefix(row["flops"]) if row["flops"] else "–",
-                f"{row['flops'] / row['macs'] / 2:.3f}" if row["flops"] else "–",
+                *_flops(row),
                 share(row["flops"], full["flops"]),
                 *(_size(row[what]) for what in ("temporary", "arguments")),
                 share(row["temporary"], full["temporary"]),
@@ -227,16 +218,9 @@ def _memory(found: Timed) -> Table:
     rows = []
     for how, counts in _programs(found):
         cells = [found.row(b, how, counts) for b in found.batches]
-        flops, macs = cells[-1]["flops"], cells[-1]["macs"]
+        sizes = [row["temporary"] for row in cells] + [cells[-1]["arguments"]]
         rows.append(
-            [
-                NAMES[how],
-                _counts(counts),
-                with_prefix(flops) if flops else "–",
-                f"{flops / macs / 2:.3f}" if flops else "–",
-                *(_size(row["temporary"]) for row in cells),
-                _size(cells[-1]["arguments"]),
-            ]
+            [NAMES[how], _counts(counts), *_flops(cells[-1]), *map(_size, sizes)]
         )
     last = found.batches[-1]
     return Table(
@@ -259,7 +243,7 @@ def _condensing(found: Timed) -> Table:
     for how in HOW:
         for left, ragged in ((KEPT, False), (KEPT, True), (found.least, False)):
             counts = found.uneven if ragged else found.even(left)
-            name = f"{NAMES[how]}, {_percent(left)}" + (", uneven" if ragged else "")
+            name = f"{NAMES[how]}, {percent(left)}" + (", uneven" if ragged else "")
             rows.append(
                 [
                     name,
@@ -286,7 +270,7 @@ def _both(timed: Sequence[Timed]) -> Table:
     rows = []
     for how in WAYS:
         for left in (1.0, KEPT, timed[0].least, 0.0):
-            row = [f"{NAMES[how] if left else NAMES[plain(how)]}, {_percent(left)}"]
+            row = [f"{NAMES[how] if left else NAMES[plain(how)]}, {percent(left)}"]
             for found in timed:
                 b = max(found.batches)
                 base = found.row(b, "tokens", found.even(1.0))
@@ -310,13 +294,17 @@ def _both(timed: Sequence[Timed]) -> Table:
     )
 
 
-def _percent(left: float) -> str:
-    return f"{100 * left:g} %"
-
-
 def _counts(counts: Sequence[int]) -> str:
     same = len(set(counts)) == 1
     return str(counts[0]) if same else f"{min(counts)}–{max(counts)}"
+
+
+def _flops(row: dict[str, Any]) -> list[str]:
+    """XLA's count, and that over twice ours."""
+    flops = row["flops"]
+    if not flops:
+        return ["–", "–"]
+    return [with_prefix(flops), f"{flops / row['macs'] / 2:.3f}"]
 
 
 def _size(value: int | None) -> str:
@@ -370,7 +358,7 @@ def _cheaper_by_macs(counted: dict[str, Counted], how: str) -> Verdict:
         f"{m.name} {m.saved(how):.2f}" for m in counted.values() if m is not large
     )
     return study.verdict(
-        f"Condensing to {_percent(KEPT)} makes inference much cheaper ({WAYS[how]}, by"
+        f"Condensing to {percent(KEPT)} makes inference much cheaper ({WAYS[how]}, by"
         " MACs).",
         large.saved(how) <= MUCH_CHEAPER,
         f"{large.saved(how):.2f} of those of {large.full} prompts per layer in {LARGE};"
@@ -384,10 +372,10 @@ def _cheaper_measured(found: Timed, how: str) -> Verdict:
     listed = ", ".join(f"{value} at batch {b}" for b, value in times.items())
     least = found.ratio(last, how, found.even(found.least), full)
     return study.verdict(
-        f"Condensing to {_percent(KEPT)} makes inference much cheaper ({WAYS[how]},"
+        f"Condensing to {percent(KEPT)} makes inference much cheaper ({WAYS[how]},"
         f" measured on {found.name}).",
         much_cheaper(times[last], found.noise[last]),
-        f"{listed}; to {_percent(found.least)} {least}; the same program twice"
+        f"{listed}; to {percent(found.least)} {least}; the same program twice"
         f" {found.noise[last]}. Rule, batch {last}: all of the spread at most"
         f" {MUCH_CHEAPER:g}; undecided where it covers that or 1, or meets the noise.",
     )
@@ -400,7 +388,7 @@ def _without_condensing(found: Timed) -> Verdict:
     time = ratio(keys["ms"], tokens["ms"])
     macs = share(keys["macs"], tokens["macs"])
     return study.verdict(
-        f"All prompts as keys and values are cheaper than {_percent(KEPT)} of them as"
+        f"All prompts as keys and values are cheaper than {percent(KEPT)} of them as"
         f" tokens (measured on {found.name}).",
         cheaper(time, found.noise[last]),
         f"{time} of the time at batch {last}, {macs} of the MACs. Rule: all of the"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study `importance` shows: its tables, figures and verdicts."""
 
-import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,21 +9,22 @@ from scipy import stats
 
 from studies.ranks import pearson
 from studies.study import (
-    Figure,
     Result,
     Section,
     Table,
     Verdict,
     clear,
+    drawn,
+    percent,
+    spread,
     verdict,
     with_margin,
 )
-from vpt_jax.report import figures
 
 DEFAULT, GATE, SECOND = "removal", "key_gate", "removal, second_order"
 CUTS, KEPT = (0.5, 0.3, 0.1), 0.3
 ENOUGH = 0.8  # Spearman's correlation over all prompts
-COLOURS = {"size": "#0072B2", "mean": "#D55E00"}
+COLOURS = {"size": "#0072B2", "mean": "#D55E00", "divergence": "#009E73"}
 NAMES = {"size": "size of the change", "mean": "mean change"}
 
 
@@ -40,45 +41,33 @@ def show(result: Result) -> Section:
         " softmax's exact answer to a removed key in its place, at the same cost;"
         " second_order adds half the mean square over pictures, the loss's curvature.",
     ]
-    tables = [
-        _agreement(result),
-        _stability(result),
-        _cuts(result),
-        _costs(result),
-        _planted(result),
-        _groups(result),
-    ]
-    drawn = figures.render(
-        {
-            "scatter": functools.partial(_draw_scatter, result=result),
-            "bars": functools.partial(_draw_bars, result=result),
-            "groups": functools.partial(_draw_groups, result=result),
-        }
-    )
-    captions = {
+    drawings = {
         "scatter": (
             "Scores against exact removal",
             "A dot is a prompt of one seed, placed by its ranks (right and up: more"
             " important), coloured by its layer. On the diagonal, score and oracle"
             " agree.",
+            _draw_scatter,
         ),
         "bars": (
             "How well every score orders the prompts",
             f"Spearman's correlation over all prompts in float32; bars are means, dots"
             f" are seeds, the dashed line is {ENOUGH}.",
+            _draw_bars,
         ),
         "groups": (
             "Are scores additive?",
             "A dot is a random tenth of all prompts: the sum of their scores against"
             " the change of the loss without them.",
+            _draw_groups,
         ),
     }
-    shown = [Figure(*captions[name], svg) for name, svg in drawn.items()]
+    tables = (_agreement, _stability, _cuts, _costs, _planted, _groups)
     return Section(
         "Importance against exact removal",
         text,
-        tables,
-        shown,
+        [table(result) for table in tables],
+        drawn(drawings, result),
         [
             *(_finds(result, *claim) for claim in _CLAIMS),
             _right_question(result),
@@ -110,17 +99,27 @@ def of(result: Result, score: str, dtype: str, oracle: str, what: str) -> list[f
     ]
 
 
+def enough(by_dtype: Mapping[str, Sequence[float]]) -> tuple[bool | None, str]:
+    """Whether correlations are high, and their text.
+
+    Yes: every seed and precision reaches ENOUGH; no: a mean does not.
+    """
+    text = "; ".join(f"{d} {_spread(values)}" for d, values in by_dtype.items())
+    if all(min(values) >= ENOUGH for values in by_dtype.values()):
+        return True, text
+    far = any(np.mean(values) < ENOUGH for values in by_dtype.values())
+    return False if far else None, text
+
+
 def _finds(result: Result, score: str, oracle: str, claim: str) -> Verdict:
-    """Supported: every seed and precision reaches ENOUGH; not: a mean does not."""
-    found = {d: of(result, score, d, oracle, "spearman") for d in _dtypes(result)}
-    enough = all(min(values) >= ENOUGH for values in found.values())
-    far = any(np.mean(values) < ENOUGH for values in found.values())
-    numbers = "; ".join(f"{d} {_spread(values)}" for d, values in found.items())
+    dtypes = _names(result, "dtype")
+    found = {d: of(result, score, d, oracle, "spearman") for d in dtypes}
+    decided, numbers = enough(found)
     because = (
         f"Spearman with the {NAMES[oracle]}: {numbers}. Rule: at least {ENOUGH} in"
         " every seed and precision; not supported if a mean is below."
     )
-    return verdict(claim, True if enough else False if far else None, because)
+    return verdict(claim, decided, because)
 
 
 def _right_question(result: Result) -> Verdict:
@@ -134,7 +133,7 @@ def _right_question(result: Result) -> Verdict:
         "Prompts that change the loss of pictures most are better kept than those whose"
         " removal raises the training loss most.",
         clear(gain),
-        f"with the best {100 * KEPT:g} % by exact removal alone, the training loss by"
+        f"with the best {percent(KEPT)} by exact removal alone, the training loss by"
         f" mean is that by size {with_margin(gain, 3)} (paired, 95 % interval over"
         " seeds).",
     )
@@ -181,52 +180,37 @@ def _line(groups: dict[str, list[float]], name: str) -> tuple[float, float]:
     return pearson(x, y), slope
 
 
-def _dtypes(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["dtype"] for row in result["seeds"][0]["rows"]))
-
-
-def _scores(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["score"] for row in result["seeds"][0]["rows"]))
+def _names(result: Result, what: str) -> list[str]:
+    """The scores (`score`) or precisions (`dtype`) of a result."""
+    return list(dict.fromkeys(row[what] for row in result["seeds"][0]["rows"]))
 
 
 def _stable(seed: Result, score: str, what: str) -> Any:
     return next(row[what] for row in seed["stability"] if row["score"] == score)
 
 
-def _spread(values: list[Any]) -> str:
-    """Mean with the sample deviation, or a dash where there is no number."""
-    if any(v is None for v in values):
-        return "-"
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+def _spread(values: Sequence[Any]) -> str:
+    return spread(values, 3)
 
 
 def _agreement(result: Result) -> Table:
-    header = ["Score"]
-    header += [f"{o}, {d}" for o in NAMES for d in _dtypes(result)]
+    first = [(o, d) for o in NAMES for d in _names(result, "dtype")]
     more = {
         "kendall": "Kendall",
         "layer_spearman": "in layers",
         "layer_kendall": "Kendall in layers",
         "precision": "top 30 %",
     }
-    header += [f"{o}: {x}" for o in NAMES for x in more.values()]
+    others = [(o, what) for o in NAMES for what in more]
     rows = []
-    for name in _scores(result):
-        row = [name]
-        row += [
-            _spread(of(result, name, d, o, "spearman"))
-            for o in NAMES
-            for d in _dtypes(result)
-        ]
-        row += [
-            f"{np.mean(of(result, name, 'float32', o, what)):.2f}"
-            for o in NAMES
-            for what in more
-        ]
-        rows.append(row)
+    for name in _names(result, "score"):
+        row = [_spread(of(result, name, d, o, "spearman")) for o, d in first]
+        means = (np.mean(of(result, name, "float32", o, what)) for o, what in others)
+        rows.append([name, *row, *(f"{mean:.2f}" for mean in means)])
+    header = [f"{o}, {d}" for o, d in first]
+    header += [f"{o}: {more[what]}" for o, what in others]
     return Table(
-        header,
+        ["Score", *header],
         rows,
         "Agreement with exact removal (size and mean of the change, both in float32)."
         " First Spearman's correlation over all prompts, of scores in either precision;"
@@ -237,28 +221,18 @@ def _agreement(result: Result) -> Table:
 
 
 def _stability(result: Result) -> Table:
-    header = ["Score", "halves", "precisions", "examples"]
-    rows = [
-        [
-            name,
-            *(
-                _spread([_stable(seed, name, what) for seed in result["seeds"]])
-                for what in ("halves", "dtypes", "examples")
-            ),
-        ]
-        for name in _scores(result)
-    ]
-    rows += [
-        [
-            f"oracle, {o}",
-            _spread([s["oracle_halves"][o] for s in result["seeds"]]),
-            "-",
-            "-",
-        ]
-        for o in NAMES
-    ]
+    seeds, rows = result["seeds"], []
+    for name in _names(result, "score"):
+        by_what = (
+            [_stable(seed, name, what) for seed in seeds]
+            for what in ("halves", "dtypes", "examples")
+        )
+        rows.append([name, *map(_spread, by_what)])
+    for oracle in NAMES:
+        halves = _spread([seed["oracle_halves"][oracle] for seed in seeds])
+        rows.append([f"oracle, {oracle}", halves, "-", "-"])
     return Table(
-        header,
+        ["Score", "halves", "precisions", "examples"],
         rows,
         "Stability: Spearman's correlation between scores from two halves of the"
         " pictures and between float32 and bfloat16; and the correlation, over"
@@ -286,7 +260,7 @@ def _cuts(result: Result) -> Table:
         for name, n in ((name, len(cut)) for name, cut in seeds[0]["cuts"].items())
     ]
     return Table(
-        ["Kept by", *(f"best {100 * ratio:g} %" for ratio in CUTS)],
+        ["Kept by", *(f"best {percent(ratio)}" for ratio in CUTS)],
         rows,
         f"Training loss with the best prompts alone, before fine-tuning; with all it is"
         f" {_spread([seed['loss'] for seed in seeds])}.",
@@ -294,22 +268,14 @@ def _cuts(result: Result) -> Table:
 
 
 def _planted(result: Result) -> Table:
-    seeds = result["seeds"]
-    cases = [case["case"] for case in seeds[0]["planted"]]
-    names = list(seeds[0]["planted"][0]["percentiles"])
-    rows = [
-        [
-            name,
-            *(
-                f"{np.mean([s['planted'][i]['percentiles'][name] for s in seeds]):.0f}"
-                for i in range(len(cases))
-            ),
-        ]
-        for name in names
-    ]
-    mass = max(s["planted"][-1]["attention"] for s in seeds)
+    by_seed = [seed["planted"] for seed in result["seeds"]]
+    rows = []
+    for name in by_seed[0][0]["percentiles"]:
+        found = [[case["percentiles"][name] for case in cases] for cases in by_seed]
+        rows.append([name, *(f"{mean:.0f}" for mean in np.mean(found, axis=0))])
+    mass = max(cases[-1]["attention"] for cases in by_seed)
     return Table(
-        ["Rank in per cent", *cases],
+        ["Rank in per cent", *(case["case"] for case in by_seed[0])],
         rows,
         "Planted prompts, 0 is ranked last and 100 first; a right score has the ranks"
         " of its oracle. twins: the most important prompt of a layer and a copy, which"
@@ -321,11 +287,10 @@ def _planted(result: Result) -> Table:
 
 
 def _groups(result: Result) -> Table:
-    names = [name for name in result["seeds"][0]["groups"] if name != "actual"]
     rows = []
-    for name in names:
+    for name in _added(result):
         lines = [_line(seed["groups"], name) for seed in result["seeds"]]
-        rows.append([name, *(_spread([line[i] for line in lines]) for i in (0, 1))])
+        rows.append([name, *map(_spread, zip(*lines, strict=True))])
     return Table(
         ["Sum of", "Pearson", "slope"],
         rows,
@@ -334,8 +299,14 @@ def _groups(result: Result) -> Table:
     )
 
 
-def _draw_scatter(figure: Any, result: Result) -> bool:
+def _added(result: Result) -> list[str]:
+    return [name for name in result["seeds"][0]["groups"] if name != "actual"]
+
+
+def _draw_scatter(figure: Any, result: Result) -> None:
     """Rank against rank, for the default and for the better scores."""
+    from matplotlib.ticker import MaxNLocator
+
     panels = ((GATE, "size"), (DEFAULT, "size"), (SECOND, "mean"))
     points = None
     all_axes = figure.subplots(1, len(panels))
@@ -353,39 +324,45 @@ def _draw_scatter(figure: Any, result: Result) -> bool:
         axes.set_title(f"Spearman {mean}", fontsize=10)
         axes.set_box_aspect(1)
     bar = figure.colorbar(points, ax=all_axes, label="Layer", shrink=0.7)
-    bar.locator = _whole_numbers()
+    bar.locator = MaxNLocator(integer=True)
     bar.update_ticks()
-    return True
 
 
-def _whole_numbers() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
+def _draw_bars(figure: Any, result: Result) -> None:
+    draw_scores(figure, result, _names(result, "score"), NAMES)
 
 
-def _draw_bars(figure: Any, result: Result) -> bool:
-    axes = figure.subplots()
-    names = _scores(result)
-    for k, oracle in enumerate(NAMES):
-        y = np.arange(len(names)) + 0.4 * (k - 0.5)
+def draw_scores(
+    figure: Any,
+    result: Result,
+    names: Sequence[str],
+    oracles: Mapping[str, str],
+    label: Callable[[str], str] = str,
+) -> None:
+    """Spearman's correlation of every score with every oracle, means and seeds."""
+    axes, step = figure.subplots(), 0.8 / len(oracles)
+    for k, (oracle, text) in enumerate(oracles.items()):
+        y = np.arange(len(names)) + step * (k - (len(oracles) - 1) / 2)
         values = [of(result, name, "float32", oracle, "spearman") for name in names]
-        label = f"With the {NAMES[oracle]}"
-        look = {"color": COLOURS[oracle], "alpha": 0.75, "label": label}
-        axes.barh(y, np.mean(values, axis=1), 0.36, **look)
+        look = {"color": COLOURS[oracle], "alpha": 0.75, "label": f"With the {text}"}
+        axes.barh(y, np.mean(values, axis=1), 0.9 * step, **look)
         for place, dots in zip(y, values, strict=True):
             axes.plot(dots, [place] * len(dots), ".", color="black", markersize=4)
     axes.axvline(ENOUGH, color="black", linestyle="--", lw=1)
+    name_rows(axes, [label(name) for name in names])
+    axes.set(xlabel="Spearman's correlation over all prompts")
+
+
+def name_rows(axes: Any, names: Sequence[str]) -> None:
+    """Names the rows of a figure from the top down."""
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.grid(False, axis="y")
-    axes.set(xlabel="Spearman's correlation over all prompts")
-    return True
 
 
-def _draw_groups(figure: Any, result: Result) -> bool:
-    names = [name for name in result["seeds"][0]["groups"] if name != "actual"]
+def _draw_groups(figure: Any, result: Result) -> None:
+    names = _added(result)
     all_axes = figure.subplots(1, len(names), sharey=True)
     for axes, name in zip(all_axes, names, strict=True):
         for k, seed in enumerate(result["seeds"]):
@@ -394,4 +371,3 @@ def _draw_groups(figure: Any, result: Result) -> bool:
         axes.axline((0, 0), slope=1, color="#aab1b9", lw=1)
         axes.set(xlabel=f"Sum of {name}")
     all_axes[0].set_ylabel("Loss change without the group")
-    return True

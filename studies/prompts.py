@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 
 from studies import study
-from studies.study import Figure, Lab, Result, Section, Table, clear, with_margin
+from studies.growth import held_out
+from studies.study import (
+    Lab,
+    Result,
+    Section,
+    Table,
+    clear,
+    deviation,
+    spread,
+    with_margin,
+)
 from vpt_jax.report import figures
 from vpt_jax.run import stages
 from vpt_jax.run.stages import Unit
@@ -74,16 +84,9 @@ def held_out_errors(counts: Sequence[int], values: np.ndarray) -> dict[str, floa
     Returns:
       Of `linear` (a + b m) and `log` (a + b log m), in the unit of `values`.
     """
-    m, y = np.asarray(counts, float), np.asarray(values, float)
-    errors = {}
-    for name, x in (("linear", m), ("log", np.log(m))):
-        missed = []
-        for i in range(len(m)):
-            others = np.arange(len(m)) != i
-            slope, start = np.polyfit(x[others], y[others], 1)
-            missed.append(start + slope * x[i] - y[i])
-        errors[name] = float(np.sqrt(np.mean(np.square(missed))))
-    return errors
+    m = np.asarray(counts, float)
+    laws = {"linear": m, "log": np.log(m)}
+    return {n: float(held_out(x, values, "linear")) for n, x in laws.items()}
 
 
 def knee(counts: Sequence[int], values: np.ndarray) -> int:
@@ -104,9 +107,11 @@ def knee(counts: Sequence[int], values: np.ndarray) -> int:
 
 def show(result: Result) -> Section:
     """The study's section."""
-    counts = [int(count) for count in result["by_count"]]
-    values = np.asarray(list(result["by_count"].values()))
-    full = np.asarray(result["full"])
+    drawings = {
+        "prompts_count": ("Accuracy against prompts trained", _BARS, _draw_counts),
+        "prompts_ratio": ("Accuracy against prompts kept", _BARS, _draw_ratios),
+    }
+    (counts, values), full = _by_count(result), np.asarray(result["full"])
     return Section(
         "Accuracy against the number of prompts",
         [
@@ -116,9 +121,15 @@ def show(result: Result) -> Section:
             " condensed over all layers."
         ],
         [_counts_table(result, counts, values), _ratios_table(result, full)],
-        _figures(result, counts, values),
+        study.drawn(drawings, result),
         [_sublinear(counts, values), _seventy(result, full)],
     )
+
+
+def _by_count(result: Result) -> tuple[list[int], np.ndarray]:
+    """Numbers of prompts per layer, and accuracies `[counts, seeds]`."""
+    by_count = result["by_count"]
+    return [int(count) for count in by_count], np.asarray(list(by_count.values()))
 
 
 def _sublinear(counts: Sequence[int], values: np.ndarray) -> study.Verdict:
@@ -158,69 +169,47 @@ def _ratios_table(result: Result, full: np.ndarray) -> Table:
     for mode, name in MODES.items():
         for ratio, found in result["by_ratio"][mode].items():
             own = np.asarray(found)
-            kept = f"{100 * float(ratio):g} %"
+            kept = study.percent(float(ratio))
             rows.append([kept, name, *_mean_and_spread(own), with_margin(full - own)])
     header = ["Kept", "How", "Test %", "Seeds %", "Lost, paired"]
     return Table(header, rows, "Lost: points against all prompts, 95 % interval.")
 
 
 def _mean_and_spread(values: np.ndarray) -> list[str]:
-    text = f"{values.mean():.2f}"
-    if len(values) > 1:
-        text += f" ± {values.std(ddof=1):.2f}"
-    return [text, ", ".join(f"{value:.1f}" for value in values)]
+    return [spread(values), ", ".join(f"{value:.1f}" for value in values)]
 
 
-def _figures(result: Result, counts: Sequence[int], values: np.ndarray) -> list[Figure]:
-    def by_count(figure: Any) -> bool:
-        axes = figure.subplots()
-        spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-        axes.errorbar(
-            counts, values.mean(axis=1), spread, marker="o", label="from scratch"
-        )
-        axes.axhline(np.mean(result["none"]), color="black", ls="--", label="none")
-        axes.set_xlabel("Prompts per layer")
-        axes.set_ylabel("Test accuracy (%)")
-        axes.set_xlim(left=0)
-        return True
+_BARS = "Means over seeds; bars are one sample standard deviation."
 
-    def by_ratio(figure: Any) -> bool:
-        axes = figure.subplots()
-        styles = {"finetune": "global", "condense": "condense"}
-        for mode, name in MODES.items():
-            ratios = [100 * float(ratio) for ratio in result["by_ratio"][mode]]
-            own = np.asarray(list(result["by_ratio"][mode].values()))
-            spread = own.std(axis=1, ddof=1) if own.shape[1] > 1 else None
-            axes.errorbar(
-                ratios,
-                own.mean(axis=1),
-                spread,
-                marker=figures.MARKERS[styles[mode]],
-                color=figures.COLOURS[styles[mode]],
-                label=name,
-            )
-        few = [i for i, c in enumerate(counts) if c <= result["num_prompts"]]
-        axes.errorbar(
-            [100 * counts[i] / result["num_prompts"] for i in few],
-            values[few].mean(axis=1),
-            values[few].std(axis=1, ddof=1) if values.shape[1] > 1 else None,
-            marker=figures.MARKERS["scratch"],
-            color=figures.COLOURS["scratch"],
-            label="as many, trained from scratch",
-        )
-        full = np.mean(result["full"])
-        axes.axhline(full, color="black", label="all prompts")
-        axes.set_xlabel("Prompts kept (% of all)")
-        axes.set_ylabel("Test accuracy (%)")
-        axes.set_xlim(0, 100)
-        return True
 
-    drawn = figures.render({"prompts_count": by_count, "prompts_ratio": by_ratio})
-    bars = "Means over seeds; bars are one sample standard deviation."
-    return [
-        Figure("Accuracy against prompts trained", bars, drawn["prompts_count"]),
-        Figure("Accuracy against prompts kept", bars, drawn["prompts_ratio"]),
-    ]
+def _draw_counts(figure: Any, result: Result) -> None:
+    axes, (counts, values) = figure.subplots(), _by_count(result)
+    y, bars = values.mean(axis=1), deviation(values)
+    axes.errorbar(counts, y, bars, marker="o", label="from scratch")
+    axes.axhline(np.mean(result["none"]), color="black", ls="--", label="none")
+    axes.set(xlabel="Prompts per layer", ylabel="Test accuracy (%)")
+    axes.set_xlim(left=0)
+
+
+def _draw_ratios(figure: Any, result: Result) -> None:
+    axes = figure.subplots()
+
+    def line(percent: Any, values: np.ndarray, style: str, label: str) -> None:
+        look = {"marker": figures.MARKERS[style], "color": figures.COLOURS[style]}
+        y, bars = values.mean(axis=1), deviation(values)
+        axes.errorbar(percent, y, bars, label=label, **look)
+
+    for mode, style in (("finetune", "global"), ("condense", "condense")):
+        own = result["by_ratio"][mode]
+        kept = [100 * float(ratio) for ratio in own]
+        line(kept, np.asarray(list(own.values())), style, MODES[mode])
+    (counts, values), num = _by_count(result), result["num_prompts"]
+    few = [i for i, c in enumerate(counts) if c <= num]
+    kept = [100 * counts[i] / num for i in few]
+    line(kept, values[few], "scratch", "as many, trained from scratch")
+    axes.axhline(np.mean(result["full"]), color="black", label="all prompts")
+    axes.set(xlabel="Prompts kept (% of all)", ylabel="Test accuracy (%)")
+    axes.set_xlim(0, 100)
 
 
 if __name__ == "__main__":

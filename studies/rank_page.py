@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study `rank` shows: its tables, figures and verdicts."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 from studies import study
 from studies.growth import GROWTH, KINDS, means, repetitions, table_of
 from studies.spectra import MEASURES, linformer_rank
-from studies.study import Figure, Result, Section, Table, Verdict, paired
-from vpt_jax.report.figures import LAYER_AXIS, render
+from studies.study import Result, Section, Table, Verdict, paired, spread, with_margin
+from vpt_jax.report.figures import LAYER_AXIS
 
 NAMES = {
     "90": "90 % of energy",
@@ -120,44 +119,38 @@ def growth_verdict(result: Result, matrix: str, measured: str = "95") -> Verdict
 def show(result: Result) -> Section:
     """Tables of ranks and fits, spectra, growth, and the verdicts."""
     drawings = {
-        "rank-growth": _draw_growth,
-        "rank-spectrum": _draw_spectrum,
-        "rank-layers": _draw_layers,
-    }
-    drawn = render(
-        {name: functools.partial(f, result=result) for name, f in drawings.items()}
-    )
-    captions = (
-        (
+        "rank-growth": (
             "Rank against prompts",
             "Means over layers and heads; bars are one standard deviation over the"
             " layers: how they differ, not how uncertain the mean is. Lines are fits to"
             " the random prompts. What can be proved is two more for every prompt (all"
             " rows) or one more (tokens' rows): docs/rank_bound.md.",
+            _draw_growth,
         ),
-        (
+        "rank-spectrum": (
             "Cumulative spectrum",
             "Share of the sum of singular values (left, as Linformer shows it) and of"
             f" their squares (right) in the largest k, {SHAPES['all']} matrix, first"
             " seed, means over layers, heads and pictures. Dashed: trained prompts.",
+            _draw_spectrum,
         ),
-        (
+        "rank-layers": (
             "Rank by layer",
             f"Effective rank and 95 % energy rank, {SHAPES['all']} matrix, as a share"
             " of n + m. Means over heads and seeds; dashed: trained prompts.",
+            _draw_layers,
         ),
-    )
+    }
     return Section(
         "The rank of attention with prompts",
         _text(result),
         [
-            _ranks(result, "all"),
-            _ranks(result, "rows"),
+            *(_ranks(result, matrix) for matrix in SHAPES),
             _fits(result),
             _trained(result),
             _bound(result),
         ],
-        [Figure(*c, svg) for c, svg in zip(captions, drawn.values(), strict=True)],
+        study.drawn(drawings, result),
         [
             *(low_rank_verdict(result, matrix) for matrix in SHAPES),
             *(growth_verdict(result, *which) for which in GROWN),
@@ -209,30 +202,16 @@ def _ranks(result: Result, matrix: str) -> Table:
                 for row in result["rows"]
                 if row["m"] == m and row["kind"] == kind
             ]
+            # Means, and the deviation of the layers' own.
+            ranks = [spread(table[m].mean(axis=-1), 1) for table in tables]
             name = f"{m} {kind}" if m else "0"
-            rows.append(
-                [name]
-                + [_with_spread(table[m]) for table in tables]
-                + [f"{100 * np.mean(mass):.0f}"]
-            )
+            rows.append([name, *ranks, f"{100 * np.mean(mass):.0f}"])
     return Table(
         ["Prompts", *NAMES.values(), "Attention on prompts %"],
         rows,
         f"{SHAPES[matrix]}: means over layers and heads, and the standard deviation"
         " over layers. Entropy of energy: the effective rank of the squares.",
     )
-
-
-def _with_spread(ranks: np.ndarray) -> str:
-    """Mean of `[layers, heads]`, and the deviation of the layers' means."""
-    layers = ranks.mean(axis=-1)
-    deviation = f" ± {layers.std(ddof=1):.1f}" if len(layers) > 1 else ""
-    return f"{layers.mean():.1f}{deviation}"
-
-
-def _with_margin(values: np.ndarray, form: str) -> str:
-    mean, error = paired(values)
-    return format(mean, form) + (f" ± {error:.2f}" if np.isfinite(error) else "")
 
 
 def _fits(result: Result) -> Table:
@@ -242,7 +221,7 @@ def _fits(result: Result) -> Table:
             row = [f"{SHAPES[matrix]}, {NAMES[measured]}"]
             for found in by_measure[measured].values():
                 errors = np.array(found["held_out"]).mean(axis=(-2, -1))
-                row += [f"{found['b']:.1f}", _with_margin(errors, ".2f")]
+                row += [f"{found['b']:.1f}", with_margin(errors, sign="")]
             rows.append(row)
     header = [text for form in GROWTH for text in (f"{form}: b", "Error")]
     return Table(
@@ -266,14 +245,9 @@ def _trained(result: Result) -> Table:
                 if m and m in random:
                     pairs = [repetitions(table[m]) for table in (random, trained)]
                     before, after = (pair.mean(axis=(-2, -1)) for pair in pairs)
-                    rows.append(
-                        [
-                            f"{shape}, {NAMES[measured]}, {m}",
-                            f"{before.mean():.1f}",
-                            f"{after.mean():.1f}",
-                            _with_margin(after - before, "+.2f"),
-                        ]
-                    )
+                    name = f"{shape}, {NAMES[measured]}, {m}"
+                    numbers = [f"{x.mean():.1f}" for x in (before, after)]
+                    rows.append([name, *numbers, with_margin(after - before)])
     return Table(
         ["Rank, prompts", "Random", "Trained", "Trained minus random"],
         rows,
@@ -287,30 +261,25 @@ def _bound(result: Result) -> Table:
     n = result["tokens"]
     most = max(row["m"] for row in result["rows"])
     epsilons = (0.1, 0.25, 0.5, 2 / 3)
+    sizes = {f"n = {n}": n, f"n + m = {n + most}": n + most, "n = 197": 197}
     return Table(
         ["Bound", *(f"ε = {epsilon:.2g}" for epsilon in epsilons)],
         [
             [name, *(f"{linformer_rank(tokens, e):.0f}" for e in epsilons)]
-            for name, tokens in (
-                (f"n = {n}", n),
-                (f"n + m = {n + most}", n + most),
-                ("n = 197", 197),
-            )
+            for name, tokens in sizes.items()
         ],
         "5 ln n / (ε² - ε³), the rank that Linformer's theorem asks for; a number"
         " above n says nothing. It is smallest at ε = 2/3.",
     )
 
 
-def _draw_growth(figure: Any, result: Result) -> bool:
+def _draw_growth(figure: Any, result: Result) -> None:
     n, rows = result["tokens"], result["rows"]
     all_axes = figure.subplots(1, len(GROWN))
     for axes, (matrix, measured) in zip(all_axes, GROWN, strict=True):
         most = 0
-        for kind, marker, colour in (
-            ("random", "o", "black"),
-            ("trained", "D", "#009E73"),
-        ):
+        looks = (("random", "o", "black"), ("trained", "D", "#009E73"))
+        for kind, marker, colour in looks:
             found = means(table_of(rows, kind, matrix, measured))
             if kind == "trained":
                 found.pop(0)
@@ -337,7 +306,6 @@ def _draw_growth(figure: Any, result: Result) -> bool:
         axes.set(xlabel="Prompts per layer", ylim=(0, 1.05 * axes.dataLim.y1))
         axes.title.set_size("medium")
     all_axes[0].set_ylabel("Rank")
-    return True
 
 
 def _shown(numbers: Sequence[int]) -> list[tuple[int, Any]]:
@@ -349,7 +317,7 @@ def _shown(numbers: Sequence[int]) -> list[tuple[int, Any]]:
     return list(zip(shown, colours, strict=True))
 
 
-def _draw_spectrum(figure: Any, result: Result) -> bool:
+def _draw_spectrum(figure: Any, result: Result) -> None:
     rows = [r for r in result["rows"] if r["seed"] == result["seeds"][0]]
     colours = dict(_shown(sorted({row["m"] for row in rows})))
     all_axes = figure.subplots(1, 2)
@@ -369,10 +337,9 @@ def _draw_spectrum(figure: Any, result: Result) -> bool:
     for axes, what in zip(all_axes, ("singular values", "squares"), strict=True):
         axes.set(xscale="log", ylim=(0, 1.02), xlabel="k", ylabel=f"Share of {what}")
         axes.xaxis.set_major_formatter("{x:g}")
-    return True
 
 
-def _draw_layers(figure: Any, result: Result) -> bool:
+def _draw_layers(figure: Any, result: Result) -> None:
     n, rows = result["tokens"], result["rows"]
     all_axes = figure.subplots(1, 2)
     for axes, measured in zip(all_axes, ("effective", "95"), strict=True):
@@ -388,4 +355,3 @@ def _draw_layers(figure: Any, result: Result) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=NAMES[measured], xlabel=LAYER_AXIS, ylim=(0, None))
     all_axes[0].set_ylabel("Rank (% of n + m)")
-    return True

@@ -282,9 +282,7 @@ def automatic(
     }
 
 
-def show(result: study.Result) -> study.Section:
-    """Tables, figures and verdicts."""
-    return selection_page.show(result)
+show = selection_page.show
 
 
 if __name__ == "__main__":

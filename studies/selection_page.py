@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study `selection` shows: its tables, figures and verdicts."""
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from studies.study import (
-    Figure,
     Result,
     Section,
     Table,
     Verdict,
     clear,
+    drawn,
+    percent,
+    spread,
     verdict,
     with_margin,
 )
-from vpt_jax.report.figures import LAYER_AXIS, render
+from vpt_jax.report.figures import LAYER_AXIS
 
 # The rules of the automatic ratio: points of val accuracy, and the bound's confidence.
 TOLERANCE, CONFIDENCE = 5.0, 0.9
@@ -36,23 +37,19 @@ def show(result: Result) -> Section:
         " keeps the prompts whose removal changes the loss of pictures most,"
         " leave_one_out those whose removal raises the training loss most.",
     ]
-    drawn = render(
-        {
-            "selection-ratio": functools.partial(_draw_ratios, result=result),
-            "selection-layers": functools.partial(_draw_layers, result=result),
-        }
-    )
-    captions = (
-        (
+    drawings = {
+        "selection-ratio": (
             "Accuracy against prompts kept, by score and scope",
             "Means over seeds; the tables have the deviations. Solid: over all layers;"
             " dashed: layer by layer, of the same colour (fine-tuned only).",
+            _draw_ratios,
         ),
-        (
+        "selection-layers": (
             "Which layers keep their prompts",
             f"Selection over all layers by {default}; means over seeds.",
+            _draw_layers,
         ),
-    )
+    }
     return Section(
         "How prompts are selected",
         text,
@@ -63,7 +60,7 @@ def show(result: Result) -> Section:
             _ways(result),
             _automatic(result),
         ],
-        [Figure(*c, svg) for c, svg in zip(captions, drawn.values(), strict=True)],
+        drawn(drawings, result),
         _verdicts(result),
     )
 
@@ -116,21 +113,15 @@ def _gains(result: Result, score: str, tuned: bool) -> np.ndarray:
     )
 
 
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:g} %"
-
-
 def _spread(values: Any) -> str:
-    values = np.asarray(values)
-    text = f"{values.mean():.1f}"
-    return text + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    return spread(values, 1)
 
 
 def _scopes(result: Result, tuned: bool) -> Table:
     ratios = _ratios(result, tuned)
     header = ["Fine-tuned" if tuned else "Not fine-tuned"]
     for ratio in ratios:
-        header += [f"{_percent(ratio)} global", "layer", "difference"]
+        header += [f"{percent(ratio)} global", "layer", "difference"]
     rows = []
     for score in _scores(result, tuned):
         row = [score]
@@ -161,7 +152,7 @@ def _layers(result: Result) -> Table:
     return Table(
         ["Kept", *(f"layer {i + 1}" for i in range(result["layers"]))],
         [
-            [_percent(ratio), *(_spread(layer) for layer in counts.T)]
+            [percent(ratio), *(_spread(layer) for layer in counts.T)]
             for ratio, counts in _counts(result).items()
         ],
         f"Prompts kept per layer, over all layers by {result['default']}.",
@@ -178,18 +169,14 @@ def _ways(result: Result) -> Table:
     rows = []
     for ratio in _ratios(result, tuned=True):
         one = _way(result, "cut", ratio)
-        rows.append([_percent(ratio), "one shot", _spread(one), ""])
-        for how in WAYS:
-            other = _way(result, how, ratio)
-            rows.append(
-                [_percent(ratio), how, _spread(other), with_margin(other - one, 1)]
-            )
+        rows.append([percent(ratio), "one shot", _spread(one), ""])
+        ways = [(how, how, one, True) for how in WAYS]
         before = _way(result, "cut", ratio, tuned=False)
-        other = _way(result, "merged", ratio, tuned=False)
-        name = "merged, not fine-tuned"
-        rows.append(
-            [_percent(ratio), name, _spread(other), with_margin(other - before, 1)]
-        )
+        ways.append(("merged, not fine-tuned", "merged", before, False))
+        for name, how, base, tuned in ways:
+            other = _way(result, how, ratio, tuned)
+            against = with_margin(other - base, 1)
+            rows.append([percent(ratio), name, _spread(other), against])
     return Table(
         ["Kept", "How", "Test %", "against one shot"],
         rows,
@@ -206,9 +193,9 @@ def _automatic(result: Result) -> Table:
     for found in result["automatic"]:
         row = [str(found["seed"])]
         row += [f"{found['bounds'][ratio]:.1f}" for ratio in ratios]
-        row += [_percent(found["ratio"]), f"{found['test_lost']:+.1f}"]
+        row += [percent(found["ratio"]), f"{found['test_lost']:+.1f}"]
         rows.append(row)
-    header = ["Seed", *(f"{_percent(float(r))}: at most" for r in ratios)]
+    header = ["Seed", *(f"{percent(float(r))}: at most" for r in ratios)]
     return Table(
         [*header, "chosen", "lost on test"],
         rows,
@@ -224,7 +211,7 @@ def _paired_verdict(
 ) -> Verdict:
     """Supported if the mean of all ratios is clearly above 0; gains by ratio."""
     parts = ", ".join(
-        f"{_percent(ratio)} {with_margin(gain, 1)}"
+        f"{percent(ratio)} {with_margin(gain, 1)}"
         for ratio, gain in zip(_ratios(result, tuned=True), gains, strict=True)
     )
     mean = np.mean(gains, axis=0)
@@ -273,42 +260,34 @@ def _automatic_verdict(result: Result) -> Verdict:
         f"A ratio chosen on val with {100 * CONFIDENCE:g} % confidence loses no more"
         f" than {TOLERANCE:g} points on test.",
         decided,
-        f"chosen {', '.join(map(_percent, chosen))}; lost on test"
+        f"chosen {', '.join(map(percent, chosen))}; lost on test"
         f" {', '.join(f'{x:+.1f}' for x in lost)} points. Undecided if nothing is"
         " dropped.",
     )
 
 
-def _draw_ratios(figure: Any, result: Result) -> bool:
+def _draw_ratios(figure: Any, result: Result) -> None:
     """Left before, right after fine-tuning."""
     all_axes = figure.subplots(1, 2, sharey=True)
     names = _scores(result, tuned=False)
     for axes, tuned in zip(all_axes, (False, True), strict=True):
         ratios = _ratios(result, tuned)
         for score in _scores(result, tuned):
-            look = {"color": COLOURS[names.index(score) % len(COLOURS)]}
-            marker = "osD^vPX<>*"[names.index(score) % 10]
-            for scope, style in (("global", "-"), ("layer", "--")):
-                if scope == "layer" and not tuned:
-                    continue  # ten scores twice are too many lines
+            place = names.index(score) % 10
+            look = {"color": COLOURS[place], "marker": "osD^vPX<>*"[place]}
+            # Before fine-tuning ten scores twice would be too many lines.
+            for scope, style in (("global", "-"), ("layer", "--"))[: 1 + tuned]:
                 values = [_cut(result, score, scope, r, tuned) for r in ratios]
-                axes.plot(
-                    [100 * r for r in ratios],
-                    np.mean(values, axis=1),
-                    style,
-                    marker=marker,
-                    markersize=5,
-                    label=score if scope == "global" else None,
-                    **look,
-                )
+                x, y = [100 * r for r in ratios], np.mean(values, axis=1)
+                label = score if scope == "global" else None
+                axes.plot(x, y, style, markersize=5, label=label, **look)
         axes.axhline(of(result, how="all").mean(), color="black", label="all prompts")
         axes.set(xlabel="Prompts kept (% of all)", xlim=(0, None))
         axes.set_title("Fine-tuned" if tuned else "Not fine-tuned", fontsize=10)
     all_axes[0].set_ylabel("Test accuracy (%)")
-    return True
 
 
-def _draw_layers(figure: Any, result: Result) -> bool:
+def _draw_layers(figure: Any, result: Result) -> None:
     from matplotlib import colormaps
 
     axes = figure.subplots()
@@ -317,8 +296,7 @@ def _draw_layers(figure: Any, result: Result) -> bool:
     layers, width = np.arange(1, result["layers"] + 1), 0.8 / len(counts)
     for i, (ratio, kept) in enumerate(counts.items()):
         x = layers + width * (i - (len(counts) - 1) / 2)
-        label = f"Kept at {_percent(ratio)}"
+        label = f"Kept at {percent(ratio)}"
         axes.bar(x, kept.mean(axis=0), width, color=colours[i], label=label)
     axes.set_xticks(layers)
     axes.set(xlabel=LAYER_AXIS, ylabel="Prompts of the layer")
-    return True

@@ -13,9 +13,10 @@ other studies and a second start find it.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict
 from vpt_jax.bench import benchmark_config, search
 from vpt_jax.files import cli, workdirs
 from vpt_jax.prompts import check_choice
-from vpt_jax.report import page
+from vpt_jax.report import figures, page
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment, parsing, stages
 from vpt_jax.run.stages import Run, Unit
@@ -133,17 +134,52 @@ def paired(differences: Any) -> tuple[float, float]:
     return float(values.mean()), float(scipy.special.stdtrit(num - 1, 0.975) * error)
 
 
-def with_margin(differences: Any, digits: int = 2) -> str:
+def with_margin(differences: Any, digits: int = 2, sign: str = "+") -> str:
     """`mean ± half the 95 % interval`; with one seed the number alone."""
     mean, margin = paired(differences)
-    text = f"{mean:+.{digits}f}"
+    text = f"{mean:{sign}.{digits}f}"
     return f"{text} ± {margin:.{digits}f}" if np.isfinite(margin) else text
+
+
+def spread(values: Any, digits: int = 2) -> str:
+    """`mean ± one sample standard deviation`; a dash where a number is missing."""
+    if any(value is None for value in values):
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def deviation(values: np.ndarray) -> np.ndarray | None:
+    """Of each row of `[n, seeds]`, for the bars of a figure; None with one seed."""
+    return values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+
+
+def percent(ratio: float) -> str:
+    """Of a ratio of prompts kept: `30 %`."""
+    return f"{100 * ratio:g} %"
 
 
 def clear(differences: Any) -> bool | None:
     """Whether a mean is clearly above 0 (True), below (False), or neither (None)."""
     mean, margin = paired(differences)
     return None if abs(mean) <= margin else mean > 0
+
+
+Drawing = tuple[str, str, Callable[..., None]]
+"""Heading, caption, and what draws into the empty figure that it is given."""
+
+
+def drawn(drawings: Mapping[str, Drawing], *args: Any) -> list[Figure]:
+    """Figures by the names that their SVG has; all are drawn from `args`."""
+
+    def draw(figure: Any, name: str) -> bool:
+        drawings[name][2](figure, *args)
+        return True
+
+    svgs = figures.render({n: functools.partial(draw, name=n) for n in drawings})
+    return [Figure(*drawings[name][:2], svg) for name, svg in svgs.items()]
 
 
 def html(section: Section) -> str:
@@ -157,18 +193,11 @@ def html(section: Section) -> str:
             f" {escape(claim.claim)} <span class='soft'>{escape(claim.because)}</span>"
             "</p>"
         )
-    for table in section.tables:
-        parts.append(_html_table(table))
+    parts += map(_html_table, section.tables)
     shown = {str(i): figure for i, figure in enumerate(section.figures)}
-    parts.append(
-        page.figures(
-            {name: figure.svg for name, figure in shown.items()},
-            captions={
-                name: (figure.heading, figure.caption) for name, figure in shown.items()
-            },
-        )
-    )
-    return "\n".join(parts)
+    captions = {name: figure[:2] for name, figure in shown.items()}
+    svgs = {name: figure.svg for name, figure in shown.items()}
+    return "\n".join([*parts, page.figures(svgs, captions=captions)])
 
 
 def _html_table(table: Table) -> str:

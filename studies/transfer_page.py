@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study `transfer` shows: its tables, figures and verdicts."""
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from studies.scenes import CLASSES
 from studies.study import (
-    Figure,
     Result,
     Section,
     Table,
     Verdict,
     clear,
+    deviation,
+    drawn,
+    percent,
+    spread,
     verdict,
     with_margin,
 )
@@ -50,11 +52,26 @@ def show(result: Result) -> Section:
         f" spread evenly over the layers and tuned alike. {len(result['seeds'])} seeds,"
         " the same scenes; not everything is tried at every ratio.",
     ]
+    drawings = {
+        "transfer_ratio": (
+            "Segmentation against prompts kept",
+            "Means over seeds; bars are one sample standard deviation. Markers of a"
+            " ratio are set apart to be seen.",
+            _draw_ratios,
+        ),
+        "transfer_scenes": (
+            "Scenes, truth and answers",
+            f"The first test scenes, not chosen. Answers of seed {result['seeds'][0]}:"
+            f" with all prompts, and with the {percent(SEVENTY)} that global selection"
+            " keeps, fine-tuned.",
+            _draw_scenes,
+        ),
+    }
     return Section(
         "Condensation on a dense task",
         text,
         [_table(result), _layers(result)],
-        _figures(result),
+        drawn(drawings, result),
         [
             _beats(CLAIM_GLOBAL, result, "global", "layer"),
             _seventy(result),
@@ -89,7 +106,7 @@ def _beats(claim: str, result: Result, better: str, worse: str) -> Verdict:
     each = [of(result, better, ratio) - of(result, worse, ratio) for ratio in ratios]
     mean = np.mean(each, axis=0)
     by_ratio = ", ".join(
-        f"{own.mean():+.2f} at {_percent(ratio)}"
+        f"{own.mean():+.2f} at {percent(ratio)}"
         for own, ratio in zip(each, ratios, strict=True)
     )
     because = (
@@ -104,42 +121,32 @@ def _seventy(result: Result) -> Verdict:
     full, kept = of(result, "full", 1.0), of(result, "global", SEVENTY)
     gained = np.mean(full - of(result, "none", 0.0))
     because = (
-        f"test mIoU with {_percent(SEVENTY)} of the prompts minus that with all:"
+        f"test mIoU with {percent(SEVENTY)} of the prompts minus that with all:"
         f" {_text(kept - full)}; a loss of {TOLERANCE} is allowed. All prompts gain"
         f" {gained:.2f} points over none."
     )
     return verdict(CLAIM_70, clear(TOLERANCE - (full - kept)), because)
 
 
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:g} %"
-
-
-def _spread(values: np.ndarray) -> str:
-    text = f"{values.mean():.2f}"
-    return f"{text} ± {values.std(ddof=1):.2f}" if len(values) > 1 else text
-
-
 def _kinds(result: Result) -> list[tuple[str, float, str, str]]:
     """Mode, ratio, and how a table names them, in the order of the rows."""
     ends = (("none", 0.0), ("full", 1.0))
-    kinds = [(mode, ratio, _percent(ratio), REFERENCES[mode]) for mode, ratio in ends]
+    kinds = [(mode, ratio, percent(ratio), REFERENCES[mode]) for mode, ratio in ends]
     there = {(row["mode"], row["ratio"]) for row in result["rows"]}
     for ratio in _ratios(result):
         modes = [mode for mode in MODES if (mode, ratio) in there]
-        kinds += [(mode, ratio, _percent(ratio), MODES[mode]) for mode in modes]
+        kinds += [(mode, ratio, percent(ratio), MODES[mode]) for mode in modes]
     return kinds
 
 
 def _table(result: Result) -> Table:
     full, rows = of(result, "full", 1.0), []
     for mode, ratio, kept, name in _kinds(result):
-        iou, lost = of(result, mode, ratio), ""
-        if mode != "full":
-            lost = with_margin(full - iou)
+        iou = of(result, mode, ratio)
+        lost = with_margin(full - iou) if mode != "full" else ""
         others = (("accuracy", "test"), ("iou", "val"), ("accuracy", "val"))
-        numbers = [_spread(of(result, mode, ratio, *other)) for other in others]
-        rows.append([kept, name, _spread(iou), lost, *numbers])
+        numbers = [spread(of(result, mode, ratio, *other)) for other in others]
+        rows.append([kept, name, spread(iou), lost, *numbers])
     header = ["Kept", "How", "Test mIoU %", "Lost", "Test pixels %"]
     return Table(
         [*header, "Val mIoU %", "Val pixels %"],
@@ -163,44 +170,18 @@ def _layers(result: Result) -> Table:
     return Table(header, rows, "Prompts per layer, means over seeds.")
 
 
-def _figures(result: Result) -> list[Figure]:
-    drawn = figures.render(
-        {
-            "transfer_ratio": functools.partial(_draw_ratios, result=result),
-            "transfer_scenes": functools.partial(_draw_scenes, result=result),
-        }
-    )
-    seed = result["seeds"][0]
-    return [
-        Figure(
-            "Segmentation against prompts kept",
-            "Means over seeds; bars are one sample standard deviation. Markers of a"
-            " ratio are set apart to be seen.",
-            drawn["transfer_ratio"],
-        ),
-        Figure(
-            "Scenes, truth and answers",
-            f"The first test scenes, not chosen. Answers of seed {seed}: with all"
-            f" prompts, and with the {_percent(SEVENTY)} that global selection keeps,"
-            " fine-tuned.",
-            drawn["transfer_scenes"],
-        ),
-    ]
-
-
-def _draw_ratios(figure: Any, result: Result) -> bool:
+def _draw_ratios(figure: Any, result: Result) -> None:
     ratios = _ratios(result)[::-1]
     names = {"iou": "Test mIoU (%)", "accuracy": "Test pixels right (%)"}
     for axes, (what, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         for number, (mode, label) in enumerate(MODES.items()):
             tried = [r for r in ratios if len(of(result, mode, r))]
             values = np.asarray([of(result, mode, r, what) for r in tried])
-            spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
             offset = 0.6 * ((number + 0.5) / len(MODES) - 0.5)
             axes.errorbar(
                 np.array([ratios.index(r) for r in tried]) + offset,
                 values.mean(axis=1),
-                spread,
+                deviation(values),
                 linestyle="",
                 capsize=3,
                 marker=figures.MARKERS[mode],
@@ -211,26 +192,24 @@ def _draw_ratios(figure: Any, result: Result) -> bool:
             y = of(result, mode, ratio, what).mean()
             label = f"Prompts: {REFERENCES[mode]}"
             axes.axhline(y, color="black", linestyle=style, lw=1.3, label=label)
-        axes.set_xticks(range(len(ratios)), [_percent(ratio) for ratio in ratios])
+        axes.set_xticks(range(len(ratios)), [percent(ratio) for ratio in ratios])
         axes.set(xlabel="Prompts kept (% of all)", ylabel=name)
         axes.set(xlim=(-0.5, len(ratios) - 0.5))
-    return True
 
 
-def _draw_scenes(figure: Any, result: Result) -> bool:
+def _draw_scenes(figure: Any, result: Result) -> None:
     from matplotlib.colors import ListedColormap
 
     shown = result["shown"]
     rows = {"image": "Scene", "truth": "Truth", "full": "All prompts"}
-    rows["kept"] = f"{_percent(SEVENTY)} of them"
+    rows["kept"] = f"{percent(SEVENTY)} of them"
     all_axes = figure.subplots(len(rows), len(shown["image"]), squeeze=False)
     colours = ListedColormap(CLASS_COLOURS)
     for own, (name, label) in zip(all_axes, rows.items(), strict=True):
         own[0].set_ylabel(label, fontsize=9)
         for axes, picture in zip(own, shown[name], strict=True):
-            look = {} if name == "image" else {"cmap": colours, "vmin": -0.5}
-            if look:
-                look["vmax"] = len(CLASSES) - 0.5
+            look = {"cmap": colours, "vmin": -0.5, "vmax": len(CLASSES) - 0.5}
+            look = {} if name == "image" else look
             axes.imshow(np.asarray(picture, np.uint8), interpolation="nearest", **look)
             axes.set(xticks=[], yticks=[])
             axes.grid(False)
@@ -238,4 +217,3 @@ def _draw_scenes(figure: Any, result: Result) -> bool:
     # For the legend, which lists what has a label.
     for colour, name in zip(CLASS_COLOURS, CLASSES, strict=True):
         all_axes[0, 0].plot([], [], "s", color=colour, label=name.capitalize())
-    return True

@@ -8,9 +8,8 @@ exact removal does to the loss and to the prediction, and by what is left after
 condensing by it. Tuning and fine-tuning use labels, as always: the scores do not.
 """
 
-import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +19,20 @@ import numpy as np
 import vpt_jax
 from studies import gates, masked, removal, study
 from studies.importance import agreement, reduce
-from studies.importance_page import DEFAULT, ENOUGH, SECOND, of
+from studies.importance_page import (
+    DEFAULT,
+    ENOUGH,
+    SECOND,
+    draw_scores,
+    enough,
+    name_rows,
+    of,
+)
 from studies.prompts import TOLERANCE
 from studies.ranks import spearman
-from studies.study import Figure, Lab, Result, Section, Table, Verdict
+from studies.study import Lab, Result, Section, Table, Verdict, spread
 from vpt_jax.models.scores import SCORES as OF_LIBRARY
 from vpt_jax.prompts import Mask, counts
-from vpt_jax.report import figures
 from vpt_jax.run import stages
 from vpt_jax.run.stages import Run
 
@@ -185,10 +191,10 @@ def show(result: Result) -> Section:
     """Tables, figures and verdicts."""
     seeds = result["seeds"]
     share = {
-        form: _spread([100 * seed["divergence_share"][form] for seed in seeds], 0)
+        form: spread([100 * seed["divergence_share"][form] for seed in seeds], 0)
         for form in gates.FORMS
     }
-    halves = _spread([seed["divergence_halves"] for seed in seeds])
+    halves = spread([seed["divergence_halves"] for seed in seeds], 3)
     text = [
         f"Scores read {result['examples']} training pictures without their labels."
         " Tuning before and fine-tuning after use labels, for every score alike;"
@@ -207,32 +213,27 @@ def show(result: Result) -> Section:
         f" predictions. The estimates of distill add up to {share['removal']} % of it"
         f" (with key_gate: {share['key_gate']} %).",
     ]
-    drawn = figures.render(
-        {
-            "unlabelled_bars": functools.partial(_draw_bars, result=result),
-            "unlabelled_accuracy": functools.partial(_draw_accuracy, result=result),
-        }
-    )
+    drawings = {
+        "unlabelled_bars": (
+            "How well scores order the prompts with and without labels",
+            "Spearman's correlation with exact removal over all prompts in float32;"
+            f" bars are means, dots are seeds, the dashed line is {ENOUGH}.",
+            _draw_bars,
+        ),
+        "unlabelled_accuracy": (
+            "What is left after condensing by each score",
+            "Test accuracy after fine-tuning (with labels); markers are means, bars"
+            " one sample standard deviation over seeds. Lines: all prompts, and the"
+            f" labelled default ({DEFAULT}). A score without a marker was not"
+            " tried at that ratio.",
+            _draw_accuracy,
+        ),
+    }
     return Section(
         "Scores without labels",
         text,
         [_agreement_table(result), _accuracy_table(result)],
-        [
-            Figure(
-                "How well scores order the prompts with and without labels",
-                "Spearman's correlation with exact removal over all prompts in float32;"
-                f" bars are means, dots are seeds, the dashed line is {ENOUGH}.",
-                drawn["unlabelled_bars"],
-            ),
-            Figure(
-                "What is left after condensing by each score",
-                "Test accuracy after fine-tuning (with labels); markers are means, bars"
-                " one sample standard deviation over seeds. Lines: all prompts, and the"
-                f" labelled default ({DEFAULT}). A score without a marker was not"
-                " tried at that ratio.",
-                drawn["unlabelled_accuracy"],
-            ),
-        ],
+        study.drawn(drawings, result),
         [_as_well(result), *(_finds(result, name) for name in CLAIMS)],
     )
 
@@ -263,33 +264,22 @@ def _lost(result: Result, ratio: str, score: str) -> np.ndarray:
 
 
 def _finds(result: Result, score: str) -> Verdict:
-    """Supported: every seed and precision reaches ENOUGH; not: a mean does not."""
     found = {d: of(result, score, d, "size", "spearman") for d in DTYPES}
-    decided = None
-    if all(min(values) >= ENOUGH for values in found.values()):
-        decided = True
-    elif any(np.mean(values) < ENOUGH for values in found.values()):
-        decided = False
-    numbers = "; ".join(f"{d} {_spread(values)}" for d, values in found.items())
+    decided, numbers = enough(found)
     share = of(result, score, "float32", "size", "precision")
+    mean, divergence = (
+        spread(of(result, score, "float32", oracle, "spearman"), 3)
+        for oracle in ("mean", "divergence")
+    )
     return study.verdict(
         CLAIMS[score],
         decided,
         f"Spearman of {score} with the size of the change: {numbers}. Rule: at least"
         f" {ENOUGH} in every seed and precision; not supported if a mean is below."
         f" Of the true best 30 % it finds {100 * np.mean(share):.0f} %;"
-        f" with the mean change its Spearman is"
-        f" {_spread(of(result, score, 'float32', 'mean', 'spearman'))}, with the"
-        " divergence"
-        f" {_spread(of(result, score, 'float32', 'divergence', 'spearman'))}.",
+        f" with the mean change its Spearman is {mean}, with the divergence"
+        f" {divergence}.",
     )
-
-
-def _spread(values: Sequence[float], digits: int = 3) -> str:
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _kind(score: str) -> str:
@@ -300,27 +290,17 @@ def _kind(score: str) -> str:
 
 
 def _agreement_table(result: Result) -> Table:
-    short = {"float32": "f32", "bfloat16": "bf16"}
-    header = ["Score"]
-    header += [f"{o}, {short[d]}" for o in ORACLES for d in DTYPES]
-    header += [*(DEFAULT, SECOND), "size: top 30 %", "mean: top 30 %"]
+    first = [(o, d) for o in ORACLES for d in DTYPES]
+    others = [(o, "float32") for o in (DEFAULT, SECOND)]
     rows = []
     for name in SCORES:
-        row = [name]
-        row += [
-            _spread(of(result, name, d, o, "spearman"), 2)
-            for o in ORACLES
-            for d in DTYPES
-        ]
-        row += [
-            _spread(of(result, name, "float32", o, "spearman"), 2)
-            for o in (DEFAULT, SECOND)
-        ]
-        row += [
-            f"{np.mean(of(result, name, 'float32', o, 'precision')):.2f}"
-            for o in ("size", "mean")
-        ]
-        rows.append(row)
+        spearman = (of(result, name, d, o, "spearman") for o, d in first + others)
+        best = (of(result, name, "float32", o, "precision") for o in ("size", "mean"))
+        numbers = [*map(spread, spearman), *(f"{np.mean(x):.2f}" for x in best)]
+        rows.append([name, *numbers])
+    short = {"float32": "f32", "bfloat16": "bf16"}
+    header = ["Score", *(f"{o}, {short[d]}" for o, d in first)]
+    header += [*(DEFAULT, SECOND), "size: top 30 %", "mean: top 30 %"]
     return Table(
         header,
         rows,
@@ -338,8 +318,8 @@ def _accuracy_table(result: Result) -> Table:
             lost = ""
             if score not in ("all", DEFAULT):
                 lost = study.with_margin(_lost(result, ratio, score))
-            test, val = (_spread(own[part], 2) for part in ("test", "val"))
-            rows.append([f"{100 * float(ratio):g} %", score, test, val, lost])
+            test, val = (spread(own[part]) for part in ("test", "val"))
+            rows.append([study.percent(float(ratio)), score, test, val, lost])
     return Table(
         ["Kept", "By", "Test %", "Val %", "Lost, paired"],
         rows,
@@ -349,7 +329,6 @@ def _accuracy_table(result: Result) -> Table:
     )
 
 
-COLOURS = {"size": "#0072B2", "mean": "#D55E00", "divergence": "#009E73"}
 LOOKS = {
     "with labels": ("#D55E00", "s"),
     "without labels": ("#0072B2", "o"),
@@ -357,23 +336,14 @@ LOOKS = {
 }
 
 
-def _draw_bars(figure: Any, result: Result) -> bool:
-    axes = figure.subplots()
-    names = FINETUNED[0.3]
-    for k, (oracle, text) in enumerate(ORACLES.items()):
-        y = np.arange(len(names)) + 0.27 * (k - 1)
-        values = [of(result, name, "float32", oracle, "spearman") for name in names]
-        look = {"color": COLOURS[oracle], "alpha": 0.75, "label": f"With the {text}"}
-        axes.barh(y, np.mean(values, axis=1), 0.25, **look)
-        for place, dots in zip(y, values, strict=True):
-            axes.plot(dots, [place] * len(dots), ".", color="black", markersize=3)
-    axes.axvline(ENOUGH, color="black", linestyle="--", lw=1)
-    _name_rows(axes, [f"{name} ({_kind(name)})" for name in names])
-    axes.set(xlabel="Spearman's correlation over all prompts")
-    return True
+def _draw_bars(figure: Any, result: Result) -> None:
+    def label(name: str) -> str:
+        return f"{name} ({_kind(name)})"
+
+    draw_scores(figure, result, FINETUNED[0.3], ORACLES, label)
 
 
-def _draw_accuracy(figure: Any, result: Result) -> bool:
+def _draw_accuracy(figure: Any, result: Result) -> None:
     panels = [ratio for ratio in result["accuracy"] if ratio != "1.0"]
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = list(result["accuracy"][panels[0]])
@@ -382,26 +352,17 @@ def _draw_accuracy(figure: Any, result: Result) -> bool:
         found = result["accuracy"][ratio]
         for score, own in found.items():
             percent = np.asarray(own["test"])
-            spread = percent.std(ddof=1) if len(percent) > 1 else None
+            bars = percent.std(ddof=1) if len(percent) > 1 else None
             colour, marker = LOOKS[_kind(score)]
             look = {"color": colour, "marker": marker, "label": _kind(score)}
-            axes.errorbar(
-                percent.mean(), names.index(score), xerr=spread, capsize=3, **look
-            )
+            place = names.index(score)
+            axes.errorbar(percent.mean(), place, xerr=bars, capsize=3, **look)
         default = np.mean(found[DEFAULT]["test"])
         axes.axvline(default, color="#D55E00", ls="--", lw=1, label=f"{DEFAULT} (mean)")
         axes.axvline(full, color="black", lw=1, label="all prompts")
-        axes.set_title(f"{100 * float(ratio):g} % kept", fontsize=10)
+        axes.set_title(f"{study.percent(float(ratio))} kept", fontsize=10)
         axes.set(xlabel="Test accuracy (%)")
-        _name_rows(axes, names)
-    return True
-
-
-def _name_rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x")
-    axes.grid(False, axis="y")
+        name_rows(axes, names)
 
 
 if __name__ == "__main__":
