@@ -69,12 +69,10 @@ def compiled(args: argparse.Namespace, num: int) -> jax.stages.Compiled:
     """The training step for `num` devices, compiled from shapes."""
     model = vpt_jax.ViT(args.model, dtype=jnp.dtype(args.dtype))
     side, recipe, key = model.image_size, train.Recipe(), jax.random.key(0)
-    mesh = jax.make_mesh(
-        (num // args.share, args.share),
-        (parallel.BATCH, parallel.MODEL),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=jax.devices()[:num],
-    )
+    axes = {parallel.BATCH: num // args.share, parallel.MODEL: args.share}
+    kinds, first = (AxisType.Auto,) * 2, jax.devices()[:num]
+    how = {"axis_types": kinds, "devices": first}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), **how)
 
     def shape(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -94,20 +92,16 @@ def compiled(args: argparse.Namespace, num: int) -> jax.stages.Compiled:
 
     state, backbone, batch = jax.eval_shape(init)
     whole, split = (NamedSharding(mesh, spec) for spec in (P(), P(parallel.BATCH)))
-    backbone = jax.tree.map(
-        shape, backbone, parallel.backbone_shardings(mesh, backbone)
-    )
+    shardings = parallel.backbone_shardings(mesh, backbone)
+    backbone = jax.tree.map(shape, backbone, shardings)
     state = jax.tree.map(lambda x: shape(x, whole), state)
     batch = jax.tree.map(lambda x: shape(x, split), batch)
     rate = np.float32(0.1)
-    step = jax.jit(
-        train.train_step, static_argnames=("model", "recipe"), donate_argnums=0
-    )
+    static = ("model", "recipe")
+    step = jax.jit(train.train_step, static_argnames=static, donate_argnums=0)
+    given = state, backbone, batch, rate, rate, key
     with parallel.everywhere(lambda: mesh):
-        lowered = step.lower(
-            state, backbone, batch, rate, rate, key, model=model, recipe=recipe
-        )
-        return lowered.compile()
+        return step.lower(*given, model=model, recipe=recipe).compile()
 
 
 def exchanged(text: str) -> str:

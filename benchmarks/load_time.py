@@ -63,9 +63,8 @@ def write_files(variant, folder):
         return
     size, patch = variant.split("/")
     name = {"S": "small", "B": "base", "L": "large"}[size]
-    state = timm.create_model(
-        f"vit_{name}_patch{patch}_224", num_classes=0
-    ).state_dict()
+    net = timm.create_model(f"vit_{name}_patch{patch}_224", num_classes=0)
+    state = net.state_dict()
     torch.save(state, folder / "timm.pth")
     save_file(state, folder / "timm.safetensors")
 
@@ -81,12 +80,9 @@ def main():
             write_files(variant, Path(folder))
             for path in sorted(Path(folder).iterdir()):
                 command = [sys.executable, "-c", MEASURE, variant, str(path)]
+                how = {"check": True, "capture_output": True, "text": True}
                 runs = [
-                    json.loads(
-                        subprocess.run(
-                            command, check=True, capture_output=True, text=True
-                        ).stdout
-                    )
+                    json.loads(subprocess.run(command, **how).stdout)
                     for _ in range(args.rounds)
                 ]
                 size = path.stat().st_size

@@ -22,8 +22,6 @@ rounds' own ratios, with the smallest and largest behind.
 
 import argparse
 import json
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
+import turns
 
 import vpt_jax
 from vpt_jax import train
@@ -43,13 +42,8 @@ TRAINING = "training step"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variant", default="B/16")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = turns.parser(__doc__, dtype=None)
     parser.add_argument("--prompts", type=int, nargs="+", default=(100, 200))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of training, in a row")
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: cores")
     parser.add_argument(
@@ -315,22 +309,14 @@ def main() -> None:
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    where = (
-        f"{args.variant}, batch {args.batch}, float32; jax {jax.__version__},"
-        f" torch {torch.__version__} ({torch.get_num_threads()} threads),"
-        f" {jax.devices()[0].device_kind}, {platform.machine()}"
-    )
+    threads = f"torch {torch.__version__} ({torch.get_num_threads()} threads)"
+    where = turns.where(args, threads)
     print(where, flush=True)
     programs = build(args)
-    times: dict[tuple, list[float]] = {name: [] for name in programs}
-    order = list(programs)
-    for number in range(args.rounds + 1):
-        for name in order[number % len(order) :] + order[: number % len(order)]:
-            start = time.perf_counter()
-            programs[name]()
-            if number:  # the first round warms up
-                steps = args.steps if name[0] == TRAINING else 1
-                times[name].append((time.perf_counter() - start) / steps)
+    times = turns.rounds(programs, args.rounds)
+    for (what, *_), seconds in times.items():
+        if what == TRAINING:
+            seconds[:] = [second / args.steps for second in seconds]
     rows = []
 
     def ratio(name: tuple, other: tuple) -> str:

@@ -13,13 +13,14 @@ Weights are random: nothing is downloaded.
 """
 
 import argparse
-import platform
-import time
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import roofline
+import turns
 
 import vpt_jax
 from vpt_jax import train
@@ -28,34 +29,23 @@ PROMPTS = (0, 50, 100, 200)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variant", default="B/16")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = turns.parser(__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser.parse_args()
 
 
 def programs(args: argparse.Namespace) -> dict[tuple, tuple[Callable, int]]:
     """Compiled programs and their temporary bytes, by (what, formulation, prompts)."""
     model = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype))
-    side, keys = model.image_size, jax.random.split(jax.random.key(0), 4)
-    images = jax.random.normal(keys[0], (args.batch, side, side, 3))
-    labels = jnp.arange(args.batch) % 10
-    backbone = jax.jit(model.init)(keys[1], images[:1])["params"]
+    given = roofline.make_inputs(model, args.batch)
+    backbone, labels = given.backbone, given.batch["label"]
+    images = train.normalise(given.batch["image"], "half")
     recipe = train.Recipe(dropout=0.0)
     optimizer = train.make_optimizer(recipe, 0.01, 1e-4)
 
     def logits(trainable, backbone, images, formulation):
-        features, _ = model.apply(
-            {"params": backbone},
-            images,
-            prompts=trainable["prompts"],
-            formulation=formulation,
-        )
+        how = {"prompts": trainable["prompts"], "formulation": formulation}
+        features, _ = model.apply({"params": backbone}, images, **how)
         return vpt_jax.apply_head(trainable["head"], features)
 
     def step(state, backbone, images, formulation):
@@ -70,12 +60,9 @@ def programs(args: argparse.Namespace) -> dict[tuple, tuple[Callable, int]]:
 
     found = {}
     for num in args.prompts:
-        prompts = vpt_jax.init_prompts(keys[2], model, num)
-        trainable = {
-            "prompts": prompts,
-            "head": vpt_jax.init_head(keys[3], model.width, 10),
-        }
-        ready = {**trainable, "prompts": vpt_jax.prefill(model, backbone, prompts)}
+        trainable = roofline.trainable_of(given, num)
+        ready = vpt_jax.prefill(model, backbone, trainable["prompts"])
+        ready = {**trainable, "prompts": ready}
         state = train.init_state(trainable, recipe)
         cases = [
             ("inference", "tokens", logits, trainable),
@@ -89,28 +76,17 @@ def programs(args: argparse.Namespace) -> dict[tuple, tuple[Callable, int]]:
             lowered = jax.jit(function, static_argnums=3).lower(*inputs, formulation)
             compiled = lowered.compile()
             memory = compiled.memory_analysis().temp_size_in_bytes
-            found[what, formulation, num] = (
-                lambda c=compiled, i=inputs: jax.block_until_ready(c(*i)),
-                memory,
-            )
+            run = functools.partial(compiled, *inputs)
+            found[what, formulation, num] = run, memory
             print(f"compiled {what}, {formulation}, {num} prompts", flush=True)
     return found
 
 
 def main() -> None:
     args = parse()
-    print(
-        f"{args.variant}, batch {args.batch}, {args.dtype}; jax {jax.__version__},"
-        f" {jax.devices()[0].device_kind}, {platform.machine()}"
-    )
+    print(turns.where(args))
     compiled = programs(args)
-    times: dict[tuple, list[float]] = {name: [] for name in compiled}
-    for number in range(args.rounds + 1):
-        for name, (run, _) in compiled.items():
-            start = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+    times = turns.rounds({n: run for n, (run, _) in compiled.items()}, args.rounds)
     columns = f"{'s/picture':>11}{'temp. MB':>10}{'vs 0':>8}{'vs tokens':>11}"
     print(f"\n{'':34}{'prompts':>8}{columns}")
     for (what, formulation, num), (_, memory) in compiled.items():
@@ -131,9 +107,8 @@ def main() -> None:
     for what in ("inference", "training step"):
         for num in args.prompts:
             kv, tokens = (compiled[what, f, num][1] for f in ("kv", "tokens"))
-            print(
-                f"{what}, {num} prompts: temporary memory kv/tokens {kv / tokens:.2f}"
-            )
+            share = f"temporary memory kv/tokens {kv / tokens:.2f}"
+            print(f"{what}, {num} prompts: {share}")
 
 
 if __name__ == "__main__":

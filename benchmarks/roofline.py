@@ -19,7 +19,6 @@ Programs take turns within a round; times are medians. Weights are random.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import turns
 from ml_collections import ConfigDict
 
 import vpt_jax
@@ -52,14 +52,8 @@ class Program(NamedTuple):
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variant", default="B/16")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = turns.parser(__doc__)
     parser.add_argument("--prompts", type=int, nargs="+", default=(100,))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--inference", action="store_true", help="inference alone")
     parser.add_argument("--remat", action="store_true", help="the policies' table")
     parser.add_argument("--compile", action="store_true", help="compilation alone")
@@ -98,14 +92,8 @@ def matrix_rate(model: vpt_jax.ViT, batch: int) -> float:
     x = jnp.ones((max(batch, 8) * t, model.width), model.dtype)
     w = jnp.ones((model.width, model.mlp_dim), model.dtype)
     product = jax.jit(jnp.matmul).lower(x, w).compile()
-    seconds = min(timed(lambda: product(x, w)) for _ in range(20))
+    seconds = min(turns.timed(lambda: product(x, w)) for _ in range(20))
     return 2 * x.size * model.mlp_dim / seconds
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 def compiled(
@@ -175,23 +163,13 @@ def inference_program(given: Inputs, what: str, prompts: Any) -> Program:
     """Answers with prompts whose keys and values are made beforehand."""
     model, backbone, batch, _ = given
     counts = vpt_jax.counts(prompts)
-    ready = {
-        **trainable_of(given, 0),
-        "prompts": vpt_jax.prefill(model, backbone, prompts),
-    }
+    ready = vpt_jax.prefill(model, backbone, prompts)
+    ready = {**trainable_of(given, 0), "prompts": ready}
     inputs = (ready, backbone, batch["image"], batch["label"], batch["mask"])
-    return compiled(
-        what,
-        counts,
-        (
-            2 * vpt_jax.macs(model, counts),
-            sum(x.nbytes for x in jax.tree.leaves(backbone)),
-        ),
-        train.eval_step,
-        *inputs,
-        model=model,
-        recipe=train.Recipe(dropout=0.0),
-    )
+    traffic = sum(x.nbytes for x in jax.tree.leaves(backbone))
+    least = (2 * vpt_jax.macs(model, counts), traffic)
+    static = {"model": model, "recipe": train.Recipe(dropout=0.0)}
+    return compiled(what, counts, least, train.eval_step, *inputs, **static)
 
 
 def score_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Program:
@@ -200,18 +178,11 @@ def score_program(given: Inputs, what: str, trainable: dict[str, Any]) -> Progra
     counts = vpt_jax.counts(trainable["prompts"])
     pictures = {**batch, "image": train.normalise(batch["image"], "half")}
     macs = least_training_macs(model, counts, len(batch["label"]), learn=False)
-    return compiled(
-        what,
-        counts,
-        (2 * macs, least_training(given, counts)[1]),
-        score_step,
-        *(backbone, trainable, pictures, None),
-        model=model,
-        score="removal",
-        reduction="mean_abs",
-        deep=True,
-        loss_fn=vpt_jax.cross_entropy,
-    )
+    least = (2 * macs, least_training(given, counts)[1])
+    inputs = (backbone, trainable, pictures, None)
+    static = {"score": "removal", "reduction": "mean_abs", "deep": True}
+    static |= {"model": model, "loss_fn": vpt_jax.cross_entropy}
+    return compiled(what, counts, least, score_step, *inputs, **static)
 
 
 def condensed(prompts: Any, ratio: float, key: jax.Array) -> Any:
@@ -254,13 +225,10 @@ def inference_programs(given: Inputs, num: int) -> list[Program]:
 def remat_programs(given: Inputs, num: int) -> list[Program]:
     """The tuning step with every policy."""
     trainable = trainable_of(given, num)
+    models = {name: given.model.clone(remat=name) for name in REMATS}
     return [
-        step_program(
-            given._replace(model=given.model.clone(remat=name)),
-            f"remat={name}",
-            trainable,
-        )
-        for name in REMATS
+        step_program(given._replace(model=model), f"remat={name}", trainable)
+        for name, model in models.items()
     ]
 
 
@@ -317,13 +285,8 @@ def compile_programs(given: Inputs, num: int) -> list[Program]:
 
 def measure(found: list[Program], rounds: int) -> list[float]:
     """Median seconds of each."""
-    times: list[list[float]] = [[] for _ in found]
-    for number in range(rounds + 1):
-        for mine, program in zip(times, found, strict=True):
-            seconds = timed(program.run)
-            if number:  # the first round warms up
-                mine.append(seconds)
-    return [float(np.median(mine)) for mine in times]
+    times = turns.rounds({i: p.run for i, p in enumerate(found)}, rounds)
+    return [float(np.median(mine)) for mine in times.values()]
 
 
 def main() -> None:
@@ -333,40 +296,28 @@ def main() -> None:
     model = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype))
     given = make_inputs(model, args.batch)
     rate = matrix_rate(model, args.batch)
-    where = (
-        f"{args.variant}, batch {args.batch}, {args.dtype}; jax {jax.__version__},"
-        f" {jax.devices()[0].device_kind}, {platform.machine()};"
-        f" matrix products at {rate / 1e9:.0f} GFLOP/s"
-    )
+    where = f"{turns.where(args)}; matrix products at {rate / 1e9:.0f} GFLOP/s"
     print(where, flush=True)
     print(
         f"\n{'':22}{'prompts':>8}{'GFLOP/picture':>18}{'GB/step':>16}{'temp.':>9}"
         f"{'compile':>9}{'ms per':>9}{'of the':>8}\n{'':22}{'':>8}{'least':>9}"
         f"{'XLA':>9}{'least':>8}{'XLA':>8}{'MB':>9}{'s':>9}{'picture':>9}{'rate':>8}"
     )
-    rows = []
+    rows, make = [], programs
+    if args.compile:
+        make = compile_programs
+    elif args.remat or args.inference:
+        make = remat_programs if args.remat else inference_programs
     for num in args.prompts:
-        if args.compile:
-            found = compile_programs(given, num)
-        elif args.remat:
-            found = remat_programs(given, num)
-        elif args.inference:
-            found = inference_programs(given, num)
-        else:
-            found = programs(given, num)
+        found = make(given, num)
         if args.compile:  # of several compilations, taken in turns, the median
             again = []
             for _ in range(args.rounds - 1):
                 jax.clear_caches()
-                again.append(compile_programs(given, num))
-            found = [
-                first._replace(
-                    compile_seconds=float(
-                        np.median([p.compile_seconds for p in (first, *others)])
-                    )
-                )
-                for first, *others in zip(found, *again, strict=True)
-            ]
+                again.append(make(given, num))
+            for i, same in enumerate(zip(found, *again, strict=True)):
+                median = float(np.median([p.compile_seconds for p in same]))
+                found[i] = found[i]._replace(compile_seconds=median)
         seconds = [None] * len(found) if args.compile else measure(found, args.rounds)
         for program, second in zip(found, seconds, strict=True):
             cost = program.compiled.cost_analysis()

@@ -12,25 +12,20 @@ the programs take turns. Weights are random: nothing is downloaded.
 
 import argparse
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import roofline
+import turns
 
 import vpt_jax
 from vpt_jax import train
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--variant", default="S/16")
-    parser.add_argument("--batch", type=int, default=8)
+    parser = turns.parser(__doc__, variant="S/16")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--count", action="store_true", help="compile nothing")
     return parser.parse_args()
 
@@ -38,29 +33,21 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     model, key = vpt_jax.ViT(args.variant, dtype=jnp.dtype(args.dtype)), jax.random.key
-    shape = (args.batch, model.image_size, model.image_size, 3)
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    image = jnp.zeros((1, model.image_size, model.image_size, 3))
     shapes = jax.eval_shape(model.init, key(0), image)["params"]
     rng = np.random.default_rng(0)
     backbone = jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), x.dtype), shapes
     )
-    batch = {
-        "image": jnp.asarray(rng.integers(0, 256, shape, np.uint8)),
-        "label": jnp.arange(args.batch) % 10,
-        "mask": jnp.ones(args.batch, bool),
-    }
-    trainable = {
-        "prompts": vpt_jax.init_prompts(key(1), model, args.prompts),
-        "head": vpt_jax.init_head(key(2), model.width, 10),
-    }
+    given = roofline.make_inputs(model, args.batch, backbone)
+    trainable = roofline.trainable_of(given, args.prompts)
     recipes = {
         "no dropout": train.Recipe(dropout=0.0),
         "per example": train.Recipe(),
         "shared": train.Recipe(shared_dropout=True),
     }
-    programs, work, times = {}, {}, {name: [] for name in recipes}
-    inputs = backbone, batch, jnp.float32(0), jnp.float32(0), key(3)
+    programs, work = {}, {}
+    inputs = backbone, given.batch, jnp.float32(0), jnp.float32(0), key(3)
     for name, recipe in recipes.items():
         step = functools.partial(train.train_step, model=model, recipe=recipe)
         state = train.init_state(trainable, recipe)
@@ -69,16 +56,8 @@ def main() -> None:
             program = program.compile()
             programs[name] = functools.partial(program, state, *inputs)
         work[name] = program.cost_analysis()["flops"] / args.batch / 1e9
-    for number in range(args.rounds + 1):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    print(
-        f"{args.variant}, batch {args.batch}, {args.prompts} prompts, {args.dtype}; jax"
-        f" {jax.__version__}, {jax.devices()[0].device_kind}"
-    )
+    times = turns.rounds(programs, args.rounds)
+    print(turns.where(args, f"{args.prompts} prompts"))
     for name, flops in work.items():
         text = f"{name:12} {flops:8.2f} GFLOP/picture"
         if programs:

@@ -21,7 +21,7 @@ import vpt_jax
 from vpt_jax import parallel, train
 from vpt_jax.models.inputs import normalise
 from vpt_jax.models.layers import LayerNorm
-from vpt_jax.prompts import Mask, prompt_dropout
+from vpt_jax.prompts import Mask
 from vpt_jax.run import fitting
 from vpt_jax.run.config import TrainConfig
 
@@ -101,20 +101,9 @@ def patch_logits(
     Without a model, `images` are features `[b, patches, d]` already (a linear probe).
     """
     if patches is None:
-        features = images.reshape(-1, images.shape[-1])
-        return vpt_jax.apply_head(trainable["head"], features)
-    prompts = trainable["prompts"]
-    if key is not None and recipe.dropout:
-        size = None if recipe.shared_dropout else images.shape[0]
-        prompts = prompt_dropout(key, prompts, recipe.dropout, size)
-    features, _ = patches.apply(
-        {"params": backbone},
-        normalise(images, recipe.normalisation),
-        prompts=prompts,
-        prompt_mask=prompt_mask,
-        deep=recipe.deep,
-    )
-    return vpt_jax.apply_head(trainable["head"], features)
+        images = images.reshape(-1, images.shape[-1])
+    static = {"model": patches, "recipe": recipe, "prompt_mask": prompt_mask}
+    return train.predict(trainable, backbone, images, key=key, **static)
 
 
 def losses_of(
@@ -128,15 +117,8 @@ def losses_of(
     recipe: train.Recipe,
 ) -> tuple[jax.Array, jax.Array]:
     """What `train.classify` is for a class per picture; no answer counts as right."""
-    logits = patch_logits(
-        trainable,
-        backbone,
-        batch["image"],
-        prompt_mask,
-        key,
-        patches=model,
-        recipe=recipe,
-    )
+    given = trainable, backbone, batch["image"], prompt_mask, key
+    logits = patch_logits(*given, patches=model, recipe=recipe)
     losses = pixel_losses(logits, batch)
     return losses, jnp.zeros_like(losses)
 
@@ -161,19 +143,10 @@ def fit(
     Raises:
       FloatingPointError: If the loss is not finite.
     """
-    images, labels = jax.tree.map(jnp.asarray, data)
-    found, _ = fitting.train_in_memory(
-        trainable,
-        backbone,
-        images,
-        labels,
-        settings,
-        seed,
-        mask_of=prompt_mask and (lambda epoch, trainable: prompt_mask),
-        model=patches,
-        recipe=recipe,
-        losses_of=losses_of,
-    )
+    given = trainable, backbone, *jax.tree.map(jnp.asarray, data), settings, seed
+    mask_of = prompt_mask and (lambda epoch, trainable: prompt_mask)
+    static = {"model": patches, "recipe": recipe, "losses_of": losses_of}
+    found, _ = fitting.train_in_memory(*given, mask_of=mask_of, **static)
     return found
 
 
@@ -190,9 +163,8 @@ def predict(
 ) -> jax.Array:
     """The likeliest class of every pixel, int32 `[b, side, side]`."""
     images = parallel.spread(images)
-    logits = patch_logits(
-        trainable, backbone, images, prompt_mask, None, patches=patches, recipe=recipe
-    )
+    given = trainable, backbone, images, prompt_mask, None
+    logits = patch_logits(*given, patches=patches, recipe=recipe)
     return pixel_logits(logits, len(images), side).argmax(-1).astype(jnp.int32)
 
 
@@ -213,15 +185,9 @@ def confusion(
     for start in range(0, len(data[1]), batch_size):
         images, labels = (x[start : start + batch_size] for x in data)
         batch = parallel.pad_batch({"image": images, "label": labels}, batch_size)
-        found = predict(
-            trainable,
-            backbone,
-            batch["image"],
-            prompt_mask,
-            side=labels.shape[1],
-            patches=patches,
-            recipe=recipe,
-        )
+        given = trainable, backbone, batch["image"], prompt_mask
+        static = {"patches": patches, "recipe": recipe}
+        found = predict(*given, side=labels.shape[1], **static)
         pairs = k * np.asarray(labels) + np.asarray(found)[: len(labels)]
         total += np.bincount(pairs.ravel(), minlength=k * k).reshape(k, k)
     return total
@@ -256,10 +222,8 @@ def features(
     for start in range(0, num, batch_size):
         # The last batch is padded, so that nothing compiles again.
         index = np.minimum(np.arange(start, start + batch_size), num - 1)
-        batch = _features(
-            backbone, images[index], patches=patches, normalisation=normalisation
-        )
-        found.append(np.asarray(batch))
+        static = {"patches": patches, "normalisation": normalisation}
+        found.append(np.asarray(_features(backbone, images[index], **static)))
     return np.concatenate(found)[:num]
 
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
+from studies.removal import batches
 from vpt_jax.models.attention import wide
 from vpt_jax.models.scores import example_values
 
@@ -57,10 +58,8 @@ def values(
       batch_size: Examples at a time.
     """
     parts = []
-    for start in range(0, len(data[1]), batch_size):
-        image, label = (x[start : start + batch_size] for x in data)
-        batch = {"image": image, "label": label}
-        key = jax.random.fold_in(jax.random.key(0), start)
+    for i, batch in enumerate(batches(data, batch_size)):
+        key = jax.random.fold_in(jax.random.key(0), i * batch_size)
         found = function(backbone, trainable, batch, key, model=model)
         parts.append({name: np.asarray(x, np.float64) for name, x in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -113,16 +112,13 @@ def derivatives(
     def both(of_features: jax.Array, of_logits: jax.Array) -> dict[str, jax.Array]:
         """The forms of `-D` of what has these derivatives."""
         grads = pull((of_features, of_logits))[0]
-        forms = {
-            "key_gate": grads,
-            "removal": [g / m for g, m in zip(grads, left, strict=True)],
-        }
-        return {
-            form: -jnp.concatenate(
-                [g.reshape(b, -1, g.shape[-1]).sum(axis=1) for g in grads], axis=1
-            )
-            for form, grads in forms.items()
-        }
+        removal = [g / m for g, m in zip(grads, left, strict=True)]
+
+        def joined(grads: Any) -> jax.Array:
+            each = [g.reshape(b, -1, g.shape[-1]).sum(axis=1) for g in grads]
+            return -jnp.concatenate(each, axis=1)
+
+        return {"key_gate": joined(grads), "removal": joined(removal)}
 
     def of(function: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
         slope = jax.grad(lambda x: function(x).sum())(logits)

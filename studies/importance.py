@@ -141,14 +141,12 @@ def agreement(
     score: np.ndarray, oracle: np.ndarray, layer: np.ndarray
 ) -> dict[str, float]:
     """Correlations over all prompts and within layers, and precision of the best."""
-    within = [layer == i for i in np.unique(layer)]
+    within = [(score[layer == i], oracle[layer == i]) for i in np.unique(layer)]
     return {
         "spearman": spearman(score, oracle),
         "kendall": kendall(score, oracle),
-        "layer_spearman": float(
-            np.mean([spearman(score[i], oracle[i]) for i in within])
-        ),
-        "layer_kendall": float(np.mean([kendall(score[i], oracle[i]) for i in within])),
+        "layer_spearman": float(np.mean([spearman(*pair) for pair in within])),
+        "layer_kendall": float(np.mean([kendall(*pair) for pair in within])),
         "precision": precision(score, oracle, SHARE),
     }
 
@@ -178,15 +176,11 @@ def _stability(name: str, found: Any, scores: Any) -> dict[str, Any]:
 def _taylor_size(found: Any, trainable: dict[str, Any]) -> dict[str, float]:
     """Median over prompts of mean |<p, g>| / (|p| mean |g|), per precision."""
     norm = _without_data("l2_norm", trainable, 0)
-    return {
-        dtype: float(
-            np.median(
-                np.abs(v["taylor"]).mean(0)
-                / np.maximum(norm * v["grad_norm"].mean(0), 1e-30)
-            )
-        )
-        for dtype, v in found.items()
-    }
+    sizes = {}
+    for dtype, v in found.items():
+        most = np.maximum(norm * v["grad_norm"].mean(0), 1e-30)
+        sizes[dtype] = float(np.median(np.abs(v["taylor"]).mean(0) / most))
+    return sizes
 
 
 def _masked(float32: Any, masks: np.ndarray, num: tuple[int, ...]) -> np.ndarray:
@@ -265,22 +259,19 @@ def _cost(lab: study.Lab, trainable: dict[str, Any], data: Any) -> dict[str, flo
     """Seconds of one batch once compiled, median of 3."""
     size = lab.config.score.batch_size
     batch = tuple(x[:size] for x in data)
+    given = lab.model.model, lab.model.backbone, trainable, batch, size
     result = {}
     for what in ("loss", *removal.ESTIMATES, "exact"):
         times = []
         for _ in range(4):
             start = time.perf_counter()
-            removal.values(
-                what, lab.model.model, lab.model.backbone, trainable, batch, size
-            )
+            removal.values(what, *given)
             times.append(time.perf_counter() - start)
         result[what] = float(np.median(times[1:]))
     return result
 
 
-def show(result: study.Result) -> study.Section:
-    """Tables, figures and verdicts."""
-    return importance_page.show(result)
+show = importance_page.show
 
 
 if __name__ == "__main__":

@@ -77,13 +77,9 @@ def finetuned(
 ) -> tuple[dict[str, Any], Mask]:
     """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
     settings = run.config.finetune
+    given = trainable, run.backbone, run.images, run.labels, settings, seed
     found, mask = fitting.train_in_memory(
-        trainable,
-        run.backbone,
-        run.images,
-        run.labels,
-        settings,
-        seed,
+        *given,
         mask_of=mask_of,
         head_rates=stages.head_rates_of(run, settings),
         model=run.model,
@@ -106,11 +102,9 @@ def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
                 f"the study chooses on val and reports on test, and {run.task.name} was"
                 f" loaded without {name}; use config.task.splits 'all'."
             )
+        given = trainable, run.backbone, split.images, split.labels
         right[name] = train.answers(
-            trainable,
-            run.backbone,
-            split.images,
-            split.labels,
+            *given,
             model=run.model,
             recipe=recipe,
             batch_size=run.config.eval_batch_size,

@@ -19,7 +19,7 @@ import vpt_jax
 from studies import rank_page, study
 from studies.growth import growth_fits
 from studies.spectra import MATRICES, MEASURES, cumulative, singular_values
-from studies.study import Lab, Result, Section
+from studies.study import Lab, Result
 from vpt_jax.data import strips
 
 # Per layer, as training starts from them.
@@ -118,16 +118,9 @@ def measure(lab: Lab, images: np.ndarray, prompts: Any) -> dict[str, Any]:
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         padded = batch[np.arange(size) % len(batch)]  # every batch has one shape
-        parts.append(
-            singular_values(
-                lab.model.backbone,
-                prompts,
-                padded,
-                model=lab.model.model,
-                normalisation=lab.model.info["normalisation"],
-                deep=lab.config.prompts.deep,
-            )
-        )
+        how = {"model": lab.model.model, "deep": lab.config.prompts.deep}
+        how["normalisation"] = lab.model.info["normalisation"]
+        parts.append(singular_values(lab.model.backbone, prompts, padded, **how))
 
     def joined(*arrays: np.ndarray) -> np.ndarray:
         return np.concatenate(arrays, axis=1)[:, : len(images)]
@@ -156,9 +149,7 @@ def measure(lab: Lab, images: np.ndarray, prompts: Any) -> dict[str, Any]:
     }
 
 
-def show(result: Result) -> Section:
-    """Tables, figures and verdicts."""
-    return rank_page.show(result)
+show = rank_page.show
 
 
 if __name__ == "__main__":

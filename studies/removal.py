@@ -6,6 +6,7 @@ value, of every prompt, and the exact change beside them.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,13 +23,7 @@ from vpt_jax.models.scores import example_values
 from vpt_jax.prompts import Prompts, counts
 from vpt_jax.run.stages import Run
 
-ESTIMATES = (
-    "removal",
-    "key_gate",
-    "taylor",
-    "grad_norm",
-    "attention",
-)
+ESTIMATES = ("removal", "key_gate", "taylor", "grad_norm", "attention")
 # Prompts of a layer that are left out side by side: they share the layers before.
 TOGETHER = 20
 
@@ -82,16 +77,18 @@ def values(
       batch_size: Examples at a time.
       masks: For `"masked"`: one `[masks, n_i]` array per layer, True is kept.
     """
-    pictures, labels = data
-    parts = []
-    for start in range(0, len(labels), batch_size):
-        batch = {
-            "image": pictures[start : start + batch_size],
-            "label": labels[start : start + batch_size],
-        }
-        found = batch_values(backbone, trainable, batch, masks, model, what)
-        parts.append(np.asarray(found, np.float64))
-    return np.concatenate(parts)
+    parts = [
+        np.asarray(batch_values(backbone, trainable, batch, masks, model, what))
+        for batch in batches(data, batch_size)
+    ]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def batches(data: tuple[Any, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Pictures and labels, `size` at a time; the last batch may be smaller."""
+    for start in range(0, len(data[1]), size):
+        image, label = (x[start : start + size] for x in data)
+        yield {"image": image, "label": label}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "what"))
@@ -131,11 +128,9 @@ def _exact(losses: Any, prompts: Prompts) -> jax.Array:
         mask[i] = jnp.arange(num[i]) != j
         return losses(prompts, prompt_mask=tuple(mask))[0]
 
-    parts = [
-        jax.lax.map(
-            functools.partial(without, i), jnp.arange(n), batch_size=min(n, TOGETHER)
-        )
-        for i, n in enumerate(num)
-        if n
-    ]
+    parts = []
+    for i, n in enumerate(num):
+        if n:
+            one, size = functools.partial(without, i), min(n, TOGETHER)
+            parts.append(jax.lax.map(one, jnp.arange(n), batch_size=size))
     return (jnp.concatenate(parts) - losses(prompts)[0][None]).T

@@ -51,13 +51,8 @@ def attention_matrices(
         return result
 
     with nn.intercept_methods(keep):
-        model.apply(
-            {"params": backbone},
-            images,
-            prompts=prompts,
-            deep=deep,
-            formulation="tokens",
-        )
+        how = {"prompts": prompts, "deep": deep, "formulation": "tokens"}
+        model.apply({"params": backbone}, images, **how)
     return weights
 
 
@@ -103,14 +98,8 @@ def singular_values(
       By name in `MATRICES`, `[layers, b, h, k]`, falling; and the share of the tokens'
       attention that prompts get, `[layers, b, h]`.
     """
-    found = _of_pictures(
-        backbone,
-        prompts,
-        images,
-        model=model,
-        normalisation=normalisation,
-        deep=deep,
-    )
+    how = {"model": model, "normalisation": normalisation, "deep": deep}
+    found = _of_pictures(backbone, prompts, images, **how)
     m, first = counts(prompts)[0], int(model.class_token) + model.registers
     own = slice(first, first + m)
     mass, matrices = [], []

@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from studies import dense, study, transfer_page
+from studies import dense, removal, study, transfer_page
 from studies.scenes import CLASSES, make_scenes
 from studies.study import Lab, Result
 from studies.transfer_page import REFERENCES, SEVENTY
@@ -138,13 +138,9 @@ def make_bench(lab: Lab, sizes: Mapping[str, int]) -> Bench:
 
     @functools.cache
     def features() -> dict[str, dense.Data]:
-        found = dense.features(
-            lab.model.backbone,
-            images,
-            lab.config.eval_batch_size,
-            patches=patches,
-            normalisation=lab.model.info["normalisation"],
-        )
+        given = lab.model.backbone, images, lab.config.eval_batch_size
+        rule = lab.model.info["normalisation"]
+        found = dense.features(*given, patches=patches, normalisation=rule)
         return split(found)
 
     # The folder is found by what training depends on, not by which seeds are asked for.
@@ -168,16 +164,12 @@ def row_of(bench: Bench, unit: Unit) -> Result:
     kept = prompts if mask is None else vpt_jax.condense(prompts, mask)
     row = {**unit._asdict(), "counts": list(vpt_jax.counts(kept)), "seconds": seconds}
     probe = unit.mode == "none"
+    patches = None if probe else bench.patches
     for name in ("val", "test"):
-        found = dense.confusion(
-            trainable,
-            bench.lab.model.backbone,
-            (bench.features() if probe else bench.splits)[name],
-            bench.lab.config.eval_batch_size,
-            mask,
-            patches=None if probe else bench.patches,
-            recipe=_recipe(bench.lab, "tune"),
-        )
+        data = (bench.features() if probe else bench.splits)[name]
+        given = trainable, bench.lab.model.backbone, data
+        size, recipe = bench.lab.config.eval_batch_size, _recipe(bench.lab, "tune")
+        found = dense.confusion(*given, size, mask, patches=patches, recipe=recipe)
         row[name] = dense.metrics(found)
     info = bench.lab.model.info
     vpt_jax.save_prompts(
@@ -212,17 +204,10 @@ def trained(bench: Bench, unit: Unit) -> tuple[dict[str, Any], Mask | None]:
     if mode == "condense":
         return trainable, mask
     probe = mode == "none"
-    trainable = dense.fit(
-        trainable,
-        lab.model.backbone,
-        (bench.features() if probe else bench.splits)["train"],
-        getattr(lab.config, stage),
-        unit.seed,
-        mask,
-        patches=None if probe else bench.patches,
-        recipe=_recipe(lab, stage),
-    )
-    return trainable, mask
+    data = (bench.features() if probe else bench.splits)["train"]
+    given = trainable, lab.model.backbone, data, getattr(lab.config, stage)
+    how = {"patches": None if probe else bench.patches, "recipe": _recipe(lab, stage)}
+    return dense.fit(*given, unit.seed, mask, **how), mask
 
 
 def _beginning(bench: Bench, unit: Unit) -> dict[str, Any]:
@@ -270,20 +255,15 @@ def _scores(bench: Bench, seed: int, score: str, full: dict[str, Any]) -> Import
         layers = json.loads(path.read_text(encoding="utf-8"))
         return tuple(jnp.asarray(s, jnp.float32) for s in layers)
     settings = bench.lab.config.score
-    images, labels = bench.splits["train"]
 
-    def batches():
-        for start in range(0, len(labels), settings.batch_size):
-            part = slice(start, start + settings.batch_size)
-            image = jnp.asarray(images[part])
+    def prepared() -> Iterator[dict[str, Any]]:
+        for batch in removal.batches(bench.splits["train"], settings.batch_size):
+            image = jnp.asarray(batch["image"])
             image = normalise(image, bench.lab.model.info["normalisation"])
-            yield {"image": image, "label": labels[part]}
+            yield {**batch, "image": image}
 
     scores = vpt_jax.importance(
-        bench.patches,
-        bench.lab.model.backbone,
-        full,
-        batches(),
+        *(bench.patches, bench.lab.model.backbone, full, prepared()),
         score=score,
         reduction=(settings.reduction or None) if score == settings.score else None,
         deep=bench.lab.config.prompts.deep,
@@ -309,21 +289,14 @@ def _shown(bench: Bench) -> dict[str, Any]:
     step = math.ceil(side / PIXELS_SHOWN)  # of large pictures every so many pixels
     found = {"image": images, "truth": labels}
     for name, mode, ratio in (("full", "full", 1.0), ("kept", "global", SEVENTY)):
-        found[name] = dense.predict(
-            _kept(bench, Unit(seed, mode, ratio)),
-            bench.lab.model.backbone,
-            images,
-            None,
-            side=side,
-            patches=bench.patches,
-            recipe=_recipe(bench.lab, "tune"),
-        )
+        trainable = _kept(bench, Unit(seed, mode, ratio))
+        given = trainable, bench.lab.model.backbone, images, None
+        how = {"patches": bench.patches, "recipe": _recipe(bench.lab, "tune")}
+        found[name] = dense.predict(*given, side=side, **how)
     return {n: np.asarray(x)[:, ::step, ::step].tolist() for n, x in found.items()}
 
 
-def show(result: Result) -> study.Section:
-    """Tables, figures and verdicts."""
-    return transfer_page.show(result)
+show = transfer_page.show
 
 
 if __name__ == "__main__":

@@ -43,26 +43,21 @@ def standard_promotion():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_device_unless_many_are_meant(request):
-    """Whole runs would use all eight, and two cores take twice as long for them."""
+def what_a_module_has(request):
+    """One device unless many are meant; optimised programs where cost is looked at.
+
+    Whole runs would use all eight devices, and two cores take twice as long for them.
+    Compiled programs of all files together would take many GB: they are forgotten.
+    """
+    name = request.module.__name__
+    costs = name in ("test_speed", "test_parallel")
+    jax.config.update("jax_disable_most_optimizations", not costs)
     with pytest.MonkeyPatch.context() as patch:
         parallel.all_devices.cache_clear()
-        if request.module.__name__ != "test_parallel":
+        if name != "test_parallel":
             patch.setattr(jax, "device_count", lambda: 1)
         yield
     parallel.all_devices.cache_clear()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimise_where_cost_is_looked_at(request):
-    costs = request.module.__name__ in ("test_speed", "test_parallel")
-    jax.config.update("jax_disable_most_optimizations", not costs)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_what_was_compiled():
-    """Compiled programs of all files together would take many GB."""
-    yield
     jax.clear_caches()
 
 

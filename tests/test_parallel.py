@@ -43,6 +43,11 @@ def normal(shape, seed=0):
     return jnp.asarray(0.3 * drawn, jnp.float32)
 
 
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def problem(model, num=21, counts=NUM):
     """Trainable, uint8 pictures and labels."""
     rng, side = np.random.default_rng(1), model.image_size
@@ -73,25 +78,14 @@ def trained(model, backbone, mesh):
         state = train.init_state(jax.tree.map(jnp.array, trainable), recipe)
         for epoch in range(2):
             order, mask = train.epoch_order(0, epoch, len(labels), 6)
-            state, metrics = train.train_epoch(
-                state,
-                backbone,
-                resident,
-                labels,
-                order,
-                mask,
-                np.full(len(order), 0.3, np.float32),
-                np.float32(0.01),
-                KEY,
-                model=model,
-                recipe=recipe,
-            )
-        right = train.answers(
-            state.trainable, backbone, images, labels, recipe=recipe, **settings
-        )
-        features = probe.extract_features(
-            backbone, resident, normalisation="half", **settings
-        )
+            given = state, backbone, resident, labels, order, mask
+            rates = np.full(len(order), 0.3, np.float32), np.float32(0.01)
+            static = {"model": model, "recipe": recipe}
+            state, metrics = train.train_epoch(*given, *rates, KEY, **static)
+        given = state.trainable, backbone, images, labels
+        right = train.answers(*given, recipe=recipe, **settings)
+        settings["normalisation"] = "half"
+        features = probe.extract_features(backbone, resident, **settings)
     exact = right, float(metrics["accuracy"])
     close = state.trainable, features[: len(labels)], float(metrics["loss"])
     return jax.tree.map(np.asarray, (exact, close))
@@ -100,17 +94,14 @@ def trained(model, backbone, mesh):
 def scores_of(model, backbone, mesh):
     """Importance over 21 pictures in batches of 6."""
     trainable, images, labels = problem(model)
+    images = images.astype(np.float32) / 128 - 1
     batches = (
-        {
-            "image": images[i : i + 6].astype(np.float32) / 128 - 1,
-            "label": labels[i : i + 6],
-        }
+        {"image": images[i : i + 6], "label": labels[i : i + 6]}
         for i in range(0, len(labels), 6)
     )
+    backbone = parallel.put_whole(backbone, mesh)
     with parallel.everywhere(lambda: mesh):
-        scores = vpt_jax.importance(
-            model, parallel.put_whole(backbone, mesh), trainable, batches
-        )
+        scores = vpt_jax.importance(model, backbone, trainable, batches)
     return tuple(jnp.asarray(np.asarray(s)) for s in scores)
 
 
@@ -126,8 +117,7 @@ def test_training_and_evaluation_are_the_same_on_many_devices(small, alone, num)
     """Neither the pictures nor a batch divide by the devices."""
     exact, close = trained(*small, mesh_of(num))
     jax.tree.map(np.testing.assert_array_equal, exact, alone[0][0])
-    for a, b in zip(jax.tree.leaves(close), jax.tree.leaves(alone[0][1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(close, alone[0][1])
 
 
 @pytest.mark.parametrize("num", [2, 4, 8])
@@ -188,20 +178,13 @@ def epochs():
 
     def compiled(mesh):
         resident = strips.put(images, mesh)
+        whole = parallel.put_whole((backbone, labels), mesh)
+        rates = np.zeros(len(order), np.float32), np.float32(0)
         with parallel.everywhere(lambda: mesh):
-            return train.train_epoch.lower(
-                train.init_state(trainable, recipe),
-                parallel.put_whole(backbone, mesh),
-                resident,
-                parallel.put_whole(labels, mesh),
-                order,
-                mask,
-                np.zeros(len(order), np.float32),
-                np.float32(0),
-                KEY,
-                model=model,
-                recipe=recipe,
-            ).compile()
+            state = train.init_state(trainable, recipe)
+            given = state, whole[0], resident, whole[1], order, mask, *rates, KEY
+            static = {"model": model, "recipe": recipe}
+            return train.train_epoch.lower(*given, **static).compile()
 
     return compiled(None), compiled(mesh_of(8)), trainable
 
@@ -253,37 +236,24 @@ def test_library_functions_under_the_callers_mesh(kind, name, names):
     recipe, rate, decay = train.Recipe(dropout=0.3), jnp.float32(0.1), jnp.float32(0)
     step = jax.jit(train.train_step, static_argnames=("model", "recipe"))
 
+    static = {"model": model, "recipe": recipe}
+
     def everything(trainable, backbone, batch):
         state = train.init_state(trainable, recipe)
-        state, sums = step(
-            state, backbone, batch, rate, decay, KEY, model=model, recipe=recipe
-        )
+        state, sums = step(state, backbone, batch, rate, decay, KEY, **static)
         image = jnp.asarray(batch["image"]).astype(jnp.float32) / 128.0 - 1.0
-        scores = [
-            vpt_jax.importance(
-                model, backbone, trainable, [{**batch, "image": image}], score=score
-            )
-            for score in names
-        ]
-        right = train.eval_step(
-            trainable,
-            backbone,
-            batch["image"],
-            batch["label"],
-            batch["mask"],
-            model=model,
-            recipe=recipe,
-        )
-        found = state.trainable, sums, scores, np.asarray(right)
-        return jax.tree.map(np.asarray, found)
+        given = model, backbone, trainable, [{**batch, "image": image}]
+        scores = [vpt_jax.importance(*given, score=score) for score in names]
+        given = (batch[name] for name in ("image", "label", "mask"))
+        right = train.eval_step(trainable, backbone, *given, **static)
+        return jax.tree.map(np.asarray, (state.trainable, sums, scores, right))
 
     expected = everything(trainable, backbone, batch)
     mesh = jax.make_mesh((8,), (name,), axis_types=(kind,))
     with jax.set_mesh(mesh):
         kept = jax.device_put((trainable, backbone), NamedSharding(mesh, P()))
         got = everything(*kept, jax.device_put(batch, NamedSharding(mesh, P(name))))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(got, expected)
 
 
 # --- a backbone over several devices --------------------------------------------------
@@ -304,12 +274,9 @@ def test_a_split_backbone_computes_the_same(swiglu):
     assert dict(mesh.shape) == {"batch": 2, "model": 4}
     shardings = parallel.backbone_shardings(mesh, backbone)
     split = jax.device_put(backbone, shardings)
+    images = jax.device_put(images, NamedSharding(mesh, P("batch")))
     with parallel.everywhere(lambda: mesh):
-        got = step(
-            prompts, split, jax.device_put(images, NamedSharding(mesh, P("batch")))
-        )
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_close(step(prompts, split, images), expected)
     block = split["Transformer"]["encoderblock_0"]
     kernel = block["MultiHeadDotProductAttention_0"]["query"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16, 1, 4)

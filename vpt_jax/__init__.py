@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visual Prompt Tuning and Prompt Condensation for JAX/Flax."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from vpt_jax.condense import condense, importance, keep_mask
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# What needs Pillow and optax is imported when it is asked for, from `serve`.
+_LATER = {
+    "Classifier": "classifier",
+    "load_classifier": "classifier",
+    "export": "export",
+}
+
 __all__ = [
     "CheckpointError",
     "Classifier",
@@ -70,13 +78,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Pillow and optax is imported when it is asked for."""
-    if name in ("Classifier", "load_classifier"):
-        from vpt_jax.serve import classifier
-
-        return getattr(classifier, name)
-    if name == "export":
-        from vpt_jax.serve import export as serving
-
-        return serving.export
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vpt_jax.serve.{_LATER[name]}"), name)

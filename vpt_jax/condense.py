@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt Condensation: score every prompt, keep the best, remove the others.
 
-Kim et al., "Do We Really Need a Large Number of Visual Prompts?", arXiv 2305.17223.
-`importance` scores, `keep_mask` selects (pure, jittable), `condense` removes rows. A
+Kim et al., "Do We Really Need a Large Number of Visual Prompts?", arXiv 2305.17223. A
 mask given to the model (`prompt_mask=`) and a condensed set of prompts are the same
-network; the mask keeps shapes, removal makes it smaller.
-
-Removing a prompt is giving its key an attention weight of 0, not multiplying the
-prompt by 0: LayerNorm returns its bias for a zero prompt, and that key keeps its share
-of the softmax. So prompts are scored by the gradient with respect to a gate on the key.
+network. Removing a prompt is an attention weight of 0 for its key, not a product with
+0: LayerNorm makes its bias of a zero prompt, and that key keeps its share of the
+softmax. So prompts are scored by the gradient with respect to a gate on the key.
 """
 
 import functools
@@ -23,7 +20,6 @@ from jax.core import Tracer
 
 from vpt_jax import parallel
 from vpt_jax.files import checks
-from vpt_jax.files.checks import said
 from vpt_jax.models.inputs import check_normalised
 from vpt_jax.models.scores import (
     DEFAULT_REDUCTION,
@@ -89,9 +85,8 @@ def importance(
       backbone: Its frozen parameters.
       trainable: `{'prompts', 'head'}`.
       batches: Any iterable of dicts with `image` `[b, s, s, 3]` (normalised), `label`
-        `[b]` in `[0, k)`, and optionally `mask` `[b]` (False: padding, does not count).
-        A smaller last batch is padded, so nothing recompiles. Read once, batch by
-        batch.
+        `[b]` in `[0, k)`, and optionally `mask` `[b]` (False: padding, does not count);
+        read once. A smaller last batch is padded, so nothing recompiles.
       score: See above; or a function of your own, `Score`.
       reduction: Over examples: `"mean_abs"`, `"abs_mean"`, `"mean_square"`, `"mean"`,
         or `"second_order"`, the mean of `x + x**2 / 2`: with `removal` it estimates
@@ -101,9 +96,8 @@ def importance(
         average to about 0 after training, their sizes do not), else `mean`.
       deep: As the model is run.
       prompt_mask: Scores are taken with these prompts removed; those score `-inf`.
-      loss_fn: `(logits [b, k], batch) -> [b]`, which may read other labels. Must be a
-        module-level function (or the same object at every call), or every call
-        compiles again.
+      loss_fn: `(logits [b, k], batch) -> [b]`, which may read other labels. The same
+        object at every call (a module's function), or every call compiles again.
       key: A JAX random key, needed by `random`.
       progress: Called with the number of finished batches after each.
 
@@ -135,8 +129,7 @@ def importance(
         elif key is None:
             raise ValueError("score 'random' needs key=, a jax.random.key.")
         return _without_masked(_without_data(prompts, key), prompt_mask)
-    own = "mean" if callable(score) else DEFAULT_REDUCTION[score]
-    reduction = reduction or own
+    reduction = reduction or ("mean" if callable(score) else DEFAULT_REDUCTION[score])
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     if score == "signed" and reduction != "mean":
         raise ValueError(
@@ -146,25 +139,16 @@ def importance(
     checks.check_backbone(backbone)
     totals = [np.zeros(n, np.float64) for n in counts(prompts)]
     examples, num_classes = 0.0, trainable["head"]["bias"].shape[0]
+    values_of = functools.partial(
+        _batch_values, model=model, score=score, reduction=reduction, deep=deep
+    )
     for done, batch in enumerate(_padded(batches, num_classes, loss_fn), start=1):
-        values = _batch_values(
-            backbone,
-            trainable,
-            batch,
-            prompt_mask,
-            model=model,
-            score=score,
-            reduction=reduction,
-            deep=deep,
-            loss_fn=loss_fn,
-        )
+        values = values_of(backbone, trainable, batch, prompt_mask, loss_fn=loss_fn)
         examples += float(np.sum(batch["mask"]))
-        # Summed in the examples' order and in float64, whatever computed them: how many
-        # devices there are must not decide between two prompts.
-        totals = [
-            t + np.asarray(v, np.float64).sum(axis=0)
-            for t, v in zip(totals, values, strict=True)
-        ]
+        # In the examples' order and in float64: how many devices there are must not
+        # decide between two prompts.
+        for total, v in zip(totals, values, strict=True):
+            total += np.asarray(v, np.float64).sum(axis=0)
         if progress is not None:
             progress(done)
     if not examples:
@@ -173,9 +157,8 @@ def importance(
     scores = tuple(after(t / examples).astype(np.float32) for t in totals)
     if not all(np.isfinite(s).all() for s in scores):
         raise ValueError(
-            f"score {score!r} is not finite; the loss of some example overflows. Check"
-            " the prompts (diverged training?), the images' normalisation and the"
-            " labels."
+            f"score {score!r} is not finite: some example's loss overflows; check the"
+            " prompts (diverged training?), the images' normalisation and the labels."
         )
     return _without_masked(tuple(map(jnp.asarray, scores)), prompt_mask)
 
@@ -184,9 +167,10 @@ def _without_data(prompts: Prompts, key: jax.Array | None) -> Importance:
     """Uniform numbers, or without a key the prompts' norms."""
     if key is None:
         return tuple(jnp.linalg.norm(p.astype(jnp.float32), axis=-1) for p in prompts)
-    keys = [jax.random.fold_in(key, i) for i in range(len(prompts))]
-    sizes = zip(keys, counts(prompts), strict=True)
-    return tuple(jax.random.uniform(own, (n,)) for own, n in sizes)
+    return tuple(
+        jax.random.uniform(jax.random.fold_in(key, i), (n,))
+        for i, n in enumerate(counts(prompts))
+    )
 
 
 def _without_masked(scores: Importance, prompt_mask: Mask | None) -> Importance:
@@ -200,11 +184,9 @@ def _padded(
     batches: Iterable[Batch], num_classes: int, loss_fn: Callable
 ) -> Iterator[Batch]:
     """The batches, checked, all of the first one's size."""
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches is {said(batches)}; expected an iterable of batches: for one,"
-            " pass [batch]."
-        )
+    several = isinstance(batches, Iterable) and not isinstance(batches, Mapping)
+    expected = "an iterable of batches: for one, pass [batch]"
+    checks.expect(several, "batches", batches, expected)
     size = None
     for batch in batches:
         if loss_fn is cross_entropy:
@@ -299,22 +281,18 @@ def keep_mask(
     number_like = isinstance(keep_ratio, int | float | np.floating)
     if keep_ratio is not None and not (number_like and 0 < keep_ratio <= 1):
         raise ValueError(
-            f"keep_ratio is {said(keep_ratio)}; it must be in (0, 1], e.g. 0.3 for"
-            " 30 %, and static under jit."
+            f"keep_ratio is {checks.said(keep_ratio)}; it must be in (0, 1], e.g. 0.3"
+            " for 30 %, and static under jit."
         )
     largest = sum(sizes) if scope == "global" else max(sizes)
-    keep = keep if keep is None else checks.check_integer("keep", keep, 0)
-    if keep is not None and not 1 <= keep <= largest:
+    if keep is not None and not 1 <= checks.check_integer("keep", keep, 0) <= largest:
         raise ValueError(f"keep is {keep}; it must be in 1..{largest} ({scope} scope).")
 
-    def number(n: int) -> int:
-        share = math.floor(keep_ratio * n + 0.5) if keep_ratio is not None else keep
-        return min(n, max(1, share or 1))
-
     def top(s: jax.Array) -> jax.Array:
+        n = s.shape[0]
+        number = keep if keep_ratio is None else math.floor(keep_ratio * n + 0.5)
         order = jnp.argsort(jnp.where(jnp.isnan(s), jnp.inf, -s), stable=True)
-        kept = jnp.arange(s.shape[0]) < number(s.shape[0])
-        return jnp.zeros(s.shape, bool).at[order].set(kept)
+        return jnp.zeros(n, bool).at[order].set(jnp.arange(n) < (number or 1))
 
     if scope == "layer":
         return tuple(top(jnp.asarray(s)) for s in scores)

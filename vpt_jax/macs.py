@@ -6,14 +6,14 @@ elementwise work (normalisation, softmax, GELU) is left out. The paper's table 1
 these as "GFLOPs"; one multiply-accumulate is two FLOP.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from vpt_jax.files.checks import check_integer, said
+from vpt_jax.files.checks import check_integer, expect
 from vpt_jax.models.inputs import FORMULATIONS
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
-from vpt_jax.prompts import check_choice
+from vpt_jax.prompts import check_choice, check_counts
 
 
 def macs(
@@ -44,45 +44,28 @@ def macs(
         of integers, or has prompts in later layers with `deep=False`.
     """
     check_choice("formulation", formulation, FORMULATIONS)
-    if not isinstance(model, ViT | Swin):
-        raise ValueError(f"model is {said(model)}; expected a ViT or a Swin.")
-    if isinstance(counts, str) or not isinstance(counts, Iterable):
-        raise ValueError(
-            f"counts is {said(counts)}; expected one number per layer, as"
-            " vpt_jax.counts(prompts) gives."
-        )
-    counts = [check_integer("a count", n, 0) for n in counts]
-    if len(counts) != model.depth:
-        raise ValueError(
-            f"counts has {len(counts)} entries but the model has depth {model.depth}."
-        )
-    if not deep and any(counts[1:]):
-        raise ValueError(
-            f"counts is {tuple(counts)} with deep=False; shallow prompts belong to the"
-            " first layer only, later counts must be 0."
-        )
+    expect(isinstance(model, ViT | Swin), "model", model, "a ViT or a Swin")
+    num = check_counts("counts", counts, model.depth, deep)
     if prompt_batch is not None:
         prompt_batch = check_integer("prompt_batch", prompt_batch, 1)
+    as_tokens = formulation == "tokens" or not deep
+    if not deep:
+        num = num[:1] * model.depth
     if isinstance(model, Swin):
-        return _swin_macs(model, counts, formulation, deep, prompt_batch)
-    return _vit_macs(model, counts, formulation, deep, prompt_batch)
+        return _swin_macs(model, num, as_tokens, deep, prompt_batch)
+    return _vit_macs(model, num, as_tokens, prompt_batch)
 
 
 def _vit_macs(
-    model: ViT,
-    counts: Sequence[int],
-    formulation: str,
-    deep: bool,
-    prompt_batch: int | None,
+    model: ViT, num: tuple[int, ...], as_tokens: bool, prompt_batch: int | None
 ) -> int:
     d = model.width
     mlp = (3 if model.swiglu else 2) * d * model.mlp_dim  # per token
     patches = (model.image_size // model.patch) ** 2
     tokens = int(model.class_token) + model.registers + patches
     total = patches * 3 * model.patch**2 * d
-    for i in range(model.depth):
-        n = counts[i] if deep else counts[0]
-        if formulation == "tokens" or not deep:
+    for i, n in enumerate(num):
+        if as_tokens:
             t = tokens + n
             total += t * (4 * d * d + mlp) + 2 * t * t * d
             continue
@@ -102,8 +85,8 @@ def _vit_macs(
 
 def _swin_macs(
     model: Swin,
-    counts: Sequence[int],
-    formulation: str,
+    num: tuple[int, ...],
+    as_tokens: bool,
     deep: bool,
     prompt_batch: int | None,
 ) -> int:
@@ -116,9 +99,9 @@ def _swin_macs(
         t = (side // 2**i) ** 2
         area = min(t, model.window**2)
         for _ in range(depth):
-            n = counts[layer] if deep else counts[0]
+            n = num[layer]
             read = layer == last and model.readout == "mean_with_prompts"
-            if formulation == "tokens" or not deep or read:
+            if as_tokens or read:
                 # A copy of the prompts in front of every window; one in the MLP.
                 copied = area + n
                 total += t // area * (copied * 4 * d * d + 2 * copied * copied * d)
@@ -128,5 +111,5 @@ def _swin_macs(
                 total += 2 * n * d * d // prompt_batch if prompt_batch else 0
             layer += 1
         if layer <= last:  # merging; deep prompts do not pass it
-            total += (t // 4 + (0 if deep else counts[0])) * 8 * d * d
+            total += (t // 4 + (0 if deep else num[0])) * 8 * d * d
     return total

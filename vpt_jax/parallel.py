@@ -3,14 +3,13 @@
 
 Pictures are split over the mesh's `batch` axis, parameters and results are whole on
 every device, and the compiler adds the sums between them. `everywhere` makes the mesh
-ambient; inside, `spread` and `whole` say which is which. Without an ambient mesh (one
-device, or a caller who shards by himself) they change nothing.
-
-Of a mesh with explicit axes, arrays carry their shardings: `spread` leaves them alone.
+ambient; inside, `spread` and `whole` say which is which. Without one, or with explicit
+axes, of which arrays carry their shardings, `spread` changes nothing.
 """
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,24 +55,20 @@ def all_devices(model: int = 1) -> Mesh | None:
         )
     if num == 1:
         return None
-    shape, names = ((num,), (BATCH,))
-    if model > 1:
-        shape, names = (num // model, model), (BATCH, MODEL)
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+    axes = {BATCH: num // model} | ({MODEL: model} if model > 1 else {})
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
 @contextlib.contextmanager
 def everywhere(make_mesh: Callable[[], Mesh | None] = all_devices) -> Iterator[None]:
     """Makes a mesh ambient: what is computed inside runs on all of its devices.
 
-    Also a decorator, `@everywhere()`, for functions that compute on batches. Other code
-    stays outside: small steps outside of jit would be compiled for all devices.
+    Also a decorator, `@everywhere()`. Only for what computes on batches: small steps
+    outside of jit would be compiled for all devices.
     """
     mesh = make_mesh()
-    if mesh is None:
-        yield
-        return
-    with jax.set_mesh(mesh):
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 
 
@@ -116,7 +111,7 @@ def feed(batch: Any) -> Any:
     """
     if parts() == 1 or not isinstance(batch, np.ndarray):
         return batch
-    return put(batch, NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
+    return _put(batch, NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
 
 def held(tree: Any) -> Any:
@@ -124,30 +119,24 @@ def held(tree: Any) -> Any:
 
     What a step takes as it was returned by the step before compiles once.
     """
-    if parts() == 1:
-        return jax.tree.map(jnp.asarray, tree)
-    return put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
-
-
-def put(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Arrays that every process holds alike, on the devices; None is the default one.
-
-    Unlike `jax.device_put` it does not compare the processes' arrays, nor reads parts
-    that belong to others.
-    """
-    if sharding is None:
-        return jax.tree.map(jnp.asarray, tree)
-
-    def one(x: Any) -> jax.Array:
-        x = x if isinstance(x, np.ndarray) else np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
-
-    return jax.tree.map(one, tree)
+    return put_whole(tree, None if parts() == 1 else jax.sharding.get_mesh())
 
 
 def put_whole(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays complete on every device of a mesh; None is the default device."""
-    return put(tree, None if mesh is None else NamedSharding(mesh, P()))
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds alike.
+
+    Unlike `jax.device_put` it does not compare the processes' arrays, nor reads parts
+    that belong to others.
+    """
+    x = np.asarray(array)
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def put_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
@@ -166,10 +155,9 @@ def put_rows(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
 
 
 def agreed(value: int) -> int:
-    """Process 0's answer, in all processes.
+    """Process 0's answer, in all processes: when each looks at a file must not matter.
 
-    What a process does next must not depend on when it looks at a file: a process that
-    trains waits for ever for one that does not.
+    A process that trains waits for ever for one that does not.
     """
     if jax.process_count() == 1:
         return value
@@ -224,7 +212,7 @@ def pad_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
     batch = {"mask": jnp.ones(n, bool), **batch}
     if n == size:
         return batch
-    index = np.concatenate([np.arange(n), np.zeros(size - n, int)])
+    index = np.pad(np.arange(n), (0, size - n))
     padded = jax.tree.map(lambda x: x[index], batch)
     padded["mask"] = padded["mask"] & (jnp.arange(size) < n)
     return padded
@@ -233,13 +221,10 @@ def pad_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
 def one_late(results: Iterator[jax.Array]) -> Iterator[np.ndarray]:
     """Results on the host, each when the next has been started.
 
-    While the device computes one batch, the host prepares the next; at most two are in
-    flight, so that memory is bounded.
+    The host prepares one batch while the device computes another; two are in memory.
     """
     before = None
-    for result in results:
+    for result in itertools.chain(results, [None]):
         if before is not None:
             yield np.asarray(before)
         before = result
-    if before is not None:
-        yield np.asarray(before)

@@ -10,7 +10,7 @@ backbone. Visual Prompt Tuning: Jia et al., ECCV 2022, arXiv 2203.12119.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from vpt_jax.files.checks import (
     check_labels,
     check_layers,
     check_model,
+    check_shallow,
+    expect,
     is_array,
     said,
 )
@@ -112,36 +114,21 @@ def init_prompts(
     check_choice("init", init, INITS)
     check_key(key)
     check_model(model, "widths", "patch")
-    depth = len(model.widths)
     given: Any = num_prompts
+    depth = len(model.widths)
     if np.ndim(given) == 0:
         n = check_integer("num_prompts", given, 0)
-        per_layer = [n] * depth if deep else [n] + [0] * (depth - 1)
-    else:
-        per_layer = [check_integer("a count", n, 0) for n in given]
-    if len(per_layer) != depth:
-        raise ValueError(
-            f"num_prompts has {len(per_layer)} entries but the model has depth {depth};"
-            " pass one number, or one per layer (0 for none)."
-        )
-    if not deep and any(per_layer[1:]):
-        raise ValueError(
-            f"num_prompts is {tuple(per_layer)} with deep=False; shallow prompts are"
-            " inserted before the first layer only, so later counts must be 0."
-        )
-    shapes = list(zip(per_layer, model.widths, strict=True))
+        given = (n,) * depth if deep else (n,) + (0,) * (depth - 1)
+    num = check_counts("num_prompts", given, depth, deep)
+    shapes = list(zip(num, model.widths, strict=True))
     keys = jax.random.split(key, depth)
     if init == "reference":
         bound = math.sqrt(6 / (3 * model.patch**2 + model.widths[0]))
-        draw = functools.partial(
-            jax.random.uniform, dtype=dtype, minval=-bound, maxval=bound
-        )
-        return tuple(map(draw, keys, shapes))
+        draw = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+        return tuple(draw(*of, dtype=dtype) for of in zip(keys, shapes, strict=True))
     if init == "normal":
-        return tuple(
-            0.02 * jax.random.normal(k, shape, dtype)
-            for k, shape in zip(keys, shapes, strict=True)
-        )
+        pairs = zip(keys, shapes, strict=True)
+        return tuple(0.02 * jax.random.normal(*of, dtype) for of in pairs)
     found = tuple(map(np.asarray, tokens or ()))
     got = [t.shape for t in found]
     if [s[1:] for s in got] != [(d,) for _, d in shapes] or any(
@@ -152,9 +139,10 @@ def init_prompts(
             " Pass tokens=block_tokens(model, backbone, images)."
         )
     choose = _centres if init == "kmeans" else _some
+    seeds = np.asarray(jax.random.key_data(keys))
     return tuple(
-        jnp.asarray(choose(np.random.default_rng(np.asarray(k)), t, n), dtype)
-        for k, t, (n, _) in zip(jax.random.key_data(keys), found, shapes, strict=True)
+        jnp.asarray(choose(np.random.default_rng(seed), t, n), dtype)
+        for seed, t, n in zip(seeds, found, num, strict=True)
     )
 
 
@@ -176,14 +164,12 @@ def _centres(rng: np.random.Generator, tokens: np.ndarray, num: int) -> np.ndarr
 
 
 def per_example(x: jax.Array, like: jax.Array) -> jax.Array:
-    """What all examples of a batch share, `x [...]` or `[1, ...]`, once for each.
+    """What all examples of a batch share, `x [...]` or `[1, ...]`, as `[b, ...]`.
 
     A product with ones, whose derivative, the sum over the batch, is a product too:
     XLA's CPU code takes 0.5 ms for that where a sum of `[8, 12, 100, 64]` over its
-    first axis takes 7. Ones like `like [b, ...]` keep its sharding over a mesh.
-
-    Returns:
-      `[b, ...]`: if `x` has the rank of `like` and `b` entries, those.
+    first axis takes 7. Ones like `like [b, ...]` keep its sharding over a mesh. If `x`
+    has the rank of `like` and `b` entries, those are returned.
     """
     own = x.ndim == like.ndim and x.shape[0] == like.shape[0]
     if x.ndim == like.ndim and not own:
@@ -226,7 +212,6 @@ def prompt_dropout(
     check_layers("prompts", prompts, 2, shape="[n_i, d]")
     if not 0 <= rate < 1:
         raise ValueError(f"dropout rate is {rate}; it must be in [0, 1).")
-
     batch = () if batch_size is None else (batch_size,)
     keep = _draw(key, prompts, 1 - rate, batch)
 
@@ -257,11 +242,8 @@ def _draw(
         )(np.array(places, np.uint32))
         draw = functools.partial(jax.random.bernoulli, p=rate, shape=(*batch, width))
         # On a CPU so many prompts at a time that its caches hold the random numbers.
-        rows = jax.lax.platform_dependent(
-            keys,
-            cpu=functools.partial(jax.lax.map, draw, batch_size=64),
-            default=jax.vmap(draw),
-        )
+        on_cpu = functools.partial(jax.lax.map, draw, batch_size=64)
+        rows = jax.lax.platform_dependent(keys, cpu=on_cpu, default=jax.vmap(draw))
         ends = np.cumsum([num[i] for i in layers])
         for i, own in zip(layers, jnp.split(rows, ends[:-1]), strict=True):
             keep[i] = jnp.moveaxis(own, 0, -2)
@@ -295,13 +277,11 @@ def init_head(
     width = check_integer("width", width, 1)
     num_classes = check_integer("num_classes", num_classes, 2)
     if init == "zeros":
-        shapes = {"kernel": (width, num_classes), "bias": (num_classes,)}
-        return {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
-    std = math.sqrt(2 / num_classes)
-    return {
-        "kernel": std * jax.random.normal(key, (width, num_classes), dtype),
-        "bias": jnp.full((num_classes,), -math.log(99), dtype),
-    }
+        kernel = jnp.zeros((width, num_classes), dtype)
+        return {"kernel": kernel, "bias": jnp.zeros(num_classes, dtype)}
+    kernel = jax.random.normal(key, (width, num_classes), dtype)
+    bias = jnp.full((num_classes,), -math.log(99), dtype)
+    return {"kernel": math.sqrt(2 / num_classes) * kernel, "bias": bias}
 
 
 def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]:
@@ -318,6 +298,21 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
             " result of model.apply, for a head of that width."
         )
     return features.astype(kernel.dtype) @ kernel + bias[None]
+
+
+def check_counts(name: str, given: Any, depth: int, deep: bool) -> tuple[int, ...]:
+    """Prompts per layer; raises ValueError unless they fit a model of this depth."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    expect(several, name, given, "one number per layer, as vpt_jax.counts gives")
+    num = tuple(check_integer("a count", n, 0) for n in given)
+    if len(num) != depth:
+        raise ValueError(
+            f"{name} has {len(num)} entries but the model has depth {depth}; pass one"
+            " number per layer (0 for none)."
+        )
+    if not deep:
+        check_shallow(num)
+    return num
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:

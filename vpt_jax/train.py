@@ -4,11 +4,8 @@
 Two recipes. The reference's (VPT's released code): SGD with momentum 0.9 and coupled
 L2, cosine with linear warm-up set once per epoch, learning rate = base / 256 * batch.
 And AdamW, with a rate that moves at every step and is the same for every batch size.
-Gradients are taken with respect to `trainable` only; the backbone is an argument.
-
-Whole epochs run on the device over a resident uint8 set inside one jit. Learning rates
-and weight decay are traced, so a sweep over them compiles once. Reading the code, start
-at `train_step`; `train_epoch` is a scan over it.
+Rates and decay are traced, so a sweep over them compiles once. Reading the code, start
+at `train_step`; `train_epoch` is a scan over it, over a set that lies on the device.
 """
 
 import functools
@@ -87,11 +84,10 @@ def make_optimizer(
         rate = learning_rate if factor is None else factor * learning_rate
         return optax.chain(*steps, optax.scale(-1.0 * rate))
 
-    of_kernel, of_bias = (None, None) if head_rates is None else head_rates
-    head = ()
+    kernel = bias = optax.set_to_zero()
     if recipe.train_head:
-        head = learn(weight_decay, of_kernel), learn(0.0, of_bias)
-    kernel, bias = head or (optax.set_to_zero(), optax.set_to_zero())
+        of_kernel, of_bias = head_rates or (None, None)
+        kernel, bias = learn(weight_decay, of_kernel), learn(0.0, of_bias)
     return optax.multi_transform(
         {"prompts": learn(weight_decay), "kernel": kernel, "bias": bias},
         {"prompts": "prompts", "head": {"kernel": "kernel", "bias": "bias"}},
@@ -148,15 +144,9 @@ def classify(
     recipe: Recipe,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy `[b]` of a batch, and which answers are right, float32 `[b]`."""
-    logits = predict(
-        trainable,
-        backbone,
-        batch["image"],
-        model=model,
-        recipe=recipe,
-        key=key,
-        prompt_mask=prompt_mask,
-    )
+    static = {"model": model, "recipe": recipe}
+    given = trainable, backbone, batch["image"]
+    logits = predict(*given, key=key, prompt_mask=prompt_mask, **static)
     right = logits.argmax(-1) == batch["label"]
     return cross_entropy(logits, batch), right.astype(jnp.float32)
 
@@ -200,24 +190,13 @@ def train_step(
 
     def loss_fn(trainable: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(key, state.step)
-        losses, right = losses_of(
-            trainable,
-            backbone,
-            batch,
-            step_key,
-            prompt_mask,
-            model=model,
-            recipe=recipe,
-        )
+        given = trainable, backbone, batch, step_key, prompt_mask
+        losses, right = losses_of(*given, model=model, recipe=recipe)
         mask = batch["mask"].astype(jnp.float32)
-        losses = losses * mask
-        sums = {
-            "loss": losses.sum(),
-            "correct": (right * mask).sum(),
-            "count": mask.sum(),
-        }
+        loss, count = (losses * mask).sum(), mask.sum()
+        sums = {"loss": loss, "correct": (right * mask).sum(), "count": count}
         # The mean over the real examples of a partial last batch, as the reference.
-        return losses.sum() / mask.sum(), sums
+        return loss / count, sums
 
     grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable)
     optimizer = make_optimizer(recipe, learning_rate, weight_decay, head_rates)
@@ -248,23 +227,11 @@ def train_epoch(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One epoch on the device: `train_step`, whose arguments it takes, many times.
 
-    Args:
-      state: Donated.
-      backbone: Not donated.
-      images: The resident set, uint8 `[n, s, s, 3]`, or a strip of it, of which every
-        step sees other crops, see `strips.take`.
-      labels: int32 `[n]`.
-      order: Indices `[steps, b]`, see `epoch_order`. Under the mesh of
-        `parallel.everywhere` each device computes its part of the batch.
-      mask: bool `[steps, b]`, False where `order` is padding.
-      learning_rates: `[steps]`.
-      weight_decay: Scalar.
-      key: Of the run.
-      prompt_mask: See `train_step`.
-      head_rates: See `train_step`.
-      model: Static.
-      recipe: Static.
-      losses_of: Static; see `train_step`.
+    `state` is donated. `images` are the resident set, uint8 `[n, s, s, 3]`, or a strip
+    of it, of which every step sees other crops (`strips.take`); `labels` int32 `[n]`.
+    `order` holds indices `[steps, b]`, see `epoch_order`, and `mask` is False where
+    they are padding; under the mesh of `parallel.everywhere` each device computes its
+    part of a batch. `learning_rates` are `[steps]`.
 
     Returns:
       The state, mean `loss` and `accuracy` over the epoch's examples, and
@@ -276,19 +243,10 @@ def train_epoch(
         crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROPS), state.step)
         image = strips.take(images, index, crop_key)
         batch = {"image": image, "label": labels[index], "mask": real}
-        return train_step(
-            parallel.whole(state),
-            backbone,
-            parallel.spread(batch),
-            rate,
-            weight_decay,
-            key,
-            prompt_mask,
-            head_rates,
-            model=model,
-            recipe=recipe,
-            losses_of=losses_of,
-        )
+        state, batch = parallel.whole(state), parallel.spread(batch)
+        rates = rate, weight_decay, key, prompt_mask, head_rates
+        static = {"model": model, "recipe": recipe, "losses_of": losses_of}
+        return train_step(state, backbone, batch, *rates, **static)
 
     # Random numbers are drawn in order, so more examples behind change none of them.
     padding = (0, 0), (0, parallel.round_up(order.shape[1]) - order.shape[1])
@@ -312,11 +270,10 @@ def epoch_order(
     Returns:
       Indices `[ceil(num / batch_size), batch_size]` int32, and the mask of real ones.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(num)
     steps = math.ceil(num / batch_size)
-    padding = steps * batch_size - num
-    order = np.concatenate([order, np.zeros(padding, order.dtype)]).astype(np.int32)
     mask = np.arange(steps * batch_size) < num
+    order = np.zeros(len(mask), np.int32)
+    order[:num] = np.random.default_rng((seed, epoch)).permutation(num)
     return order.reshape(steps, -1), mask.reshape(steps, -1)
 
 
@@ -351,8 +308,8 @@ def learning_rates(
     check_choice("schedule", per, SCHEDULES)
     if not 0 <= warmup_epochs < epochs:
         raise ValueError(
-            f"warmup_epochs is {warmup_epochs} of {epochs} epochs; it must be at least"
-            " 0 and less than epochs."
+            f"warmup_epochs is {warmup_epochs} of {epochs} epochs; expected 0 <= it <"
+            " epochs."
         )
     t = np.arange(epochs)[:, None] + np.zeros(steps)
     if per == "step":
@@ -376,18 +333,12 @@ def eval_step(
     model: Any,
     recipe: Recipe,
 ) -> jax.Array:
-    """Which answers of one batch are right, bool `[b]`; padding never is.
+    """Which answers of a batch are right, bool `[b]`; padding never is.
 
-    `trainable["prompts"]` may be what `prefill` made of the prompts.
+    `trainable["prompts"]` may be what `prefill` made of them.
     """
-    logits = predict(
-        trainable,
-        backbone,
-        parallel.spread(images),
-        model=model,
-        recipe=recipe,
-        prompt_mask=prompt_mask,
-    )
+    given = trainable, backbone, parallel.spread(images)
+    logits = predict(*given, model=model, recipe=recipe, prompt_mask=prompt_mask)
     return parallel.whole((logits.argmax(-1) == labels) & mask)
 
 
@@ -422,17 +373,9 @@ def answers(
       ValueError: If labels are not one class of the head for each picture.
     """
     check_labels(labels, trainable["head"]["bias"].shape[-1], strips.count(images))
+    static = {"model": model, "recipe": recipe}
     found = (
-        eval_step(
-            trainable,
-            backbone,
-            batch,
-            labels[index],
-            mask,
-            prompt_mask,
-            model=model,
-            recipe=recipe,
-        )
-        for batch, index, mask in strips.batches(images, batch_size)
+        eval_step(trainable, backbone, x, labels[index], mask, prompt_mask, **static)
+        for x, index, mask in strips.batches(images, batch_size)
     )
     return np.concatenate(list(parallel.one_late(found)))[: len(labels)]

@@ -2,6 +2,7 @@
 """`jax.export` with a free batch: one file for every size, on every platform."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +17,13 @@ from vpt_jax.models.attention import attend
 
 SIDE, PLATFORMS = 8, ("cpu", "cuda", "tpu")
 KEY = jax.random.key(0)
+SIZES = {"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "patch": 4}
 MODELS = {
-    "vit": vpt_jax.ViT(
-        width=16, depth=2, num_heads=2, mlp_dim=24, patch=4, image_size=SIDE
-    ),
-    "vit mean": vpt_jax.ViT(
-        width=16,
-        depth=2,
-        num_heads=2,
-        mlp_dim=24,
-        patch=4,
-        image_size=SIDE,
-        readout="mean_with_prompts",
-    ),
+    "vit": vpt_jax.ViT(**SIZES, image_size=SIDE),
+    "vit mean": vpt_jax.ViT(**SIZES, image_size=SIDE, readout="mean_with_prompts"),
     "swin": vpt_jax.Swin(
-        embed_dim=8,
-        depths=(2, 1),
-        num_heads=(2, 2),
-        window=2,
-        patch=1,
-        image_size=SIDE,
-        readout="mean_with_prompts",
+        **{"embed_dim": 8, "depths": (2, 1), "num_heads": (2, 2), "patch": 1},
+        **{"window": 2, "image_size": SIDE, "readout": "mean_with_prompts"},
     ),
 }
 
@@ -47,12 +34,8 @@ def setting(name):
     model = MODELS[name]
     params = model.init(KEY, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     deep = vpt_jax.init_prompts(KEY, model, [2, 0, 3][: model.depth])
-    return (
-        model,
-        randomised(params),
-        deep,
-        vpt_jax.init_prompts(KEY, model, 2, deep=False),
-    )
+    shallow = vpt_jax.init_prompts(KEY, model, 2, deep=False)
+    return model, randomised(params), deep, shallow
 
 
 def travelled(function, *specs):
@@ -80,11 +63,14 @@ def agrees(function, dtype=jnp.float32):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-CASES = ("plain", "prompts", "prefilled", "masked", "gated", "tokens", "shallow")
+KINDS = ("plain", "prompts", "prefilled", "masked", "gated", "tokens", "shallow")
+CASES = [
+    *itertools.product(("vit", "swin"), KINDS),
+    *itertools.product(("vit mean",), ("prefilled", "masked")),  # prompts are read too
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize(("name", "case"), CASES)
 def test_a_model_answers_as_before_it_was_exported(name, case):
     model, params, deep, shallow = setting(name)
     given = {"prompts": shallow if case == "shallow" else deep}
@@ -99,17 +85,6 @@ def test_a_model_answers_as_before_it_was_exported(name, case):
     if case == "tokens":
         given["formulation"] = "tokens"
     given["deep"] = case != "shallow"
-    agrees(lambda x: model.apply({"params": params}, x, **given)[0])
-
-
-@pytest.mark.parametrize("case", ["prefilled", "masked"])
-def test_prompts_that_are_read_are_exported_too(case):
-    model, params, deep, _ = setting("vit mean")
-    given = {"prompts": deep}
-    if case == "prefilled":
-        given["prompts"] = vpt_jax.prefill(model, params, deep)
-    if case == "masked":
-        given["prompt_mask"] = tuple(jnp.arange(len(p)) > 0 for p in deep)
     agrees(lambda x: model.apply({"params": params}, x, **given)[0])
 
 
@@ -148,11 +123,8 @@ def test_a_foreign_model_is_exported_with_its_prompts():
     model = vpt_jax.PromptedModel(module, depth=3, width=16, patch=4)
     prompts = vpt_jax.init_prompts(KEY, model, (2, 0, 1))
     mask = tuple(jnp.arange(len(p)) < 1 for p in prompts)
-    agrees(
-        lambda x: model.apply({"params": params}, x, prompts=prompts, prompt_mask=mask)[
-            0
-        ]
-    )
+    how = {"prompts": prompts, "prompt_mask": mask}
+    agrees(lambda x: model.apply({"params": params}, x, **how)[0])
 
 
 def test_attention_over_many_tokens_is_exported():

@@ -94,28 +94,16 @@ def test_uneven_counts_have_the_same_sum_and_rise(mean, depth):
     assert counts[-1] == max(counts) <= 2 * mean
     if mean * depth > 12:
         assert list(counts) == sorted(counts)
-
-
-def test_ragged_counts_cost_the_sum_of_their_layers():
-    counts = inference.uneven(60, 12)
-    assert inference.macs(B16, "tokens", counts) == formula(counts)
-    for how in HOW:
-
-        def added(counts, how=how):
-            none = inference.macs(B16, how, (0,) * 12)
-            return inference.macs(B16, how, counts) - none
-
-        single = [added((*(0,) * i, n, *(0,) * (11 - i))) for i, n in enumerate(counts)]
-        assert added(counts) == sum(single)
+    if depth == 12:
+        assert inference.macs(B16, "tokens", counts) == formula(counts)
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("counts", [(0, 0), (49, 49), (0, 98)])
-def test_xla_counts_the_same(how, counts):
+def test_xla_counts_the_same(how):
     """Within 3 %, on two layers of the base width, as in test_macs."""
     sizes = {"width": 768, "depth": 2, "num_heads": 12, "mlp_dim": 3072, "patch": 16}
     model = vpt_jax.ViT(**sizes)
-    _, row = inference.compiled(model, inference.abstract(model), how, counts, batch=4)
+    _, row = inference.compiled(model, inference.abstract(model), how, (0, 98), batch=4)
     # XLA leaves out what is not read of the last block's tokens.
     low = 1 if how != "tokens" else 0.98
     assert low <= row["flops"] / 2 / row["macs"] < 1.03
@@ -158,14 +146,11 @@ def test_every_formulation_is_measured_at_every_ratio_and_none_twice():
 
 
 def test_rounds_time_every_program_once_and_drop_the_first():
-    calls = [0, 0]
-
-    def program(i):
-        calls[i] += 1
-
-    times = inference.interleaved([lambda: program(0), lambda: program(1)], seconds=0.0)
+    calls = []
+    programs = [lambda: calls.append(0), lambda: calls.append(1)]
+    times = inference.interleaved(programs, seconds=0.0)
     assert [len(ms) for ms in times] == [inference.ROUNDS[0]] * 2
-    assert calls == [inference.ROUNDS[0] + 1] * 2
+    assert np.bincount(calls).tolist() == [inference.ROUNDS[0] + 1] * 2
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own():
@@ -176,31 +161,19 @@ def test_a_ratio_is_the_median_of_the_rounds_own():
 
 
 @pytest.mark.parametrize(
-    ("found", "noise", "expected"),
+    ("found", "noise", "much", "at_all"),
     [
-        (Ratio(0.5, 0.4, 0.6), Ratio(1, 0.9, 1.1), True),
-        (Ratio(0.9, 0.88, 0.92), Ratio(1, 0.98, 1.02), False),
-        (Ratio(1.5, 1.4, 1.6), Ratio(1, 0.98, 1.02), False),
-        (Ratio(0.95, 0.85, 1.05), Ratio(1, 1, 1), None),  # covers 1
-        (Ratio(0.8, 0.75, 0.85), Ratio(1, 1, 1), None),  # covers the bound
-        (Ratio(0.6, 0.5, 0.7), Ratio(1, 0.6, 1.4), None),  # meets the noise
+        (Ratio(0.5, 0.4, 0.6), Ratio(1, 0.9, 1.1), True, True),
+        (Ratio(0.9, 0.88, 0.92), Ratio(1, 0.98, 1.02), False, True),
+        (Ratio(1.5, 1.4, 1.6), Ratio(1, 0.98, 1.02), False, False),
+        (Ratio(0.95, 0.85, 1.05), Ratio(1, 1, 1), None, None),  # covers 1
+        (Ratio(0.8, 0.75, 0.85), Ratio(1, 1, 1), None, True),  # covers the bound
+        (Ratio(0.6, 0.5, 0.7), Ratio(1, 0.6, 1.4), None, None),  # meets the noise
     ],
 )
-def test_what_is_much_cheaper(found, noise, expected):
-    assert cost_page.much_cheaper(found, noise) is expected
-
-
-@pytest.mark.parametrize(
-    ("found", "noise", "expected"),
-    [
-        (Ratio(0.9, 0.85, 0.95), Ratio(1, 0.98, 1.02), True),
-        (Ratio(1.2, 1.1, 1.3), Ratio(1, 0.98, 1.02), False),
-        (Ratio(0.95, 0.9, 1.01), Ratio(1, 1, 1), None),  # covers 1
-        (Ratio(0.9, 0.85, 0.95), Ratio(1, 0.9, 1.1), None),  # meets the noise
-    ],
-)
-def test_what_is_cheaper(found, noise, expected):
-    assert cost_page.cheaper(found, noise) is expected
+def test_what_is_cheaper(found, noise, much, at_all):
+    assert cost_page.much_cheaper(found, noise) is much
+    assert cost_page.cheaper(found, noise) is at_all
 
 
 @pytest.fixture(scope="module")
@@ -212,15 +185,8 @@ def result(tmp_path_factory, quickly_compiled):
     loaded = experiment.Model(model, backbone, {"variant": "tiny"})
     lab = study.Lab(config, tmp_path_factory.mktemp("lab"), loaded, pictures)
     small = SWIN.clone(depths=(1,), num_heads=(2,), image_size=4)
-    return cost.run(
-        lab,
-        prompts=(0, 2, 200),
-        ratios=(1.0, 0.3, 0.1),
-        batches=(2,),
-        large=(),
-        small=small,
-        seconds=0.0,
-    )
+    few = {"prompts": (0, 2, 200), "ratios": (1.0, 0.3, 0.1), "batches": (2,)}
+    return cost.run(lab, **few, large=(), small=small, seconds=0.0)
 
 
 def test_a_result_is_plain_and_finite(result):
@@ -256,12 +222,9 @@ def test_ratios_of_time_are_those_of_the_same_rounds(result):
             row, base = found.row(2, how, found.even(0.1)), found.row(2, how, full)
             assert row["how"] == base["how"] == how
             assert row["counts"] == [20] * found.depth
-            expected = row["macs"] / base["macs"]
-            time = found.ratio(2, how, found.even(0.1), full)
-            assert time == pytest.approx((expected,) * 3)
-            assert found.share("macs", 2, how, found.even(0.1), full) == (
-                f"{expected:.2f}"
-            )
+            expected, which = row["macs"] / base["macs"], (found.even(0.1), full)
+            assert found.ratio(2, how, *which) == pytest.approx((expected,) * 3)
+            assert found.share("macs", 2, how, *which) == f"{expected:.2f}"
         # Nothing to prefill: the same program.
         assert found.row(2, "prefilled", none) is found.row(2, "kv", none)
         assert sum(found.uneven) == sum(found.even(0.3))

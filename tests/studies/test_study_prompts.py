@@ -45,29 +45,16 @@ def test_a_planted_law_is_predicted_exactly():
 
 
 @pytest.mark.parametrize(
-    ("law", "expected"),
+    ("law", "finetuned", "expected"),
     [
-        (lambda m: 4 * np.log(m), "supported"),
-        (lambda m: 0.7 * m, "not supported"),
-        (lambda m: 0.0, "undecided"),
+        (lambda m: 4 * np.log(m), (40.4, 41.3, 39.2), ["supported"] * 2),
+        (lambda m: 0.7 * m, (35.4, 36.5, 34.3), ["not supported"] * 2),
+        (lambda m: 0.0, (44.0, 36.0, 37.0), ["undecided"] * 2),
     ],
 )
-def test_the_verdict_on_linear_growth_follows_the_data(law, expected):
-    section = prompts.show(result(grown(law)))
-    assert section.verdicts[0].verdict == expected
-
-
-@pytest.mark.parametrize(
-    ("finetuned", "expected"),
-    [
-        ((40.4, 41.3, 39.2), "supported"),
-        ((35.4, 36.5, 34.3), "not supported"),
-        ((44.0, 36.0, 37.0), "undecided"),
-    ],
-)
-def test_the_verdict_on_seventy_percent_follows_the_data(finetuned, expected):
-    section = prompts.show(result(grown(np.log), finetuned))
-    assert section.verdicts[1].verdict == expected
+def test_verdicts_follow_the_data(law, finetuned, expected):
+    verdicts = prompts.show(result(grown(law), finetuned)).verdicts
+    assert [v.verdict for v in verdicts] == expected
 
 
 def test_knee():
@@ -85,33 +72,33 @@ def test_one_seed_decides_nothing():
     assert {v.verdict for v in verdicts} == {"undecided"}
 
 
-@pytest.fixture
-def miniature_lab(tmp_path):
-    """Digits, 16 of them to train on, and a backbone that has learnt nothing."""
-    path = save_small_backbone(tmp_path / "small.safetensors")
+def few_digits(place):
+    """16 digits to train on, two seeds, and a backbone that has learnt nothing."""
+    path = save_small_backbone(place / "small.safetensors")
     values = load("demo", "digits,smoke,seeds=2").to_dict()
     values["backbone"] |= {"variant": SMALL, "checkpoint": str(path)}
-    lab = study.make_lab(parsing.parse(values), tmp_path / "out")
-    task = lab.pictures.task
-    few = task._replace(
-        train=type(task.train)(task.train.images[:16], task.train.labels[:16]),
-        val=type(task.val)(task.val.images[:20], task.val.labels[:20]),
-        test=type(task.test)(task.test.images[:40], task.test.labels[:40]),
-    )
-    images, labels = jnp.asarray(few.train.images), jnp.asarray(few.train.labels)
-    return lab._replace(pictures=type(lab.pictures)(few, images, labels))
+    lab = study.make_lab(parsing.parse(values), place / "out")
+    few = {
+        name: type(split)(split.images[:num], split.labels[:num])
+        for name, num in (("train", 16), ("val", 20), ("test", 40))
+        for split in [getattr(lab.pictures.task, name)]
+    }
+    images, labels = map(jnp.asarray, few["train"])
+    task = lab.pictures.task._replace(**few)
+    return lab._replace(pictures=type(lab.pictures)(task, images, labels))
 
 
-def test_a_small_lab(miniature_lab):
+def test_a_small_lab(tmp_path):
     """Everything that is trained is found again, and the result is plain."""
-    found = prompts.run(miniature_lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
+    lab = few_digits(tmp_path)
+    found = prompts.run(lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
     assert json.loads(json.dumps(found)) == found
     assert set(found["by_count"]) == {"1", "2", "3"}
     assert all(len(v) == 2 for v in found["by_count"].values())
-    before = sorted(p for p in miniature_lab.workdir.rglob("*.safetensors"))
-    again = prompts.run(miniature_lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
+    before = sorted(p for p in lab.workdir.rglob("*.safetensors"))
+    again = prompts.run(lab, counts=(1, 2, 3), ratios=(0.5, 0.3))
     assert again == found
-    assert sorted(miniature_lab.workdir.rglob("*.safetensors")) == before
+    assert sorted(lab.workdir.rglob("*.safetensors")) == before
     section = prompts.show(found)
     page = study.html(section)
     assert page.count("<svg") == 2

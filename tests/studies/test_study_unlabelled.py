@@ -105,18 +105,11 @@ def test_entropy_and_pseudo_label_are_central_differences(problem):
         step = jnp.zeros(6).at[j].set(eps)
         at = [np.asarray(outputs(1 + sign * step)[1]) for sign in (1, -1)]
         entropies = [-(np.exp(log_p) * log_p).sum(axis=1) for log_p in at]
-        # Central differences: error of order eps**2 and rounding / eps.
-        np.testing.assert_allclose(
-            got["entropy, key_gate"][:, j],
-            -(entropies[0] - entropies[1]) / (2 * eps),
-            atol=1e-9,
-        )
         losses = [-log_p[rows, own] for log_p in at]
-        np.testing.assert_allclose(
-            got["pseudo_label, key_gate"][:, j],
-            -(losses[0] - losses[1]) / (2 * eps),
-            atol=1e-9,
-        )
+        for name, (up, down) in (("entropy", entropies), ("pseudo_label", losses)):
+            found = got[f"{name}, key_gate"][:, j]
+            # Central differences: error of order eps**2 and rounding / eps.
+            np.testing.assert_allclose(found, -(up - down) / (2 * eps), atol=1e-9)
 
 
 def test_distill_is_the_second_difference_of_the_divergence(problem, draws):
@@ -147,16 +140,11 @@ def test_feature_change_is_the_features_derivative_squared(problem, draws):
 def test_with_labels_the_values_are_the_librarys(problem):
     model, backbone, trainable, batch = problem
     # Examples do not see each other: neither order nor batches matter.
-    data = tuple(
-        jnp.concatenate([x, x[::-1]]) for x in (batch["image"], batch["label"])
-    )
-    given = (model, backbone, trainable, data)
+    data = (jnp.concatenate([x, x[::-1]]) for x in (batch["image"], batch["label"]))
+    given = (model, backbone, trainable, tuple(data))
     found = gates.values(gates.derivatives, *given, batch_size=4)
-    for name, score in (
-        ("loss, key_gate", "key_gate"),
-        ("loss, removal", "removal"),
-        ("attention", "attention"),
-    ):
+    names = {"loss, key_gate": "key_gate", "loss, removal": "removal"}
+    for name, score in (names | {"attention": "attention"}).items():
         expected = removal.values(score, *given, batch_size=8)
         np.testing.assert_allclose(found[name], expected, atol=1e-12)
 
@@ -170,16 +158,15 @@ def test_labels_are_read_by_the_loss_alone(problem):
 
 
 def divergence(problem):
-    model, backbone, trainable, batch = problem
+    *given, batch = problem
     data = (batch["image"], batch["label"])
-    return gates.values(
-        gates.divergence, model, backbone, trainable, data, batch_size=4
-    )["divergence"]
+    return gates.values(gates.divergence, *given, data, batch_size=4)["divergence"]
 
 
 def test_the_divergence_is_that_of_condensed_prompts(made):
     model, backbone, trainable, batch = made
 
+    @jax.jit
     def log_p(prompts):
         inputs = {"params": backbone}
         features, _ = model.apply(inputs, batch["image"], prompts=prompts)
@@ -206,18 +193,12 @@ def test_removal_is_closer_to_the_divergence_than_the_plain_gate(made, draws):
     assert error["removal"] < 0.5 * error["key_gate"]
 
 
+MEASURED = ("spearman", "kendall", "layer_spearman", "layer_kendall", "precision")
+
+
 def row(score, dtype, oracle, seed=0, rho=0.9):
-    rho = rho + 0.01 * seed
-    return {
-        "score": score,
-        "dtype": dtype,
-        "oracle": oracle,
-        "spearman": rho,
-        "kendall": rho,
-        "layer_spearman": rho,
-        "layer_kendall": rho,
-        "precision": rho,
-    }
+    about = {"score": score, "dtype": dtype, "oracle": oracle}
+    return about | dict.fromkeys(MEASURED, rho + 0.01 * seed)
 
 
 def made_up(lost=0.2, low=0.9, seeds=3, noise=0.1):
@@ -239,24 +220,21 @@ def made_up(lost=0.2, low=0.9, seeds=3, noise=0.1):
         "val": [44.0] * seeds,
     }
     references = (*unlabelled.ORACLES, unlabelled.DEFAULT, unlabelled.SECOND)
-    return {
-        "examples": 10,
-        "seeds": [
-            {
-                "seed": seed,
-                "rows": [
-                    row(score, dtype, oracle, seed, low if score == "distill" else 0.85)
-                    for score in unlabelled.SCORES
-                    for dtype in unlabelled.DTYPES
-                    for oracle in references
-                ],
-                "divergence_halves": 0.9,
-                "divergence_share": {"removal": 1.0, "key_gate": 0.5},
-            }
-            for seed in range(seeds)
-        ],
-        "accuracy": accuracy,
-    }
+    seeds = [
+        {
+            "seed": seed,
+            "rows": [
+                row(score, dtype, oracle, seed, low if score == "distill" else 0.85)
+                for score in unlabelled.SCORES
+                for dtype in unlabelled.DTYPES
+                for oracle in references
+            ],
+            "divergence_halves": 0.9,
+            "divergence_share": {"removal": 1.0, "key_gate": 0.5},
+        }
+        for seed in range(seeds)
+    ]
+    return {"examples": 10, "seeds": seeds, "accuracy": accuracy}
 
 
 @pytest.mark.parametrize(
@@ -287,13 +265,11 @@ def test_a_small_lab(tmp_path):
     """What was trained is found again, and the result is plain."""
     lab = make_lab(tmp_path)
     task = lab.pictures.task
-    settings = dataclasses.replace(
-        lab.config.finetune, optimizer="sgd", head_lr=0.0, batch_size=5
-    )
-    lab = lab._replace(
-        config=dataclasses.replace(lab.config, finetune=settings),
-        pictures=lab.pictures._replace(task=task._replace(val=task.test)),
-    )
+    recipe = {"optimizer": "sgd", "head_lr": 0.0, "batch_size": 5}
+    settings = dataclasses.replace(lab.config.finetune, **recipe)
+    config = dataclasses.replace(lab.config, finetune=settings)
+    pictures = lab.pictures._replace(task=task._replace(val=task.test))
+    lab = lab._replace(config=config, pictures=pictures)
     found = unlabelled.run(lab)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [seed["seed"] for seed in found["seeds"]] == [0, 1]
