@@ -290,7 +290,7 @@ def sweep_flop(model: vpt_jax.ViT) -> float:
 
     for job in protocol.planned(protocol.parse(config.get_config())):
         own, last = job.config, job.kind == "final"
-        (test,) = part_runs(BENCHMARKS[job.task])["test"]
+        test = part_runs(BENCHMARKS[job.task])["test"]
         tested = test.stop - test.start if last else NUM_VAL
         learned = NUM_TRAIN + NUM_VAL if last else NUM_TRAIN
         for unit in experiment.plan(own):

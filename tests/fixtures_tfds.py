@@ -266,36 +266,25 @@ def write_set(root, made, form):
     return labels
 
 
-def write(root, sets=SETS):
-    """Writes the sets under `root`, a `data_dir`, unless that was done before.
+def write(root):
+    """Writes all sets under `root`, a `data_dir`, unless that was done before.
 
     The folder appears whole or not at all, so that tests can share it. In it,
     labels.json has the labels that were drawn: of each benchmark and split, in order.
-
-    Args:
-      root: The folder, to be made.
-      sets: Of `SETS`.
-
-    Returns:
-      `root`, a Path.
     """
     root = Path(root)
     if (root / "labels.json").exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
+    labels = {}
+    for k, made in enumerate(SETS):
+        labels |= write_set(unfinished, made, ("array_record", "tfrecord")[k % 2])
+    (unfinished / "labels.json").write_text(json.dumps(labels))
     try:
-        labels = {}
-        for made in sets:
-            form = ("array_record", "tfrecord")[SETS.index(made) % 2]
-            labels |= write_set(unfinished, made, form)
-        (unfinished / "labels.json").write_text(json.dumps(labels))
         os.rename(unfinished, root)
-    except OSError:
-        if not (root / "labels.json").exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
     return root
 
 

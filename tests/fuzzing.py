@@ -18,6 +18,7 @@ import re
 import shutil
 import struct
 import sys
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Reader(NamedTuple):
     attempt: Callable[[Any, Path], str]
 
 
-def check_error(error: Exception, path: Any = "") -> None:
+def check_error(error, path=""):
     """One error of our own types: with what was wrong, where, and what to do."""
     from vpt_jax.weights.readers import CheckpointError
 
@@ -83,26 +84,22 @@ def changed(data, rng):
     near = rng.choice([size, min(size, 120)])  # half of them at the start or the end
     at = int(rng.integers(near))
     at = size - 1 - at if rng.random() < 0.5 else at
-    length = int(rng.integers(1, 1 + min(size - at, rng.choice([4, 64]))))
-    kind = rng.integers(9)
-    if kind == 0:
-        del data[at:]
-    elif kind == 1:
-        data[at] ^= 1 << rng.integers(8)
-    elif kind == 2:
-        for i in rng.integers(size, size=rng.integers(2, 9)):
+    end = at + int(rng.integers(1, 1 + min(size - at, rng.choice([4, 64]))))
+    kind = rng.integers(8)
+    if kind < 2:
+        for i in [at] if kind else rng.integers(size, size=rng.integers(2, 9)):
             data[i] ^= 1 << rng.integers(8)
+    elif kind == 2:
+        del data[at : rng.choice([end, size])]
     elif kind == 3:
-        data[at : at + length] = rng.bytes(length)
+        data[at:end] = rng.bytes(end - at)
     elif kind == 4:
-        data[at : at + length] = bytes([rng.choice([0, 255])]) * length
+        data[at:end] = bytes([rng.choice([0, 255])]) * (end - at)
     elif kind == 5:
-        del data[at : at + length]
+        data[at:at] = rng.bytes(end - at)
     elif kind == 6:
-        data[at:at] = rng.bytes(length)
-    elif kind == 7:
         source = int(rng.integers(size))
-        data[at:at] = data[source : source + length]
+        data[at:at] = data[source : source + end - at]
     else:
         width = int(rng.choice([1, 2, 4, 8]))
         number = NUMBERS[rng.integers(len(NUMBERS))] % 256**width
@@ -110,15 +107,14 @@ def changed(data, rng):
     return bytes(data)
 
 
-def damage(data: st.SearchStrategy) -> st.SearchStrategy:
+def damage(data):
     """Some of the files are damaged."""
-    seeds = st.none() | st.integers(0, 2**32 - 1)
 
-    def apply(content: bytes, seed: int | None) -> bytes:
+    def apply(content, seed):
         damaged = seed is not None and content
         return changed(content, np.random.default_rng(seed)) if damaged else content
 
-    return st.builds(apply, data, seeds)
+    return st.builds(apply, data, st.none() | st.integers(0, 2**32 - 1))
 
 
 # --- configs --------------------------------------------------------------------------
@@ -146,59 +142,56 @@ VALUES = st.recursive(
 )
 
 
-def load_config(name: str) -> dict[str, Any]:
+def load_config(name):
     """`"demo.py:smoke"` of configs/ as nested dicts."""
     path, _, arg = name.partition(":")
-    module: dict[str, Any] = {}
+    module = {}
     exec(compile((ROOT / "configs" / path).read_text(), path, "exec"), module)
     return module["get_config"](arg).to_dict()
 
 
-def _places(values: dict[str, Any], prefix: tuple = ()) -> list[tuple]:
+def _places(values, prefix=()):
     found = []
     for key, value in values.items():
         found.append((*prefix, key))
-        if isinstance(value, dict):
-            found += _places(value, (*prefix, key))
+        found += _places(value, (*prefix, key)) if isinstance(value, dict) else []
     return found
 
 
-def edited(name: str) -> st.SearchStrategy:
+def _at(values, place):
+    for key in place:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def edited(name):
     """A config of ours after one to three edits: values, unknown and missing keys."""
     base = load_config(name)
     places = _places(base)
-    own = {key: st.just(key) for key in (*places, ("unknown",), ("tune", "unknown"))}
     edit = st.tuples(
-        st.sampled_from(list(own)),
+        st.sampled_from([*places, ("unknown",), ("tune", "unknown")]),
         st.sampled_from(["set", "set", "set", "drop", "copy"]),
         VALUES,
         st.sampled_from(places),
     )
 
-    def apply(edits: list) -> dict[str, Any]:
+    def apply(edits):
         values = copy.deepcopy(base)
-        for place, action, value, other in edits:
-            *groups, key = place
-            at: Any = values
-            for group in groups:
-                at = at.get(group) if isinstance(at, dict) else None
-            if not isinstance(at, dict):
+        for (*groups, key), action, value, other in edits:
+            group = _at(values, groups)
+            if not isinstance(group, dict):
                 continue  # an edit before removed it
             if action == "drop":
-                at.pop(key, None)
-                continue
-            if action == "copy":
-                value = base
-                for group in other:
-                    value = value[group]
-                value = copy.deepcopy(value)
-            at[key] = value
+                group.pop(key, None)
+            else:
+                copied = action == "copy"
+                group[key] = copy.deepcopy(_at(base, other)) if copied else value
         return values
 
     return st.lists(edit, min_size=1, max_size=3).map(apply)
 
 
-def try_config(values: dict[str, Any], folder: Path) -> str:
+def try_config(values, folder):
     """`parsing.parse`: what it accepts can be written down and read again."""
     from vpt_jax.run import parsing
 
@@ -210,7 +203,7 @@ def try_config(values: dict[str, Any], folder: Path) -> str:
     return outcome[0]
 
 
-def try_protocol(values: dict[str, Any], folder: Path) -> str:
+def try_protocol(values, folder):
     """`protocol.parse`: every run has a folder of its own under the workdir."""
     from vpt_jax.bench import protocol
 
@@ -252,7 +245,7 @@ ARGUMENTS = st.lists(
 ).map(lambda words: [w.replace("\0", "0") for w in words])
 
 
-def try_flags(arguments: list[str], folder: Path) -> str:
+def try_flags(arguments, folder):
     """The command line in a child process, up to where the config is checked.
 
     Only for a process that has not started JAX: the child is a fork.
@@ -274,15 +267,12 @@ def try_flags(arguments: list[str], folder: Path) -> str:
             )
             _command_line(arguments)
         except SystemExit as end:
-            code = end.code or 0
-            code = code if isinstance(code, int) else 98
+            code = end.code if isinstance(end.code or 0, int) else 98
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         finally:
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(code or 0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     text = errors.read_text(errors="replace")
     if code == 0:
@@ -294,7 +284,7 @@ def try_flags(arguments: list[str], folder: Path) -> str:
     return "refused"
 
 
-def _command_line(arguments: list[str]) -> None:
+def _command_line(arguments):
     from vpt_jax import main
     from vpt_jax.files import cli
     from vpt_jax.run import parsing
@@ -314,7 +304,7 @@ def _command_line(arguments: list[str]) -> None:
 # --- files of prompts -----------------------------------------------------------------
 
 
-def prompt_arrays() -> dict[str, np.ndarray]:
+def prompt_arrays():
     """Of two layers and three classes."""
     rng = np.random.default_rng(0)
     shapes = {"prompts/00": (2, 4), "prompts/01": (1, 4), "head/kernel": (4, 3)}
@@ -322,22 +312,18 @@ def prompt_arrays() -> dict[str, np.ndarray]:
     return arrays | {"head/bias": np.zeros(3, np.float32)}
 
 
-def prompt_header() -> dict[str, Any]:
-    return {
+def prompt_header():
+    text = {"backbone": "tiny", "backbone_hash": "abc", "variant": "demo/4"}
+    text |= {"readout": "cls", "normalisation": "half", "resize": "crop"}
+    text |= {"source": "hf://org/name/tiny.npz"}
+    return text | {
         "version": 1,
-        "backbone": "tiny",
-        "backbone_hash": "abc",
-        "variant": "demo/4",
         "image_size": 8,
-        "readout": "cls",
-        "normalisation": "half",
         "class_names": ["a", "b", "c"],
         "counts": [2, 1],
         "deep": True,
         "model": {"depth": 2},
         "load": {"norm": "before", "skip": ["head"]},
-        "source": "hf://org/name/tiny.npz",
-        "resize": "crop",
     }
 
 
@@ -361,13 +347,12 @@ def safetensors_of(
     return struct.pack("<Q", len(text)) + text + data
 
 
-def _json(values: st.SearchStrategy) -> st.SearchStrategy:
-    def possible(value: Any) -> bool:
+def _json(values):
+    def possible(value):
         try:
-            json.dumps(value)
+            return bool(json.dumps(value))
         except (TypeError, ValueError):
             return False
-        return True
 
     return values.filter(possible)
 
@@ -376,9 +361,7 @@ _SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 _BAD_FLOATS = st.sampled_from([np.nan, np.inf, -np.inf, 1e38])
 
 
-def _prompt_file(
-    header: dict, replaced: dict, odd: tuple | None, number: Any, edits: dict, raw: Any
-) -> bytes:
+def _prompt_file(header, left_out, odd, number, edits, raw):
     arrays = prompt_arrays()
     if odd:
         name, shape, dtype = odd
@@ -389,9 +372,8 @@ def _prompt_file(
             with np.errstate(over="ignore"):  # in half precision
                 arrays[name].flat[0] = value
     own = prompt_header() | header
-    own = {k: v for k, v in own.items() if k not in replaced}
-    text = json.dumps(own) if raw is None else raw
-    metadata = {"vpt_jax": text} if raw != "none" else {}
+    text = json.dumps({k: v for k, v in own.items() if k not in left_out})
+    metadata = {"vpt_jax": text if raw is None else raw} if raw != "none" else {}
     return safetensors_of(arrays, metadata, edits)
 
 
@@ -400,9 +382,7 @@ PROMPT_FILES = damage(
     st.builds(
         _prompt_file,
         st.dictionaries(st.sampled_from([*prompt_header()]), _json(VALUES), max_size=2),
-        st.sets(st.sampled_from([*prompt_header()]), max_size=1).map(
-            lambda names: dict.fromkeys(names)
-        ),
+        st.sets(st.sampled_from([*prompt_header()]), max_size=1),
         st.none()
         | st.tuples(_NAMES, _SHAPES, st.sampled_from(["f4", "f8", "i4", "u1", "f2"])),
         st.none() | st.tuples(st.sampled_from([*prompt_arrays()]), _BAD_FLOATS),
@@ -420,7 +400,7 @@ PROMPT_FILES = damage(
 )
 
 
-def try_prompts(data: bytes, folder: Path) -> str:
+def try_prompts(data, folder):
     """`load_prompts`: what it accepts can be applied, and is finite."""
     from vpt_jax import counts, load_prompts
 
@@ -441,10 +421,10 @@ def try_prompts(data: bytes, folder: Path) -> str:
 # --- files of weights -----------------------------------------------------------------
 
 
-def _weights() -> st.SearchStrategy:
+def _weights():
     import test_readers
 
-    def make(kind: str, seed: int | None) -> bytes:
+    def make(kind, seed):
         rng = np.random.default_rng(seed)
         write = test_readers.FUZZED[kind][0]
         return write(lambda d: d if seed is None else changed(d, rng))
@@ -453,7 +433,7 @@ def _weights() -> st.SearchStrategy:
     return st.builds(make, kinds, st.none() | st.integers(0, 2**32 - 1))
 
 
-def try_weights(data: bytes, folder: Path) -> str:
+def try_weights(data, folder):
     """`read_arrays` of all formats."""
     from vpt_jax.weights.readers import read_arrays
 
@@ -470,7 +450,7 @@ def try_weights(data: bytes, folder: Path) -> str:
 # --- pictures -------------------------------------------------------------------------
 
 
-def png(width, height, rows=0, depth=8, colour=2) -> bytes:
+def png(width, height, rows=0, depth=8, colour=2):
     """A PNG that states a size and has `rows` black rows of it: some 1/1000 of them."""
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
     line = bytes(1 + (width * channels * depth + 7) // 8)
@@ -480,7 +460,7 @@ def png(width, height, rows=0, depth=8, colour=2) -> bytes:
     return png_of((width, height, depth, colour), [*palette, (b"IDAT", body)])
 
 
-def png_of(head, chunks) -> bytes:
+def png_of(head, chunks):
     """A PNG of `(width, height, depth, colour)` and chunks of a kind and data."""
     out = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">2I5B", *head, 0, 0, 0)
@@ -516,7 +496,7 @@ def tiff(height, width, tags, data, order="<", strips=()) -> bytes:
     return mark + struct.pack(order + "I", 8) + directory(first) + data
 
 
-def picture(format: str, mode: str, side: int = 9) -> bytes:
+def picture(format, mode, side=9):
     """A small sound file, or as near to it as the format has the mode."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side + 2, 3), np.uint8)
     out, image = io.BytesIO(), Image.fromarray(pixels)
@@ -544,7 +524,7 @@ PICTURES = damage(
 )
 
 
-def try_picture(data: bytes, folder: Path) -> str:
+def try_picture(data, folder):
     """`read_picture` by all rules."""
     from vpt_jax.data import pictures
 
@@ -591,7 +571,7 @@ TREES = st.builds(
 )
 
 
-def put(root: Path, parts: list[str], kind: str) -> None:
+def put(root, parts, kind):
     """Makes one entry; what cannot be made is left out."""
     parts = [p.replace("/", "_").replace("\0", "0") for p in parts]
     parts = [p for p in parts if p not in (".", "..")]
@@ -617,7 +597,7 @@ def put(root: Path, parts: list[str], kind: str) -> None:
             raise
 
 
-def try_folder(entries: list, folder: Path, skip_broken: bool | None = None) -> str:
+def try_folder(entries, folder):
     """`folder.load` of class folders: labels are of the classes, all can be printed."""
     root = folder / "data"
     shutil.rmtree(root, ignore_errors=True)
@@ -627,23 +607,20 @@ def try_folder(entries: list, folder: Path, skip_broken: bool | None = None) -> 
     return load_folder(root, folder, bool(len(entries) % 2))
 
 
-def load_folder(path: Path, folder: Path, skip_broken: bool = False) -> str:
+def load_folder(path, folder, skip_broken=False):
     """`folder.load`, with a cache that is thrown away."""
-    from vpt_jax.data import folder as pictures_folder
+    from vpt_jax.data import folder as own
 
-    said: list[str] = []
-    cache = folder / "cache"
+    said, cache = [], folder / "cache"
+    options = {"skip_broken": skip_broken, "report": said.append}
     os.environ["VPT_JAX_CACHE"] = str(cache)
     try:
         with or_refused(path) as outcome:
-            loaded = pictures_folder.load(
-                str(path), SIDE, skip_broken=skip_broken, report=said.append
-            )
+            loaded = own.load(str(path), SIDE, **options)
             for images, labels in loaded.splits.values():
                 assert images.shape == (len(labels), SIDE, SIDE, 3)
                 assert labels.dtype == np.int32 and labels.min() >= 0
                 assert labels.max() < len(loaded.class_names)
-            assert all(isinstance(name, str) for name in loaded.class_names)
             said += loaded.class_names
             outcome.append("accepted")
     finally:
@@ -682,7 +659,7 @@ LISTS = st.fixed_dictionaries(
 )
 
 
-def try_lists(files: dict[str, bytes], folder: Path) -> str:
+def try_lists(files, folder):
     """`folder.load` of lists of paths and labels."""
     root = folder / "lists"
     if not root.exists():
@@ -710,38 +687,35 @@ _KEYS = st.sampled_from(
 )
 
 
-def npz_of(arrays: dict[str, Any], compressed: bool = False) -> bytes:
+def npz_of(arrays, compressed=False):
     out = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(out, **arrays)
     return out.getvalue()
 
 
-def sound_set() -> dict[str, np.ndarray]:
+def sound_set():
     """Six pictures of two classes."""
     images = np.random.default_rng(0).integers(0, 256, (6, 9, 9, 3), np.uint8)
     return {"images": images, "labels": np.arange(6) % 2}
 
 
-def _set_file(arrays: dict, labels: Any, names: Any, compressed: bool) -> bytes:
-    made: dict[str, Any] = sound_set()
-    if labels is not None:
-        made["labels"] = labels
-    if names is not None:
-        made["class_names"] = np.array(names)
+def _set_file(arrays, labels, names, compressed):
+    made = sound_set()
+    made |= {} if labels is None else {"labels": labels}
+    made |= {} if names is None else {"class_names": np.array(names)}
     for name, (dtype, shape, fill) in arrays.items():
         values = {"U": "abc"[: abs(fill)], "S": b"a", "O": {}, "M": 0}
         made[name] = np.full(shape, values.get(dtype[0], fill)).astype(dtype)
     return npz_of(made, compressed)
 
 
+_ODD_LABELS = st.sampled_from([0, 1, 2, -1, 10**6, 2**31, 2**40])
 SETS = damage(
     st.builds(
         _set_file,
         st.dictionaries(_KEYS, _ARRAYS, max_size=2),
         st.none()
-        | st.lists(
-            st.sampled_from([0, 1, 2, -1, 10**6, 2**31, 2**40]), min_size=5, max_size=7
-        ).map(np.array)
+        | st.lists(_ODD_LABELS, min_size=5, max_size=7).map(np.array)
         | st.sampled_from([np.nan, np.inf, 0.0]).map(lambda x: np.full(6, x)),
         st.none() | st.lists(st.text(max_size=3), max_size=3),
         st.booleans(),
@@ -749,14 +723,14 @@ SETS = damage(
 )
 
 
-def try_set(data: bytes, folder: Path) -> str:
+def try_set(data, folder):
     """`folder.load` of an npz file."""
     path = folder / "set.npz"
     path.write_bytes(data)
     return load_folder(path, folder)
 
 
-def zip_with(name: str, header: dict, payload: bytes, size: int) -> bytes:
+def zip_with(name, header, payload, size):
     """An npz whose one array is described by `header` and has `size` bytes of zeros."""
     text = repr(header).encode() + b"\n"
     start = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text

@@ -3,17 +3,15 @@
 
 import errno
 import os
-import subprocess
-import sys
+import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from vpt_jax.data import cache
 
-ROOT = Path(__file__).parents[2]
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), np.uint8)
 KEY = {"files": [["a.jpg", 10, 3], ["é\udcff.jpg", 2, 3]], "side": 6, "splits": (1, 2)}
 
@@ -37,9 +35,7 @@ def test_the_second_time_nothing_is_made(tmp_path):
         np.testing.assert_array_equal(images, PICTURES)
         assert not images.flags.writeable
     assert info == again == {"note": [1, "two"]}
-    assert isinstance(second.base.base, np.memmap) or "memmap" in repr(
-        type(second.base)
-    )
+    assert np.memmap in (type(second.base), type(second.base.base))
     assert len(list(folder.iterdir())) == 1
 
 
@@ -57,25 +53,20 @@ def test_every_part_of_the_key_counts(tmp_path):
     cache.cached(tmp_path, dict(reversed(KEY.items())), 6, never)  # order does not
 
 
-def damages():
-    size = PICTURES.size
-    yield from ((f"flip at {at}", at) for at in (0, 1, size // 2, size - 1))
-    yield from (
-        (f"flip at {at}", at) for at in (size, size + 5, size + 60, -1, -9, -16)
-    )
-    yield from ((f"cut to {n}", n) for n in (0, 1, 15, size - 1, size, size + 40))
+SIZE = PICTURES.size
+DAMAGED = [("flip", at) for at in (0, 1, SIZE // 2, SIZE - 1)]
+DAMAGED += [("flip", at) for at in (SIZE, SIZE + 5, SIZE + 60, -1, -9, -16)]
+DAMAGED += [("cut", at) for at in (0, 1, 15, SIZE - 1, SIZE, SIZE + 40)]
 
 
-@pytest.mark.parametrize(("name", "at"), list(damages()))
-def test_a_damaged_file_is_reported_and_made_again(tmp_path, name, at):
+@pytest.mark.parametrize(("how", "at"), DAMAGED)
+def test_a_damaged_file_is_reported_and_made_again(tmp_path, how, at):
     cache.cached(tmp_path, KEY, 6, make)
     (path,) = tmp_path.iterdir()
-    good = data = bytearray(path.read_bytes())
-    if name.startswith("flip"):
-        data = good.copy()
+    good = path.read_bytes()
+    data = bytearray(good[:at] if how == "cut" else good)
+    if how == "flip":
         data[at] ^= 4
-    else:
-        data = good[:at]
     path.write_bytes(data)
     said = []
     images, info = cache.cached(tmp_path, KEY, 6, make, said.append)
@@ -86,8 +77,9 @@ def test_a_damaged_file_is_reported_and_made_again(tmp_path, name, at):
     cache.cached(tmp_path, KEY, 6, never)
 
 
-def test_every_flipped_bit_of_the_description_is_harmless(tmp_path):
+def test_every_flipped_bit_of_the_description_is_harmless(tmp_path, monkeypatch):
     """Found out, or it made no difference."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # it takes its time
     cache.cached(tmp_path, KEY, 6, make)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
@@ -108,13 +100,6 @@ def test_an_error_while_making_leaves_nothing(tmp_path):
 
     with pytest.raises(ValueError, match="3 pictures"):
         cache.cached(tmp_path, KEY, 6, broken)
-    assert not list(tmp_path.iterdir())
-
-
-def test_pictures_of_another_shape_are_refused(tmp_path):
-    for bad in (PICTURES[0, :5], PICTURES[0].astype(int)):
-        with pytest.raises(ValueError, match=r"expected uint8 \[6, 6, 3\]"):
-            cache.cached(tmp_path, KEY, 6, lambda write, bad=bad: write(bad))
     assert not list(tmp_path.iterdir())
 
 
@@ -139,11 +124,6 @@ def test_a_strip_is_pictures_of_any_length_one_after_the_other(tmp_path):
     assert len(said) == 1 and "making it again" in said[0]
     empty, _ = cache.cached(tmp_path, {}, 6, lambda write: 0, strip=True)
     assert empty.shape == (0, 6, 3) and empty.dtype == np.uint8
-    for bad in (PICTURES[0, :, :5], PICTURES[0, 0], PICTURES[:1]):
-        with pytest.raises(ValueError, match=r"expected uint8 \[any, 6, 3\]"):
-            cache.cached(
-                tmp_path, {"n": 2}, 6, lambda write, bad=bad: write(bad), strip=True
-            )
 
 
 def test_what_is_forgotten_is_read_again(tmp_path):
@@ -230,38 +210,22 @@ def test_where_it_lies(tmp_path, monkeypatch):
     assert cache.default_folder() == tmp_path / ".cache" / "vpt_jax" / "pictures"
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_makers_at_once(tmp_path):
     """Both make it, slowly; a reader's map survives the other's replacing the file."""
-    code = (
-        "import sys, time, numpy as np\n"
-        "from vpt_jax.data import cache\n"
-        "def make(write):\n"
-        "    for k in range(40):\n"
-        "        write(np.full((6, 6, 3), k, np.uint8)); time.sleep(0.01)\n"
-        "images, info = cache.cached(sys.argv[1], {'k': 1}, 6, make)\n"
-        "assert (images == np.arange(40)[:, None, None, None]).all()\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    folder = tmp_path / "cache"
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env)
-        for _ in range(2)
-    ]
-    assert [run.wait(120) for run in runs] == [0, 0]
-    images, _ = cache.cached(folder, {"k": 1}, 6, never)
-    assert (images == np.arange(40)[:, None, None, None]).all()
-    assert len(list(folder.iterdir())) == 1
+    both = threading.Barrier(2)
 
-
-def test_checking_is_fast(tmp_path):
-    """150 MB, the VTAB-1k size, in well under a second: else it would be felt."""
-    picture = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
-
-    def many(write):
-        for _ in range(200):  # 30 MB
+    def slowly(write):
+        for picture in PICTURES:
+            both.wait()
             write(picture)
 
-    cache.cached(tmp_path, KEY, 224, many)
-    start = time.perf_counter()
-    cache.cached(tmp_path, KEY, 224, never)
-    assert time.perf_counter() - start < 0.5  # 0.02 s on an idle machine
+    def read(_):
+        return cache.cached(tmp_path, {"k": 1}, 6, slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        for images, _ in pool.map(read, range(2)):
+            np.testing.assert_array_equal(images, PICTURES)
+    np.testing.assert_array_equal(
+        cache.cached(tmp_path, {"k": 1}, 6, never)[0], PICTURES
+    )
+    assert len(list(tmp_path.iterdir())) == 1

@@ -144,7 +144,9 @@ def test_strips_that_a_tiff_lacks_are_not_black(tmp_path, order):
     cut = tiff(SIDE, SIDE, tags, x[:12].tobytes(), order, [4 * SIDE] * 3)
     high = tiff(1 << 20, SIDE, tags, x.tobytes(), order, [4 * SIDE] * 4)  # of a bomb
     for data in (cut, high):
-        with pytest.raises(ValueError, match="strips of .* px.; expected all; fetch"):
+        with pytest.raises(
+            ValueError, match="strips of .* px.; expected all .*; fetch"
+        ):
             read(tmp_path, data)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Invariants of the drawn shapes, of the resizing, and of the splits of every task."""
 
+import functools
 import importlib.resources
 import zlib
 
@@ -14,8 +15,12 @@ from vpt_jax.data import shapes, strips, tasks
 MADE_HERE = ("digits", "shapes_location", "shapes_orientation", "sign_digits")
 
 
-def some_latents(num, seed=0):
-    return shapes.sample_latents(num, seed)
+@pytest.fixture(autouse=True, scope="module")
+def loaded_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, loader in list(tasks.TASKS.items()):
+            patch.setitem(tasks.TASKS, name, functools.cache(loader))
+        yield
 
 
 def all_sprites(x=15, y=15):
@@ -29,17 +34,14 @@ def centroids(images):
     grey = images[..., 0].astype(np.float64)
     at = np.arange(grey.shape[1]) + 0.5
     total = grey.sum((1, 2))
-    return np.stack(
-        [grey.sum(1) @ at / total, grey.sum(2) @ at / total],
-        axis=1,
-    )
+    return np.stack([grey.sum(1) @ at / total, grey.sum(2) @ at / total], axis=1)
 
 
 # Shapes.
 
 
 def test_draw_gives_grey_antialiased_pictures():
-    images = shapes.draw(some_latents(200))
+    images = shapes.draw(shapes.sample_latents(200, 0))
     assert images.shape == (200, 32, 32, 3)
     assert images.dtype == np.uint8
     assert (images == images[..., :1]).all()
@@ -52,7 +54,7 @@ def test_draw_gives_grey_antialiased_pictures():
 @pytest.mark.parametrize("column, axis", [(3, 2), (4, 1)])
 @pytest.mark.parametrize("pixels", [1, 5])
 def test_draw_is_translation_equivariant(column, axis, pixels):
-    here = some_latents(100, seed=1)
+    here = shapes.sample_latents(100, seed=1)
     here = here[here[:, column] + 2 * pixels < 32]
     assert len(here) > 50
     there = here.copy()
@@ -62,16 +64,13 @@ def test_draw_is_translation_equivariant(column, axis, pixels):
 
 
 def test_ten_steps_of_orientation_turn_the_frame_by_90_degrees():
-    latents = some_latents(200, seed=2)
+    latents = shapes.sample_latents(200, seed=2)
     shape, scale, orientation, x, y = latents.T
     turned = np.stack([shape, scale, orientation + 10, y, 31 - x], axis=1)
     expected = np.rot90(shapes.draw(latents), axes=(1, 2))
     np.testing.assert_array_equal(shapes.draw(turned), expected)
     whole = latents + np.array([0, 0, -40, 0, 0])
-    before = whole.copy()
     np.testing.assert_array_equal(shapes.draw(whole), shapes.draw(latents))
-    np.testing.assert_array_equal(whole, before)  # and not changed in place
-    assert shapes.draw(latents[:0]).shape == (0, 32, 32, 3)
 
 
 def test_heart_and_arrow_are_their_own_mirror_image_and_L_is_not():
@@ -104,11 +103,13 @@ def test_every_picture_of_the_grid_is_another():
         assert len({image.tobytes() for image in images}) == 720
 
 
-@pytest.mark.parametrize("x, middle_x", [(0, 16), (31, 15)])
-@pytest.mark.parametrize("y, middle_y", [(0, 16), (31, 15)])
-def test_nothing_is_cut_off_at_the_corners(x, middle_x, y, middle_y):
-    corner = shapes.draw(all_sprites(x, y)).sum((1, 2, 3), dtype=np.int64)
-    middle = shapes.draw(all_sprites(middle_x, middle_y))
+@pytest.mark.parametrize("x", [0, 31])
+@pytest.mark.parametrize("y", [0, 31])
+def test_nothing_is_cut_off_at_the_corners(x, y):
+    largest = all_sprites()[:, 1] == 5
+    corner = shapes.draw(all_sprites(x, y)[largest]).sum((1, 2, 3), dtype=np.int64)
+    middle = all_sprites(*(15 if at else 16 for at in (x, y)))[largest]
+    middle = shapes.draw(middle)
     np.testing.assert_array_equal(corner, middle.sum((1, 2, 3), dtype=np.int64))
     # So the sums say something: no shape in the middle touches the frame.
     assert not middle[:, [0, -1]].any() and not middle[:, :, [0, -1]].any()
@@ -135,50 +136,25 @@ def test_the_centroid_is_at_the_position(x, y):
     np.testing.assert_allclose(found.mean(0), at, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    "latents, message",
-    [
-        (np.zeros((2, 4), int), r"int64 \[2, 4\].*integers \[n, 5\]"),
-        (np.zeros(5, int), r"\[5\].*one row"),
-        (np.zeros((2, 5)), r"float64.*integers"),
-        (np.array([[3, 0, 0, 0, 0]]), r"\[3, 0, 0, 0, 0\].*keep to the grid"),
-        (np.array([[0, 6, 0, 0, 0]]), "keep to the grid"),
-        (np.array([[0, 0, 0, 32, 0]]), "keep to the grid"),
-        (np.array([[0, 0, 0, 0, -1]]), "keep to the grid"),
-    ],
-)
-def test_draw_refuses_bad_latents(latents, message):
-    with pytest.raises(ValueError, match=message):
-        shapes.draw(latents)
-
-
 def test_sampled_latents_are_distinct_and_cover_the_grid():
-    latents = some_latents(3000, seed=4)
+    latents = shapes.sample_latents(3000, seed=4)
     assert len(np.unique(latents, axis=0)) == 3000
     for column, size in enumerate(shapes.GRID):
         assert np.unique(latents[:, column]).tolist() == list(range(size))
         expected = 3000 / size
         found = np.bincount(latents[:, column])
         assert np.abs(found - expected).max() < 5 * np.sqrt(expected)
-    np.testing.assert_array_equal(latents, some_latents(3000, seed=4))
-    assert (latents != some_latents(3000, seed=5)).any()
+    np.testing.assert_array_equal(latents, shapes.sample_latents(3000, seed=4))
+    assert (latents != shapes.sample_latents(3000, seed=5)).any()
 
 
 def test_the_whole_grid_can_be_sampled_once():
-    latents = some_latents(737_280)
+    latents = shapes.sample_latents(737_280, 0)
     flat = np.ravel_multi_index(latents.T, shapes.GRID)
     assert (np.bincount(flat) == 1).all()
 
 
-@pytest.mark.parametrize("num", [-1, 737_281])
-def test_sample_latents_refuses_more_than_the_grid(num):
-    with pytest.raises(ValueError, match=f"got num={num}; expected 0 to 737280"):
-        shapes.sample_latents(num, 0)
-
-
 def test_what_is_unknown_is_refused():
-    with pytest.raises(ValueError, match=r"unknown label 'colour'.*'location'"):
-        shapes.make_shapes("colour", 1, 0)
     with pytest.raises(
         ValueError, match=r"unknown task 'mnist'.*digits.*shapes_location"
     ):
@@ -207,7 +183,7 @@ def test_labels_follow_the_pictures():
 
     images, labels, _ = shapes.make_shapes("orientation", 500, seed=6)
     # Read the orientation off by comparing with all orientations of that sprite.
-    latents = some_latents(500, seed=6)
+    latents = shapes.sample_latents(500, seed=6)
     for image, label, row in list(zip(images, labels, latents, strict=True))[:20]:
         turns = np.tile(row, (40, 1))
         turns[:, 2] = np.arange(40)
@@ -240,20 +216,6 @@ def test_resize_agrees_with_jax(h, w, side):
     assert np.abs(out - np.asarray(expected, np.float64)).max() < 0.501
 
 
-@pytest.mark.parametrize(
-    "images, side, message",
-    [
-        (np.zeros((1, 4, 4, 1)), 8, "float64.*expected uint8"),
-        (np.zeros((4, 4, 1), np.uint8), 8, r"\[4, 4, 1\].*\[n, h, w, c\]"),
-        (np.zeros((1, 0, 4, 1), np.uint8), 8, "h, w >= 1"),
-        (np.zeros((1, 4, 4, 1), np.uint8), 0, "got side=0.*at least 1"),
-    ],
-)
-def test_resize_refuses(images, side, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.resize_bilinear(images, side)
-
-
 # Tasks that need no files.
 
 
@@ -269,13 +231,8 @@ def test_split_sizes_types_and_classes(name):
         classes = np.unique(split.labels).tolist()
         assert classes == list(range(len(task.class_names)))
     assert len(set(task.class_names)) == (10 if "digits" in name else 16)
-
-
-@pytest.mark.parametrize("name", MADE_HERE)
-def test_no_picture_is_in_two_splits(name):
-    task = tasks.load_task(name)
     pictures = [x.tobytes() for split in task[2:5] for x in split.images]
-    assert len(pictures) >= 1797 and len(set(pictures)) == len(pictures)
+    assert len(set(pictures)) == len(pictures) == sum(sizes)  # in one split alone
 
 
 def checksum(task):
@@ -372,68 +329,36 @@ def test_check_task_returns_a_good_task():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            lambda s: s._replace(images=s.images.astype(np.float32)),
-            "images float32.*uint8",
-        ),
-        (lambda s: s._replace(images=s.images[..., 0]), r"\[6, 4, 4\].*\[n, h, w, 3\]"),
-        (lambda s: s._replace(images=s.images[..., :1]), r"\[6, 4, 4, 1\]"),
-        (lambda s: s._replace(labels=s.labels.astype(np.int64)), "int64.*int32"),
-        (lambda s: s._replace(labels=s.labels[:, None]), r"\[6, 1\].*int32 \[n\]"),
-        (lambda s: s._replace(images=s.images[:5]), "5 images and 6 labels"),
-        (lambda s: tasks.Split(s.images[:0], s.labels[:0]), "got 0 images"),
-        (
-            lambda s: s._replace(labels=s.labels + np.int32(1)),
-            "1 to 3; expected 0 to 2",
-        ),
-        (lambda s: s._replace(labels=s.labels - np.int32(1)), "labels from -1 to 1"),
+        (lambda x, y: (x.astype(np.float32), y), "images float32.*uint8"),
+        (lambda x, y: (x[..., 0], y), r"\[6, 4, 4\].*\[n, h, w, 3\]"),
+        (lambda x, y: (x[..., :1], y), r"\[6, 4, 4, 1\]"),
+        (lambda x, y: (x, y.astype(np.int64)), "int64.*int32"),
+        (lambda x, y: (x, y[:, None]), r"labels int32 \[6, 1\].*int32 \[n\]"),
+        (lambda x, y: (x[:5], y), "5 images and 6 labels"),
+        (lambda x, y: (x[:0], y[:0]), "got 0 images"),
+        (lambda x, y: (x, y + np.int32(1)), "1 to 3; expected 0 to 2"),
+        (lambda x, y: (x, y - np.int32(1)), "labels from -1 to 1"),
+        (lambda x, y: (STRIP, y), "got 3 images and 6 labels"),
+        (lambda x, y: (STRIP._replace(pixels=x), y[:3]), r"uint8 \[6, 4, 4, 3\]"),
     ],
 )
 def test_check_task_refuses(which, change, message):
     task = tiny_task()
-    bad = task._replace(**{which: change(getattr(task, which))})
+    bad = task._replace(**{which: tasks.Split(*change(*getattr(task, which)))})
     with pytest.raises(ValueError, match=f"'tiny', split '{which}'.*{message}"):
         tasks.check_task(bad)
 
 
-def tiny_strip():
-    """A task that trains on pictures of 4, 5 and 6 px by 4."""
-    task = tiny_task()
-    images = strips.make(np.zeros((15, 4, 3), np.uint8), [4, 5, 6], [False, True, True])
-    train = tasks.Split(images, np.arange(3, dtype=np.int32))
-    return task._replace(train=train, val=None)
+# Pictures of 4, 5 and 6 px by 4.
+STRIP = strips.make(np.zeros((15, 4, 3), np.uint8), [4, 5, 6], [False, True, True])
 
 
 def test_check_task_takes_a_strip_and_a_split_less():
-    task = tiny_strip()
+    train = tasks.Split(STRIP, np.arange(3, dtype=np.int32))
+    task = tiny_task()._replace(train=train, val=None)
     assert tasks.check_task(task) is task
     less = task._replace(test=None)
     assert tasks.check_task(less) is less
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (
-            {"pixels": np.zeros((15, 4, 1), np.uint8)},
-            r"uint8 \[15, 4, 1\].*height, 3\]",
-        ),
-        ({"pixels": np.zeros((15, 4, 3), np.int8)}, "got pixels int8"),
-        ({"wide": np.zeros(2, bool)}, r"\[\[3\], \[3\], \[2\]\] starts"),
-        ({"length": np.int32([4, 5, 7])}, "outside of the 15 rows"),
-        ({"length": np.int32([3, 5, 6])}, "shorter than 4 px"),
-        ({"start": np.int32([-1, 4, 9])}, "use `strips.make`"),
-        ({"start": np.int32([0, 4, 2**31 - 1])}, "use `strips.make`"),
-    ],
-)
-def test_check_task_refuses_a_strip_whose_pictures_overlap_its_ends(change, message):
-    task = tiny_strip()
-    images = task.train.images._replace(**change)
-    with pytest.raises(ValueError, match=f"'tiny', split 'train'.*{message}"):
-        tasks.check_task(task._replace(train=task.train._replace(images=images)))
-    labels = task.train.labels[:2]
-    with pytest.raises(ValueError, match="got 3 images and 2 labels"):
-        tasks.check_task(task._replace(train=task.train._replace(labels=labels)))
 
 
 def test_check_task_refuses_one_class():

@@ -65,8 +65,8 @@ def test_short_names_are_understood_and_what_lacks_is_known(vtab_1k):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sizes": {"val200": 100}}, "800 pictures to train on and 100 to choose on"),
-        ({"classes": 9}, "got 9 classes; expected the 10 of svhn"),
+        ({"sizes": {"val200": 100}}, "got 800 pictures to train on, 100 to choose on"),
+        ({"classes": 9}, "of 9 classes; expected 800 and 200, of 10"),
     ],
 )
 def test_what_is_not_vtab_1k_is_refused(changes, message, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Own pictures: the layouts, the cut, what is reported, and a whole run on them."""
+"""Own pictures as they lie on people's disks: read, or refused with what was seen."""
 
 import json
 import os
 import random
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from vpt_jax.data import cache, folder, found, npz, pictures, tasks
 
 ROOT = Path(__file__).parents[2]
 SIDE = 8
+NFC, NFD = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+WRITTEN = {}  # a picture's bytes to the name of its file
 
 
 @pytest.fixture(autouse=True)
@@ -26,113 +30,310 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VPT_JAX_CACHE", str(tmp_path / "cache"))
 
 
-def colour(name):
-    """A picture of one colour that is known from the file's name."""
-    value = random.Random(name).randbytes(3)
-    return np.broadcast_to(np.frombuffer(value, np.uint8), (SIDE, SIDE, 3))
-
-
-def put(root, *names, format="png"):
-    for name in names:
+def make(root, files):
+    """Writes files: of None a picture that the name decides, else the content."""
+    for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.ascontiguousarray(colour(name))).save(path, format)
+        if content is None:
+            data = random.Random(name).randbytes(SIDE * SIDE * 3)
+            x = np.frombuffer(data, np.uint8).reshape(SIDE, SIDE, 3)
+            WRITTEN[x.tobytes()] = name
+            Image.fromarray(x).save(path, "PNG")  # whatever it is called
+        else:
+            path.write_bytes(content.encode())
+    return root
 
 
-def load(root, **options):
-    """`(what was loaded, what was said)`, but of progress and of plain pictures."""
+def some(*folders, count=5):
+    return {f"{name}/{k}.png": None for name in folders for k in range(count)}
+
+
+FULL = some(*(f"{s}/{c}" for s in folder.SPLITS for c in ("dog", "cat")), count=3)
+
+
+def load(path, **options):
+    """`(what was loaded, what was said)`, but of progress."""
     said = []
-    loaded = folder.load(str(root), SIDE, report=said.append, **options)
-    left_out = ("reading", "read in")
-    said = [text for text in said if not text.startswith(left_out)]
-    return loaded, [text for text in said if "pictures are of one colour" not in text]
+    loaded = folder.load(str(path), SIDE, report=said.append, **options)
+    return loaded, [text for text in said if not text.startswith("read")]
+
+
+def sizes(loaded):
+    """Pictures per class, in train, val and test."""
+    num = len(loaded.class_names)
+    return [np.bincount(y, minlength=num).tolist() for _, y in loaded.splits.values()]
 
 
 def contents(loaded):
-    """Per split: the set of (class name, colour of the picture)."""
+    """Per split, class and name of the file of every picture."""
     return {
         split: sorted(
-            (loaded.class_names[y], tuple(x[0, 0].tolist()))
+            (loaded.class_names[y], WRITTEN[x.tobytes()])
             for x, y in zip(images, labels, strict=True)
         )
         for split, (images, labels) in loaded.splits.items()
     }
 
 
-def expected(**names):
-    return {
-        split: sorted(
-            (kind, tuple(colour(f"{where}/{kind}/{name}.png")[0, 0].tolist()))
-            for kind, where, name in rows
-        )
-        for split, rows in names.items()
+def refused(path, *parts, **options):
+    with pytest.raises(ValueError) as error:
+        load(path, **options)
+    for part in parts:
+        assert part in str(error.value), error.value
+    assert any(word in str(error.value) for word in ("expected", "mend or remove"))
+
+
+# --- layouts --------------------------------------------------------------------------
+
+
+def cub(first=None):
+    """CUB_200_2011 as it is unpacked, of three classes; and VPT's lists beside it."""
+    names = [f"{k:03d}.Bird_{k}" for k in (1, 2, 3)]
+    rows = [(n, k) for n in names for k in range(6)]
+    texts = {
+        "images": [f"{n}/{k}.jpg" for n, k in rows],
+        "image_class_labels": [int(n[:3]) for n, _ in rows],
+        "train_test_split": [int(k < 4) for _, k in rows],
     }
+    files = {f"images/{n}/{k}.jpg": None for n, k in rows}
+    for name, values in texts.items():
+        lines = [f"{i} {value}" for i, value in enumerate(values, 1)]
+        files[f"{name}.txt"] = "\n".join(lines)
+    files["classes.txt"] = "\n".join(f"{int(n[:3])} {n}" for n in names)
+    parts = {"train": (0, 1, 2), "val": (3,), "test": (4, 5)}
+    for split, numbers in parts.items() if first is not None else ():
+        own = {f"{n}/{k}.jpg": i for i, n in enumerate(names, first) for k in numbers}
+        files[f"{split}.json"] = json.dumps(own)
+    return files, names
 
 
-def full(root):
-    for split in ("train", "val", "test"):
-        put(root, *(f"{split}/{c}/{k}.png" for c in ("dog", "cat") for k in "123"))
+def inside(name, files):
+    return {f"{name}/{path}": content for path, content in files.items()}
 
 
-# --- class folders --------------------------------------------------------------------
+def listed(*folders, first=0):
+    """Lines for what `some` makes."""
+    rows = [
+        f"{n}/{k}.png {y}\n" for y, n in enumerate(folders, first) for k in range(5)
+    ]
+    return "".join(rows)
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_train_val_and_test_are_kept_as_they_are(tmp_path, val):
-    full(tmp_path / "pets")
-    (tmp_path / "pets" / "val").rename(tmp_path / "pets" / val)
-    loaded, said = load(tmp_path / "pets")
-    assert loaded.class_names == ("cat", "dog") and said == []
-    rows = {
-        split: [(c, split, k) for c in ("cat", "dog") for k in "123"]
-        for split in folder.SPLITS
-    }
-    assert contents(loaded) == expected(**rows)
+BIRDS = cub()[1]
+CUB_SIZES = [[3] * 3, [1] * 3, [2] * 3]
+FIVE = [[3, 3], [1, 1], [1, 1]]  # of five each
+LACK = "1 classes have no picture in train, so that they cannot be learned: "
+FOUND = {
+    "litter": (
+        some("cat", "dog")
+        | dict.fromkeys(["@eaDir/0.jpg", "__MACOSX/cat/1.png", "cat/@eaDir/2.jpg"])
+        | {
+            "lost+found/x": "x",
+            "cat/._0.png": "x",
+            "cat/Thumbs.db": "x",
+            "t/a.txt": "x",
+        },
+        ("cat", "dog"),
+        FIVE,
+        "not taken, hidden: 1 (cat/._0.png)",
+        "not taken, left behind by a system: 4 (@eaDir; __MACOSX; cat/@eaDir;"
+        " lost+found)",
+        "not taken, named .db: 1 (cat/Thumbs.db)",
+        "not taken, named .txt: 1 (t/a.txt)",
+        "classes without pictures, left out: 1 (t)",
+    ),
+    "others beside the pictures": (
+        FULL
+        | {"README.md": "x", "train/notes.txt": "x", "train/cat/.DS_Store": "x"}
+        | {"train/cat/raw/1.png": None, "train/dog/1.HEIC": "x", "train/dog/no": "x"}
+        | {"test/.hidden/1.png": "x", "train/dog/4.JPG": None},
+        ("cat", "dog"),
+        [[3, 4], [3, 3], [3, 3]],
+        "not taken, a folder in a class folder: 1 (train/cat/raw)",
+        "not taken, hidden: 2 (test/.hidden; train/cat/.DS_Store)",
+        "not taken, named .heic: 1 (train/dog/1.HEIC)",
+        "not taken, named without an extension: 1 (train/dog/no)",
+        "not taken, not in a class folder: 1 (train/notes.txt)",
+        "not taken, outside of the splits: 1 (README.md)",
+    ),
+    "a class that train lacks": (
+        FULL | some("test/emu"),
+        ("cat", "dog", "emu"),
+        [[3, 3, 0], [3, 3, 0], [3, 3, 5]],
+        f"{LACK}emu (test)",
+    ),
+    "two spellings": (
+        {f"{form}/{k}.png": None for form in (NFC, NFD) for k in range(10)}
+        | some("Ant", "ant"),
+        ("Ant", NFC, "ant"),
+        [[3, 12, 3], [1, 4, 1], [1, 4, 1]],
+        f"two spellings, one class: {NFC}",
+        "classes whose names are the same but for case or blanks: Ant; ant",
+    ),
+    "other languages": (
+        some(f"train/{NFD}", "train/чайка", f"test/{NFC}", count=10),
+        (NFC, "чайка"),
+        [[8, 8], [2, 2], [10, 0]],
+    ),
+    "files of one stem or name": (
+        {
+            f"{kind}/{name}": None
+            for kind in "ab"
+            for name in ("1.png", "1.jpg", "1.PNG", "\u00e9.png", "e\u0301.png")
+        },
+        ("a", "b"),
+        FIVE,
+    ),
+    "a class called train": (some("bus", "train"), ("bus", "train"), FIVE),
+    "classes called like one split": (
+        some("steam_train", "express_train", "test_pattern", "crash_test"),
+        ("crash_test", "express_train", "steam_train", "test_pattern"),
+        [[3] * 4, [1] * 4, [1] * 4],
+    ),
+    "one folder deeper": (
+        some("animals/cat", "animals/dog") | {"__MACOSX/cat/._1.png": "x"},
+        ("cat", "dog"),
+        FIVE,
+        "one folder deeper, in animals",
+    ),
+    "lists that count from 1": (
+        some("x", "y")
+        | {"train.txt": listed("x", "y", first=1), "classes.txt": "ant\nbee\n"},
+        ("ant", "bee"),
+        FIVE,
+        "lists: train.txt",
+        "labels count from 1: 1 is ant",
+    ),
+    "a name more": (
+        some("x", "y")
+        | {"train.txt": listed("x", "y", first=1), "classes.txt": "none\nant\nbee\n"},
+        ("ant", "bee"),
+        FIVE,
+        "lists: train.txt",
+        "classes without pictures, left out: 1 (none)",
+    ),
+    "a list in the other form": (
+        some(f"images/{NFD}", "images/x") | {"train.txt": listed(NFC, "x")},
+        ("0", "1"),
+        FIVE,
+        "lists: train.txt",
+    ),
+    "a list of Windows": (
+        some("a/x", "a/y") | {"train.txt": listed("a/x", "a/y").replace("/", "\\")},
+        ("0", "1"),
+        FIVE,
+        "lists: train.txt",
+    ),
+    "a path twice in JSON": (
+        some("x", "y")
+        | {"train.json": '{"x/0.png": 0, "y/0.png": 1, "x/1.png": 0, "x/0.png": 0}'},
+        ("0", "1"),
+        [[1, 1], [1, 0], [1, 0]],
+        "lists: train.json",
+        None,  # the same picture in two splits
+    ),
+    "names in JSON": (
+        some("x", "y")
+        | {"train.json": json.dumps({p: p[0] * 2 for p in some("y", "x")})},
+        ("xx", "yy"),
+        FIVE,
+        "lists: train.json",
+    ),
+    "VTAB-1k's lists": (
+        some("x", "y")
+        | {
+            f"{name}.txt": "x/0.png 0\ny/0.png 1\n".replace("0.", f"{k}.")
+            for k, name in enumerate(("train800", "val200", "test", "train800val200"))
+        },
+        ("0", "1"),
+        [[1, 1]] * 3,
+        "lists: train800.txt, val200.txt, test.txt",
+        "lists that are not used: train800val200.txt",
+    ),
+    "CUB": (cub()[0], BIRDS, CUB_SIZES, "lists: those of CUB_200_2011"),
+    "CUB in a folder": (
+        inside("CUB_200_2011", cub()[0]) | {"segmentations/x": "x"},
+        BIRDS,
+        CUB_SIZES,
+        "lists: those of CUB_200_2011, one folder deeper, in CUB_200_2011",
+    ),
+    "VPT from 1": (
+        cub(1)[0],
+        BIRDS,
+        CUB_SIZES,
+        "lists: train.json, val.json, test.json",
+    ),
+    "VPT from 0": (
+        cub(0)[0],
+        [f"{k} {name}" for k, name in enumerate(BIRDS, 1)],
+        CUB_SIZES,
+        "lists: train.json, val.json, test.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_is_read(tmp_path, case):
+    files, names, expected, *texts = FOUND[case]
+    loaded, said = load(make(tmp_path / "data", files))
+    assert loaded.class_names == tuple(names)
+    assert sizes(loaded) == expected
+    assert len(said) == len(texts)
+    for text, wanted in zip(said, texts, strict=True):
+        assert wanted in (text, None)
+    doubts = [t for t in said if not t.startswith(("lists: ", "one folder"))]
+    assert loaded.doubts == tuple(doubts)
     for images, labels in loaded.splits.values():
         assert images.dtype == np.uint8 and labels.dtype == np.int32
         assert not images.flags.writeable
 
 
-def test_missing_splits_are_a_fifth_of_every_class(tmp_path):
-    put(tmp_path / "a", *(f"train/cat/{k}.png" for k in range(20)))
-    put(tmp_path / "a", *(f"train/dog/{k}.png" for k in range(7)))
-    put(tmp_path / "a", "train/emu/0.png", "train/fox/0.png", "train/fox/1.png")
-    loaded, _ = load(tmp_path / "a")
-    counts = {k: np.bincount(y, minlength=4) for k, (_, y) in loaded.splits.items()}
-    assert counts["val"].tolist() == counts["test"].tolist() == [4, 1, 0, 0]
-    assert counts["train"].tolist() == [12, 5, 1, 2]
-    together = [pair for pairs in contents(loaded).values() for pair in pairs]
-    assert len(set(together)) == 30  # nothing is lost, nothing is twice
-
-
-def test_a_given_test_set_is_kept_and_val_is_cut_from_train(tmp_path):
-    full(tmp_path / "a")
-    put(tmp_path / "a", *(f"train/dog/{k}.png" for k in range(4, 11)))
-    (tmp_path / "a" / "val").rename(tmp_path / "elsewhere")
-    loaded, _ = load(tmp_path / "a")
+@pytest.mark.parametrize("val", ["val", "VALID", "Validation", ""])
+def test_given_splits_are_kept_and_others_are_cut_from_train(tmp_path, val):
+    root = make(tmp_path / "a", FULL | some("train/dog", count=10))
+    (root / "val").rename(root / val if val else tmp_path / "elsewhere")
+    (root / "test").rename(root / "Testing")
+    loaded, said = load(root)
+    assert said == []
     got = contents(loaded)
-    rows = [(c, "test", k) for c in ("cat", "dog") for k in "123"]
-    assert got["test"] == expected(test=rows)["test"]
-    assert [len(v) for v in got.values()] == [2 + 8, 1 + 2, 6]
+    for split in ("val", "test") if val else ("test",):
+        assert [x for _, x in got[split]] == sorted(x for x in FULL if split in x)
+    cut = [[3, 10], [3, 3], [3, 3]] if val else [[2, 8], [1, 2], [3, 3]]
+    assert sizes(loaded) == cut
+    assert all(f"/{kind}/" in name for pairs in got.values() for kind, name in pairs)
+    make(root, some("test/cat"))
+    refused(root, "got Testing and test, which both mean test")
 
 
 def test_classes_without_a_train_folder_are_cut_alike(tmp_path):
-    names = [f"{c}/{k}.png" for c in ("cat", "dog") for k in range(10)]
-    put(tmp_path / "a", *names)
-    put(tmp_path / "b" / "train", *names)
-    a, b = (load(tmp_path / x)[0] for x in "ab")
-    assert contents(a) == contents(b)
-    assert [len(y) for _, y in a.splits.values()] == [12, 4, 4]
+    names = some("cat", "dog", count=10)
+    a, b = (load(make(tmp_path / x, names))[0] for x in ("a", "b/train"))
+    c, _ = load(tmp_path / "b")
+    assert contents(a) == contents(b) == contents(c)
+    assert sizes(a) == [[6, 6], [2, 2], [2, 2]]
+
+
+def test_the_cut_does_not_depend_on_how_a_disk_writes_names(tmp_path):
+    seen = []
+    for form in ("NFC", "NFD"):
+        root = make(tmp_path / form, some("a/é", "b/é", count=0))
+        for kind in "ab":
+            for k in range(9):
+                path = root / kind / unicodedata.normalize(form, f"é{k}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (9, 9), (k, ord(kind), 0)).save(path)
+        loaded, _ = load(root)
+        seen.append([x[:, 0, 0].tolist() for x, _ in loaded.splits.values()])
+    assert seen[0] == seen[1]
 
 
 def test_the_cut_is_the_same_on_every_machine():
     """Changing it changes everyone's splits: not by accident."""
     groups = {"cat": dict.fromkeys(f"{k}.jpg" for k in range(10))}
     out = found.cut(groups, ("val", "test"))
-    assert {k: [n for _, n in v] for k, v in out.items() if k != "train"} == SPLIT
-
-
-SPLIT = {"val": ["0.jpg", "7.jpg"], "test": ["1.jpg", "8.jpg"]}
+    names = {split: [name for _, name in pairs] for split, pairs in out.items()}
+    assert names["val"] == ["0.jpg", "7.jpg"] and names["test"] == ["1.jpg", "8.jpg"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -154,7 +355,6 @@ def test_cut(groups, missing, rng):
         assert count["train"] >= 1
         if missing:
             taken = {count[split] for split in missing}
-            assert len(taken) == 1  # as many for val as for test
             n, k = len(names), len(missing)
             assert taken == {min(max(1, int(n / 5 + 0.5)), (n - 1) // k)}
     # Neither the order of listing nor other classes make a difference.
@@ -169,313 +369,70 @@ def test_cut(groups, missing, rng):
             assert rows == [p for p in out[split] if p[0] == group]
 
 
-def test_what_is_not_taken_is_said(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    for name in (
-        "README.md",
-        "train/notes.txt",
-        "train/cat/Thumbs.db",
-        "train/cat/.DS_Store",
-        "train/cat/raw/1.png",
-        "train/dog/1.HEIC",
-        "train/dog/noname",
-        "test/.hidden/1.png",
-    ):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text("x")
-    put(root, "train/dog/4.JPG", format="jpeg")  # upper case is fine
-    loaded, said = load(root)
-    assert [len(y) for _, y in loaded.splits.values()] == [7, 6, 6]
-    assert said == [
-        "not taken, a folder in a class folder: 1 (train/cat/raw)",
-        "not taken, hidden: 2 (test/.hidden; train/cat/.DS_Store)",
-        "not taken, named .db: 1 (train/cat/Thumbs.db)",
-        "not taken, named .heic: 1 (train/dog/1.HEIC)",
-        "not taken, named without an extension: 1 (train/dog/noname)",
-        "not taken, not in a class folder: 1 (train/notes.txt)",
-        "not taken, outside of the splits: 1 (README.md)",
-    ]
-
-
-def test_names_in_any_language(tmp_path):
-    put(tmp_path / "a", *(f"train/Ka\u0308fer/ü {k}.png" for k in range(5)))  # a Mac's
-    put(tmp_path / "a", *(f"train/чайка/{k}.png" for k in range(5)))
-    put(tmp_path / "a", *(f"test/K\u00e4fer/{k}.png" for k in range(2)))
-    loaded, _ = load(tmp_path / "a")
-    assert loaded.class_names == ("K\u00e4fer", "чайка")
-    assert loaded.splits["test"][1].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r: None, r"no such file or folder; expected DIR/train/<class>/\*"),
-        (lambda r: r.mkdir(), "got no pictures in class folders"),
-        (lambda r: put(r, "val/cat/1.png"), "got val but no train"),
-        (lambda r: put(r, "1.png", "2.png"), "got no pictures in class folders"),
-        (
-            lambda r: put(r, *(f"train/cat/{k}.png" for k in range(5))),
-            "got classes in train: cat; expected at least 2",
-        ),
-        (
-            lambda r: (full(r), put(r, "test/Cat/1.png")),
-            "train and test write differently: cat and Cat; expected the same names",
-        ),
-        (
-            lambda r: put(r, "train/cat/1.png", "train/dog/1.png", "train/dog/2.png"),
-            "got no pictures for val; expected at least 1",
-        ),
-        (
-            lambda r: (full(r), [p.unlink() for p in r.glob("val/*/*")]),
-            "got no pictures for val",
-        ),
-    ],
-)
-def test_folders_that_are_refused(tmp_path, change, message):
-    root = tmp_path / "a"
-    change(root)
-    with pytest.raises(ValueError, match=message):
-        load(root)
-
-
-def test_no_folder_is_given():
-    with pytest.raises(ValueError, match=r"--config=configs/folder\.py:DIR"):
-        folder.load("", SIDE)
-
-
-# --- broken pictures ------------------------------------------------------------------
-
-
-def test_all_broken_pictures_are_named_in_one_error(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    for k in range(12):
-        (root / f"train/cat/bad{k:02}.jpg").write_text("<html>")
-    (root / "val/dog/loop.png").symlink_to("loop.png")
-    with pytest.raises(ValueError) as e:
-        load(root)
-    message = str(e.value)
-    assert "13 of 31 pictures cannot be read" in message
-    assert "train/cat/bad00.jpg: got no picture" in message
-    assert "bad09" in message and "bad10" not in message
-    assert "and 3 more" in message and "--config.task.skip_broken=True" in message
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-
-
-def test_broken_pictures_can_be_left_out(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    whole = contents(load(root)[0])
-    (root / "train/cat/0.jpg").write_text("<html>")
-    (root / "val/cat/2b.png").write_bytes(b"")
-    (root / "test/dog/9.png").write_bytes((root / "test/dog/1.png").read_bytes()[:45])
-    loaded, said = load(root, skip_broken=True)
-    assert contents(loaded) == whole
-    again, said_again = load(root, skip_broken=True)
-    assert contents(again) == whole
-    assert said == said_again  # from the cache too
-    assert len(said) == 1 and said[0].startswith("3 of 21 pictures cannot be read")
-    for name in ("train/cat/0.jpg", "val/cat/2b.png", "test/dog/9.png"):
-        assert name in said[0]
-    with pytest.raises(ValueError, match="3 of 21"):
-        load(root)
-
-
-def test_a_class_of_broken_pictures_only_is_not_in_train(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    for k in "123":
-        (root / f"train/cat/{k}.png").write_text("broken")
-    put(root, "train/emu/1.png")
-    loaded, said = load(root, skip_broken=True)
-    assert loaded.class_names == ("cat", "dog", "emu")
-    assert said[1].endswith("cannot be learned: cat (val and test)")
-    for path in [*root.glob("val/cat/*"), *root.glob("test/cat/*")]:
-        path.write_text("broken")
-    loaded, said = load(root, skip_broken=True)
-    assert loaded.class_names == ("dog", "emu")
-    assert said[1] == "classes without pictures, left out: 1 (cat)"
-    assert loaded.splits["train"][1].tolist() == [0, 0, 0, 1]
-
-
-def test_the_same_picture_in_two_splits_is_said_every_time(tmp_path):
-    root = tmp_path / "a"
-    full(root)
-    (root / "test/dog/copy.png").write_bytes((root / "train/cat/1.png").read_bytes())
-    (root / "train/dog/same.png").write_bytes((root / "train/dog/1.png").read_bytes())
-    for _ in range(2):
-        _, said = load(root)
-        assert len(said) == 1
-        assert said[0].startswith("1 of 7 test pictures are also in train, 1 with")
-        assert said[0].endswith(" are: test/dog/copy.png = train/cat/1.png")
-
-
-# --- the cache ------------------------------------------------------------------------
-
-
-def test_a_second_start_reads_no_picture(tmp_path, monkeypatch):
-    full(tmp_path / "a")
-    first = contents(load(tmp_path / "a")[0])
-
-    def refuse(*args):
-        raise AssertionError("it is in the cache")
-
-    monkeypatch.setattr(found, "opened", refuse)
-    monkeypatch.setattr(pictures, "decode", refuse)
-    said = []
-    loaded = folder.load(str(tmp_path / "a"), SIDE, report=said.append)
-    assert contents(loaded) == first
-    assert not [text for text in said if text.startswith("read")]
-
-
-@pytest.mark.parametrize("change", ["content", "new", "gone", "side", "rule", "pillow"])
-def test_what_changes_the_pictures_rebuilds(tmp_path, monkeypatch, change):
-    root = tmp_path / "a"
-    full(root)
-    load(root)
-    options, side = {}, SIDE
-    if change == "content":  # of the same size and name
-        path = root / "train/cat/1.png"
-        status = path.stat()
-        data = bytearray(path.read_bytes())
-        path.write_bytes(data)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    elif change == "new":
-        put(root, "train/cat/4.png")
-    elif change == "gone":
-        (root / "train/cat/1.png").unlink()
-    elif change == "side":
-        side = 9
-    elif change == "rule":
-        options["rule"] = "corner"
-    else:
-        monkeypatch.setattr(folder.PIL, "__version__", "0.0")
-    said = []
-    folder.load(str(root), side, report=said.append, **options)
-    assert [text.split()[0] for text in said[:2]] == ["reading", "read"]
-    assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 2
-
-
-# --- lists ----------------------------------------------------------------------------
-
-
-def lists(root, **texts):
-    root.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (root / f"{name}.txt").write_text(text)
-
-
 def test_lists_of_paths_and_labels(tmp_path):
-    root = tmp_path / "cifar"
-    put(
-        root,
-        "images/a/1.png",
-        "images/a b/2.png",
-        "images/3.png",
-        "images/b.png",
-        "top.png",
-    )
-    lists(
-        root,
-        train800="images/a/1.png 1\na b/2.png\t0\n\n",
-        val200="3.png 2\nb.png 0\n",
-        test="top.png 0\r\nimages/3.png 2\n",
-    )
+    paths = ["images/a/1.png", "images/a b/2.png", "images/3.png", "images/b.png"]
+    texts = {
+        "train800.txt": "images/a/1.png 1\na b/2.png\t0\n\n",
+        "val200.txt": "3.png 2\nb.png 0\n",
+        "test.txt": "top.png 0\r\nimages/3.png 2\n",
+    }
+    root = make(tmp_path / "a", dict.fromkeys([*paths, "top.png"]) | texts)
     loaded, said = load(root)
     assert loaded.class_names == ("0", "1", "2")
-    colours = {
-        split: [tuple(x[0, 0].tolist()) for x in images]
-        for split, (images, _) in loaded.splits.items()
+    assert contents(loaded) == {
+        "train": [("0", "images/a b/2.png"), ("1", "images/a/1.png")],
+        "val": [("0", "images/b.png"), ("2", "images/3.png")],
+        "test": [("0", "top.png"), ("2", "images/3.png")],
     }
-    rgb = {n: tuple(colour(n)[0, 0].tolist()) for n in ("images/3.png", "top.png")}
-    assert colours["test"] == [rgb["top.png"], rgb["images/3.png"]]
-    assert loaded.splits["train"][1].tolist() == [1, 0]
-    assert said[0] == "lists: train800.txt, val200.txt, test.txt"
-    assert said[2].endswith(": images/3.png = 3.png")
+    assert loaded.splits["train"][1].tolist() == [1, 0]  # in the order of the list
     assert said[1].endswith("cannot be learned: 2 (val and test)")
+    assert said[2].endswith(": images/3.png = 3.png")
     (root / "classes.txt").write_text("cat\ndog\nsea lion\n")
     assert load(root)[0].class_names == ("cat", "dog", "sea lion")
 
 
 def test_a_missing_list_is_cut_from_train(tmp_path):
-    root = tmp_path / "a"
     names = [f"images/{k}.png" for k in range(20)]
-    put(root, *names)
-    text = "".join(f"{n} {k % 2}\n" for k, n in enumerate(names))
-    lists(root, train800val200=text, test="images/0.png 0\n")
+    lines = [f"{n} {k % 2}\n" for k, n in enumerate(names)]
+    texts = {"train800val200.txt": "".join(lines), "test.txt": "images/0.png 0\n"}
+    root = make(tmp_path / "a", dict.fromkeys(names) | texts)
     loaded, said = load(root)
     assert said[0] == "lists: train800val200.txt, test.txt"
-    count = [np.bincount(y).tolist() for _, y in loaded.splits.values()]
-    assert count == [[8, 8], [2, 2], [1]]
-    # Other lines first: the same cut.
-    shuffled = text.splitlines(keepends=True)
-    random.Random(0).shuffle(shuffled)
-    lists(root, train800val200="".join(shuffled))
+    assert sizes(loaded) == [[8, 8], [2, 2], [1, 0]]
+    random.Random(0).shuffle(lines)  # the same cut
+    (root / "train800val200.txt").write_text("".join(lines))
     assert contents(load(root)[0]) == contents(loaded)
 
 
 def test_lists_are_squashed_and_folders_are_cropped(tmp_path):
     """As other PETL code does, and as FGVC is evaluated; another rule can be given."""
-    x = np.zeros((40, 80, 3), np.uint8)
-    x[:, :10] = 255  # cut off by the crop
-    root = tmp_path / "a"
-    put(root, *(f"{c}/{k}.png" for c in "ab" for k in range(5)))
-    Image.fromarray(x).save(root / "a/wide.png")
-    text = "".join(
-        f"{p.relative_to(root)} {p.parent.name == 'b':d}\n" for p in root.glob("*/*")
-    )
+    root = make(tmp_path / "a", some("b", "c") | some("a", count=3))
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, :10] = 255  # cut off by the crop
+    Image.fromarray(wide).save(root / "a/wide.png")
 
     def brightest(**options):
-        loaded, _ = load(root, **options)
-        wide = [
-            x
-            for images, _ in loaded.splits.values()
-            for x in images
-            if x[0, -1].sum() == 0
+        every = [
+            x for images, _ in load(root, **options)[0].splits.values() for x in images
         ]
-        return max(x.max() for x in wide)
+        return max(x.max() for x in every if not x[:, -1].any())
 
     assert brightest() == 0
     assert brightest(rule="squash") > 200
-    lists(root, train=text)
+    rows = [
+        f"{p.relative_to(root)} {p.parent.name > 'a':d}\n" for p in root.glob("*/*")
+    ]
+    (root / "train.txt").write_text("".join(rows))
     assert brightest() > 200
     assert brightest(rule="crop") == 0
-    with pytest.raises(ValueError, match="unknown task.resize 'cubic'"):
+    with pytest.raises(ValueError, match="unknown task.resize 'cubic'; choose one"):
         load(root, rule="cubic")
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (
-            {"train": "a.png\n"},
-            r"train\.txt: got line 1 'a\.png'; expected `path label`",
-        ),
-        ({"train": "a.png -1\n"}, "got line 1"),
-        ({"train": "a.png 0\nb.png 20261122\n"}, "got label 20261122; expected labels"),
-        ({"train": "\na.png 0\nb.png one\n"}, "got line 2 'b.png one'"),
-        ({"train": " \n"}, "got no lines"),
-        (
-            {"train": "a.png 0\nb.png 2\n", "classes": "x\ny\n"},
-            "got 2 names; expected 3",
-        ),
-        (
-            {"train": "a.png 0\nb.png 1\n", "val": "c.png 0", "test": "c.png 0"},
-            "4 of 4",
-        ),
-    ],
-)
-def test_lists_that_are_refused(tmp_path, texts, message):
-    lists(tmp_path / "a", **texts)
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "a")
 
 
 # --- npz ------------------------------------------------------------------------------
 
 
-def arrays(n, seed, shape=(5, 7, 3)):
+def arrays(n, seed=0, shape=(5, 7, 3)):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (n, *shape), np.uint8), np.arange(n) % 3
 
@@ -497,31 +454,312 @@ def test_npz_with_splits(tmp_path, shape):
 
 
 def test_npz_without_splits(tmp_path, monkeypatch):
-    images, labels = arrays(30, 0)
+    images, labels = arrays(30)
     names = np.array(["a", "b", "ç"])
-    np.savez(tmp_path / "x.npz", images=images, labels=labels, class_names=names)
-    loaded, _ = load(tmp_path / "x.npz")
+    path = tmp_path / "x.npz"
+    np.savez(path, images=images, labels=labels + 1, class_names=names)
+    loaded, said = load(path)
     assert loaded.class_names == ("a", "b", "ç")
-    for split, n in (("train", 6), ("val", 2), ("test", 2)):
-        assert np.bincount(loaded.splits[split][1]).tolist() == [n] * 3
+    assert said == ["labels count from 1: 1 is a"]
+    assert sizes(loaded) == [[6] * 3, [2] * 3, [2] * 3]
     together = np.concatenate([x for x, _ in loaded.splits.values()])
     squashed = [pictures.to_square(x, SIDE, "squash").tobytes() for x in images]
     assert sorted(x.tobytes() for x in together) == sorted(squashed)
     monkeypatch.setattr(npz, "load_images", None)  # not needed a second time
-    load(tmp_path / "x.npz")
+    load(path)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int8, bool])
+def test_one_hot_labels(tmp_path, kind):
+    images, labels = arrays(30)
+    hot = np.eye(4)[labels].astype(kind)  # of the fourth there is none
+    np.savez(tmp_path / "a.npz", images=images, labels=hot)
+    loaded, said = load(tmp_path / "a.npz")
+    assert loaded.class_names == ("0", "1", "2")
+    assert sizes(loaded) == [[6] * 3, [2] * 3, [2] * 3]
+    assert said == ["classes without pictures, left out: 1 (3)"]
+    hot = hot.astype(np.float64)
+    for odd in (hot * 0.5, hot * 0, np.ones_like(hot), hot * np.nan):
+        np.savez(tmp_path / "a.npz", images=images, labels=odd)
+        refused(tmp_path / "a.npz", "labels float64 [30, 4] that are not one-hot")
+
+
+@pytest.mark.parametrize(("low", "step"), [(1, 1), (0, 7), (900, 4000)])
+def test_labels_without_pictures_are_no_classes(tmp_path, low, step):
+    labels = [low, low + step]
+    text = listed("x").replace(" 0", f" {low}")
+    text += listed("y").replace(" 0", f" {low + step}")
+    make(tmp_path / "a", some("x", "y") | {"train.txt": text})
+    np.savez(tmp_path / "b.npz", images=arrays(10)[0], labels=np.repeat(labels, 5))
+    for path in (tmp_path / "a", tmp_path / "b.npz"):
+        loaded, said = load(path)
+        assert loaded.class_names == tuple(map(str, labels))
+        assert sizes(loaded) == FIVE
+        start = (
+            f"classes without pictures, left out: {labels[1] - 1:,} ({int(low == 0)}"
+        )
+        assert said[-1].startswith(start)
+
+
+def test_arrays_of_an_npz_that_are_not_used_are_said(tmp_path):
+    images, labels = arrays(30)
+    parts = {"Train_images": images[:20], "valid_images": images[20:]}
+    parts |= {"Train_labels": labels[:20] % 2, "valid_labels": labels[20:]}
+    np.savez(tmp_path / "a.npz", **parts, holdout_images=images)
+    loaded, said = load(tmp_path / "a.npz")
+    assert said == ["arrays that are not used: holdout_images", f"{LACK}2 (val)"]
+    assert [len(y) for _, y in loaded.splits.values()] == [16, 10, 4]
+    np.savez(tmp_path / "a.npz", **parts, val_images=images[:1], val_labels=[0])
+    refused(tmp_path / "a.npz", "val_images and valid_images, which both mean val")
+
+
+# --- what is refused ------------------------------------------------------------------
+
+TASK = {"images/0.png": None, "train.txt": "images/0.png 0\n"}
+REFUSED = [
+    ({"val/cat/1.png": None}, "got val but no train"),
+    ({"1.png": None, "2.png": None}, "seen: 2 .png (1.png)", "a folder for each class"),
+    ({"a.csv": "x", "1.png": None}, "seen: 1 .csv (a.csv); 1 .png (1.png)"),
+    ({"x": "x"}, "got no pictures in class folders; seen: 1 without an extension (x)"),
+    (
+        {"x/1.HEIC": "x", "y/1.heic": "x"},
+        "seen: 2 .heic",
+        "convert them to JPEG or PNG",
+    ),
+    (
+        some("test/x") | {"train/x/1.HEIC": "x"},
+        "no pictures in class folders of train; seen: 5 .png (test/x/0.png); 1 .heic",
+    ),
+    (
+        some("cat") | {"dog/1.heic": "x"},
+        "got classes in train: cat; expected at least 2",
+        "Noticed before: not taken, named .heic: 1 (dog/1.heic). classes without"
+        " pictures, left out: 1 (dog).",
+    ),
+    (
+        FULL | {"test/Cat/1.png": None},
+        "train and test write differently: cat and Cat; expected the same names",
+    ),
+    (some("cat", count=1) | some("dog", count=2), "got no pictures for val; expected"),
+    (
+        some("train/cat", "train/dog", "test/a cat"),
+        "got test of classes that train has none of (a cat)",
+    ),
+    (some("test", "train", "bus"), "pictures in test; train without a class folder"),
+    (
+        some("train/x", "train/y", "test"),
+        "got pictures in test without a class folder",
+    ),
+    (some("images", "masks"), "got folders images; masks, of which images is no name"),
+    (
+        some("n01/images", "n02/images"),
+        "one folder too deep, in n01/images; n02/images",
+        "move them up into their class folders",
+    ),
+    (
+        some("cat", "dog", "birds/emu"),
+        "pictures in cat; dog, and one folder deeper in birds",
+    ),
+    (
+        some("animals/cat", "animals/dog", "birds/emu", "birds/owl"),
+        "2 folders that each hold pictures and classes (animals; birds)",
+        "/animals",
+    ),
+    (
+        inside("cifar", TASK) | inside("svhn", TASK),
+        "got 2 folders that each hold pictures and classes (cifar; svhn)",
+        "pass one, such as ",
+    ),
+    ({"train.txt": "a.png\n"}, "train.txt: got line 1 'a.png'; expected `path label`"),
+    ({"train.txt": "a.png -1\n"}, "got line 1"),
+    ({"train.txt": "a.png 0\nb.png 20261122\n"}, "got label 20261122; expected labels"),
+    ({"train.txt": "\na.png 0\nb.png one\n"}, "got line 2 'b.png one'"),
+    ({"train.txt": " \n"}, "got no lines"),
+    ({"train.txt": "a 0\nb 2\n", "classes.txt": "x\ny\n"}, "got 2 names; expected 3"),
+    (
+        {"train.txt": "a 1\nb 2\n", "classes.txt": "x\n"},
+        "got 1 names; expected 3, for labels from 1 to 2",
+    ),
+    ({"train.txt": "..\\1.png 0\n"}, "expected a path inside of"),
+    (
+        some("x", "y") | {"train.txt": listed("a\\x", "a\\y")},
+        "10 of 10 pictures cannot be read",
+        "correct the paths (of lists",
+    ),
+    (
+        {"train.txt": "x/0.png 0\n", "Train.txt": "x/0.png 0\n"},
+        "got Train.txt and train.txt; expected one of them",
+    ),
+    (
+        cub()[0] | {"image_class_labels.txt": "1 1\n"},
+        "image_class_labels.txt: got 1 uuids, 17 of them",
+    ),
+]
+REFUSED += [
+    ({"train.json": text}, message)
+    for text, message in (
+        ("{", "got no JSON"),
+        ("[" * 100_000, "got no JSON"),
+        ('{"a.png": -1}', "got entry 1"),
+        ('{"a.png": 0, "b.png": 1.5}', "got entry 2"),
+        ('{"a.png": true}', "got entry 1"),
+        ('{"a.png": [1]}', "got entry 1"),
+        ('{"train": [["a.png", 1, "cat"]]}', "got entry 1"),
+        ("7", "got entry 1"),
+        ("[]", "got no lines"),
+        ('{"../a.png": 1}', "expected a path inside of"),
+        ('{"/etc/passwd": 1}', "expected a path inside of"),
+        ('{"a\\u0000.png": 1}', "got entry 1"),
+        ('{"a.png": 12345678}', "expected labels below 1,000,000"),
+        ('{"\\ud800.png": 0, "b.png": 1}', "2 of 2 pictures cannot be read"),
+        ('{"a.png": 0, "b.png": "x"}', "labels that are numbers, and others that are"),
+    )
+]
+# Of other people's sets: splits by other names.
+REFUSED += [
+    (some(*names.split()), "called like splits; expected train, val, test")
+    for names in (
+        "training_set/cat training_set/dog test_set/cat test_set/dog",
+        "training_set/training_set/cat test_set/test_set/cat",
+        "seg_train/seg_train/sea seg_test/seg_test/sea seg_pred/seg_pred",
+        "train_images test_images",
+        "cars_train cars_test",
+        "train2017/x val2017/x",
+        "set/Train-Set set/Validation-Set",
+    )
+]
+
+
+@pytest.mark.parametrize(("files", "parts"), [(f, p) for f, *p in REFUSED])
+def test_what_is_refused(tmp_path, files, parts):
+    refused(make(tmp_path, files), str(tmp_path), *parts)
+
+
+def test_no_folder_is_given(tmp_path):
+    refused(tmp_path / "a", "no such file or folder; expected DIR/train/<class>/*")
+    with pytest.raises(ValueError, match=r"--config=configs/folder\.py:DIR"):
+        folder.load("", SIDE)
+
+
+@pytest.mark.parametrize("other", ["Cat", "cat "])
+def test_names_that_only_case_or_blanks_tell_apart(tmp_path, other):
+    make(tmp_path, some("cat", "dog"))
+    one = {path: path[:3] for path in some("cat", "dog")}
+    two = one | dict.fromkeys(some("cat", count=3), other)
+    (tmp_path / "train.json").write_text(json.dumps(two))
+    pair = "; ".join(sorted(("cat", other)))
+    text = f"classes whose names are the same but for case or blanks: {pair}"
+    assert text in load(tmp_path)[1]
+    (tmp_path / "train.json").write_text(json.dumps(one))
+    (tmp_path / "test.json").write_text(json.dumps({"cat/0.png": other}))
+    refused(tmp_path, f"train and test write differently: cat and {other}")
+
+
+# --- broken pictures ------------------------------------------------------------------
+
+
+def test_all_broken_pictures_are_named_in_one_error(tmp_path):
+    bad = {f"train/cat/bad{k:02}.jpg": "<html>" for k in range(12)}
+    root = make(tmp_path / "a", FULL | bad)
+    (root / "val/dog/loop.png").symlink_to("loop.png")
+    refused(
+        root,
+        "13 of 31 pictures cannot be read; train/cat/bad00.jpg: got no picture",
+        "; and 3 more; mend or remove them, or pass --config.task.skip_broken=True",
+    )
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_broken_pictures_can_be_left_out(tmp_path):
+    root = make(tmp_path / "a", FULL)
+    whole = contents(load(root)[0])
+    make(root, {"train/cat/0b.jpg": "<html>", "val/cat/2b.png": ""})
+    (root / "test/dog/9.png").write_bytes((root / "test/dog/1.png").read_bytes()[:45])
+    seen = []
+    for _ in range(2):  # from the cache too
+        loaded, said = load(root, skip_broken=True)
+        assert contents(loaded) == whole
+        seen.append(said)
+        assert len(said) == 1 and said[0].startswith("3 of 21 pictures cannot be read")
+    assert seen[0] == seen[1]
+    for name in ("train/cat/0b.jpg", "val/cat/2b.png", "test/dog/9.png"):
+        assert name in said[0]
+    refused(root, "3 of 21")
+
+
+def test_a_class_of_broken_pictures_only_is_not_in_train(tmp_path):
+    files = FULL | {f"train/cat/{k}.png": "broken" for k in range(3)}
+    root = make(tmp_path / "a", files | {"train/emu/1.png": None})
+    loaded, said = load(root, skip_broken=True)
+    assert loaded.class_names == ("cat", "dog", "emu")
+    assert said[1].endswith("cannot be learned: cat (val and test)")
+    for path in [*root.glob("val/cat/*"), *root.glob("test/cat/*")]:
+        path.write_text("broken")
+    loaded, said = load(root, skip_broken=True)
+    assert loaded.class_names == ("dog", "emu")
+    assert said[1] == "classes without pictures, left out: 1 (cat)"
+    assert loaded.splits["train"][1].tolist() == [0, 0, 0, 1]
+
+
+def test_the_same_picture_in_two_splits_is_said_every_time(tmp_path):
+    root = make(tmp_path / "a", FULL)
+    shutil.copy(root / "train/cat/1.png", root / "test/dog/copy.png")
+    shutil.copy(root / "train/dog/1.png", root / "train/dog/same.png")
+    for _ in range(2):
+        _, (said,) = load(root)
+        assert said.startswith("1 of 7 test pictures are also in train, 1 with")
+        assert said.endswith(" are: test/dog/copy.png = train/cat/1.png")
+
+
+# --- the cache ------------------------------------------------------------------------
+
+
+def test_a_second_start_reads_no_picture(tmp_path, monkeypatch):
+    make(tmp_path / "a", FULL)
+    first = contents(load(tmp_path / "a")[0])
+    monkeypatch.setattr(found, "opened", None)
+    monkeypatch.setattr(pictures, "decode", None)
+    said = []
+    loaded = folder.load(str(tmp_path / "a"), SIDE, report=said.append)
+    assert contents(loaded) == first and said == []
+
+
+@pytest.mark.parametrize("change", ["content", "new", "gone", "side", "rule", "pillow"])
+def test_what_changes_the_pictures_rebuilds(tmp_path, monkeypatch, change):
+    root = make(tmp_path / "a", FULL)
+    load(root)
+    options, side = {}, SIDE
+    if change == "content":  # of the same size and name
+        path = root / "train/cat/1.png"
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif change == "new":
+        make(root, {"train/cat/4.png": None})
+    elif change == "gone":
+        (root / "train/cat/1.png").unlink()
+    elif change == "side":
+        side = 9
+    elif change == "rule":
+        options["rule"] = "corner"
+    else:
+        monkeypatch.setattr(folder.PIL, "__version__", "0.0")
+    said = []
+    folder.load(str(root), side, report=said.append, **options)
+    assert [text.split()[0] for text in said[:2]] == ["reading", "read"]
+    assert len(list((tmp_path / "cache" / "pictures").iterdir())) == 2
 
 
 # --- as a task ------------------------------------------------------------------------
 
 
 def test_load_task(tmp_path, capsys):
-    full(tmp_path / "pets")
-    put(tmp_path / "pets", "test/emu/1.png")
-    task = tasks.load_task("folder", image_size=SIDE, data_dir=str(tmp_path / "pets"))
+    make(tmp_path / "pets", FULL | {"test/emu/1.png": None})
+    options = {"image_size": SIDE, "data_dir": str(tmp_path / "pets")}
+    task = tasks.load_task("folder", **options)
     assert task.doubts and "cannot be learned: emu (test)" in task.doubts[0]
     (tmp_path / "pets" / "test" / "emu" / "1.png").unlink()
     capsys.readouterr()
-    task = tasks.load_task("folder", image_size=SIDE, data_dir=str(tmp_path / "pets"))
+    task = tasks.load_task("folder", **options)
     assert task.doubts and "left out: 1 (emu)" in task.doubts[0]
     assert task.name == "pets" and task.class_names == ("cat", "dog")
     assert isinstance(task.train, tasks.Split) and len(task.test.labels) == 6

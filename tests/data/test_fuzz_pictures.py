@@ -9,20 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from fuzzing import (
-    LISTS,
-    PICTURES,
-    ROOT,
-    SIDE,
-    SOUND,
-    TREES,
-    load_folder,
-    png,
-    put,
-    try_folder,
-    try_lists,
-    try_picture,
-)
+from fuzzing import READERS, ROOT, SIDE, SOUND, load_folder, png, put
 from hypothesis import given, settings
 from PIL import Image
 
@@ -36,22 +23,16 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
-@settings(max_examples=50)
-@given(PICTURES)
-def test_a_picture_is_accepted_or_refused_by_one_error(scratch, data):
-    try_picture(data, scratch)
+@pytest.mark.parametrize("name", ["pictures", "folders", "lists", "npz sets"])
+def test_what_is_read_is_accepted_or_refused_by_one_error(scratch, name):
+    reader = READERS[name]()
 
+    @settings(max_examples=40, deadline=None)
+    @given(reader.cases)
+    def attempt(case):
+        reader.attempt(case, scratch)
 
-@settings(max_examples=30)
-@given(TREES)
-def test_a_folder_is_accepted_or_refused_by_one_error(scratch, entries):
-    try_folder(entries, scratch)
-
-
-@settings(max_examples=30)
-@given(LISTS)
-def test_lists_are_accepted_or_refused_by_one_error(scratch, files):
-    try_lists(files, scratch)
+    attempt()
 
 
 # --- bombs ----------------------------------------------------------------------------

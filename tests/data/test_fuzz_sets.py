@@ -5,23 +5,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from fuzzing import SETS, npz_of, sound_set, try_set, zip_with
-from hypothesis import given, settings
+from fuzzing import npz_of, sound_set, try_set, zip_with
 
 from vpt_jax.data import folder
 
 RAN = []
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("sets")
-
-
-@settings(max_examples=80)
-@given(SETS)
-def test_a_set_is_accepted_or_refused_by_one_error(scratch, data):
-    try_set(data, scratch)
 
 
 def test_arrays_that_lack_and_files_that_are_none(tmp_path):
@@ -55,8 +43,11 @@ class Runs:
         ({"labels": np.arange(6) * 10**9}, "got label 5000000000; expected labels"),
         ({"labels": np.full(6, 2**64 - 1, np.uint64)}, "expected labels below"),
         ({"labels": np.zeros((6, 2), int)}, r"\[6, 2\] that are not one-hot; expected"),
-        ({"labels": np.zeros(7, int)}, "got 6 images and 7 labels"),
-        ({"labels": np.zeros(0, int), "images": np.zeros((0, 1, 1), "u1")}, "0 images"),
+        ({"labels": np.zeros(7, int)}, r"\[6, 9, 9, 3\] and 7 labels"),
+        (
+            {"labels": np.zeros(0, int), "images": np.zeros((0, 1, 1), "u1")},
+            "and 0 labels",
+        ),
         ({"images": np.zeros((6, 4, 4, 2), "u1")}, r"\[6, 4, 4, 2\]; expected uint8"),
         ({"images": np.zeros((6, 9, 9, 3))}, "images float64"),
         ({"images": np.zeros((6, 9), np.uint8)}, r"images uint8 \[6, 9\]"),

@@ -48,16 +48,6 @@ def grey(x):
 # --- kinds of files: of the right side, so that nothing is resized --------------------
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm", "a.webp"])
-def test_lossless_rgb_is_kept(tmp_path, name):
-    if name.endswith("webp") and not features.check("webp"):
-        pytest.skip("Pillow has no WebP")
-    options = {"lossless": True} if name.endswith("webp") else {}
-    out = read_picture(save(tmp_path, NOISE, name, **options), SIDE)
-    assert out.dtype == np.uint8
-    np.testing.assert_array_equal(out, NOISE)
-
-
 @pytest.mark.parametrize("name", ["a.jpg", "a.jp2", "a.avif"])
 def test_lossy_rgb_is_nearly_kept(tmp_path, name):
     if not features.check({"a.jp2": "jpg_2000", "a.avif": "avif"}.get(name, "jpg")):
@@ -66,83 +56,55 @@ def test_lossy_rgb_is_nearly_kept(tmp_path, name):
     assert np.abs(read_picture(path, SIDE).astype(int) - SMOOTH).mean() < 6
 
 
-def test_grey(tmp_path):
-    out = read_picture(save(tmp_path, GREY, "a.png"), SIDE)
-    np.testing.assert_array_equal(out, grey(GREY))
-
-
-def test_one_bit(tmp_path):
-    bits = GREY > 127
-    path = save(tmp_path, Image.fromarray(bits), "a.png")
-    assert mode(path) == "1"
-    expected = grey(np.where(bits, 255, 0).astype(np.uint8))
-    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
-
-
 def on_white(colour, alpha):
     a = alpha[..., None].astype(np.float64) / 255
     return colour * a + 255 * (1 - a)
 
 
-def test_alpha_is_put_on_white(tmp_path):
-    alpha = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
-    alpha[:2], alpha[2:4] = 0, 255
-    path = save(tmp_path, np.dstack([NOISE, alpha]), "a.png")
+INDEX = RNG.integers(0, 4, (SIDE, SIDE), np.uint8)
+COLOURS = np.array([[9, 20, 31], [250, 0, 3], [0, 99, 7], [1, 2, 200]], np.uint8)
+PALETTE = Image.fromarray(INDEX, "L")
+PALETTE.putpalette(COLOURS.ravel().tolist())
+CLEARED = np.where((INDEX == 2)[..., None], 255, COLOURS[INDEX])
+ALPHA = RNG.integers(0, 256, (SIDE, SIDE), np.uint8)
+ALPHA[:2], ALPHA[2:4] = 0, 255
+ALPHAS = np.array([0, 60, 128, 255], np.uint8)
+ONE_COLOUR = NOISE.copy()
+ONE_COLOUR[3:5] = 7, 8, 9
+WITHOUT = ONE_COLOUR.copy()
+WITHOUT[3:5] = 255
+BITS = GREY > 127
+EACH, FIRST = ({"transparency": x} for x in (ALPHAS.tobytes(), int(GREY[0, 0])))
+# Names, picture, mode in the file, what it looks like, options.
+LOSSLESS = [
+    ("a.png a.bmp a.tif a.ppm", NOISE, "RGB", NOISE, {}),
+    ("a.webp", NOISE, "RGB", NOISE, {"lossless": True}),
+    ("a.png", GREY, "L", grey(GREY), {}),
+    ("a.png", BITS, "1", grey(BITS * 255), {}),
+    ("a.png", np.dstack([NOISE, ALPHA]), "RGBA", on_white(NOISE, ALPHA), {}),
+    ("a.png", np.dstack([GREY, GREY.T]), "LA", on_white(grey(GREY), GREY.T), {}),
+    ("a.png a.gif a.bmp", PALETTE, "P", COLOURS[INDEX], {}),
+    ("a.png a.gif", PALETTE, "P", CLEARED, {"transparency": 2}),
+    ("a.png", PALETTE, "P", on_white(COLOURS[INDEX], ALPHAS[INDEX]), EACH),
+    ("a.png", ONE_COLOUR, "RGB", WITHOUT, {"transparency": (7, 8, 9)}),
+    ("a.png", GREY, "L", grey(np.where(GREY == GREY[0, 0], 255, GREY)), FIRST),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "kind", "expected", "options"),
+    [(name, *case) for names, *case in LOSSLESS for name in names.split()],
+)
+def test_lossless(tmp_path, name, picture, kind, expected, options):
+    path = save(tmp_path, picture, name, **options)
+    assert mode(path) == kind
     out = read_picture(path, SIDE)
-    assert np.abs(out - on_white(NOISE, alpha)).max() <= 1
-    assert (out[:2] == 255).all()
-    np.testing.assert_array_equal(out[2:4], NOISE[2:4])
-
-
-def test_grey_with_alpha(tmp_path):
-    path = save(tmp_path, np.dstack([GREY, GREY.T]), "a.png")
-    assert mode(path) == "LA"
-    expected = on_white(grey(GREY), GREY.T)
-    assert np.abs(read_picture(path, SIDE) - expected).max() <= 1
-
-
-def palette():
-    index = RNG.integers(0, 4, (SIDE, SIDE), np.uint8)
-    colours = np.array([[9, 20, 31], [250, 0, 3], [0, 99, 7], [1, 2, 200]], np.uint8)
-    picture = Image.fromarray(index, "L")
-    picture.putpalette(colours.ravel().tolist())
-    return picture, index, colours
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.bmp"])
-def test_palette(tmp_path, name):
-    picture, index, colours = palette()
-    path = save(tmp_path, picture, name)
-    assert mode(path) == "P"
-    np.testing.assert_array_equal(read_picture(path, SIDE), colours[index])
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.gif"])
-def test_palette_with_a_transparent_colour(tmp_path, name):
-    picture, index, colours = palette()
-    path = save(tmp_path, picture, name, transparency=2)
-    expected = np.where((index == 2)[..., None], 255, colours[index])
-    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
-
-
-def test_palette_with_an_alpha_for_every_colour(tmp_path):
-    picture, index, colours = palette()
-    alphas = np.array([0, 60, 128, 255], np.uint8)
-    path = save(tmp_path, picture, "a.png", transparency=alphas.tobytes())
-    expected = on_white(colours[index], alphas[index])
-    assert np.abs(read_picture(path, SIDE) - expected).max() <= 1
-
-
-def test_one_transparent_colour_of_rgb_and_of_grey(tmp_path):
-    rgb = NOISE.copy()
-    rgb[3:5] = 7, 8, 9
-    path = save(tmp_path, rgb, "a.png", transparency=(7, 8, 9))
-    expected = rgb.copy()
-    expected[3:5] = 255
-    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
-    path = save(tmp_path, GREY, "b.png", transparency=int(GREY[0, 0]))
-    expected = grey(np.where(GREY == GREY[0, 0], 255, GREY))
-    np.testing.assert_array_equal(read_picture(path, SIDE), expected)
+    assert out.dtype == np.uint8
+    blended = expected.dtype == np.float64  # and rounded
+    assert np.abs(out.astype(int) - expected).max() <= int(blended)
+    if kind == "RGBA":
+        assert (out[:2] == 255).all()
+        np.testing.assert_array_equal(out[2:4], NOISE[2:4])
 
 
 def test_cmyk(tmp_path):
@@ -242,14 +204,8 @@ def test_orientation_comes_before_the_crop(tmp_path):
 
 
 def test_a_damaged_exif_block_is_ignored(tmp_path):
-    path = save(
-        tmp_path,
-        SMOOTH,
-        "a.jpg",
-        quality=100,
-        subsampling=0,
-        exif=b"Exif\0\0II*\0\xff\xff",
-    )
+    options = {"quality": 100, "subsampling": 0, "exif": b"Exif\0\0II*\0\xff\xff"}
+    path = save(tmp_path, SMOOTH, "a.jpg", **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = read_picture(path, SIDE).astype(int)
@@ -257,13 +213,12 @@ def test_a_damaged_exif_block_is_ignored(tmp_path):
 
 
 def test_the_first_frame_of_an_animation_and_page_of_a_tiff(tmp_path):
-    first, index, colours = palette()
     other = Image.new("RGB", (SIDE, SIDE), "green")
     for name in ("a.gif", "a.tif"):
-        path = save(tmp_path, first, name, save_all=True, append_images=[other])
+        path = save(tmp_path, PALETTE, name, save_all=True, append_images=[other])
         with Image.open(path) as picture:
             assert picture.n_frames == 2
-        np.testing.assert_array_equal(read_picture(path, SIDE), colours[index])
+        np.testing.assert_array_equal(read_picture(path, SIDE), COLOURS[INDEX])
 
 
 # --- broken files ---------------------------------------------------------------------
@@ -340,9 +295,7 @@ def test_sides_and_rules_that_do_not_exist(tmp_path):
     path = save(tmp_path, NOISE, "a.png")
     with pytest.raises(ValueError, match=r"a\.png: got side=0; expected at least 1"):
         read_picture(path, 0)
-    with pytest.raises(
-        ValueError, match="unknown rule 'bicubic'; choose one of 'crop'"
-    ):
+    with pytest.raises(ValueError, match="unknown rule 'bicubic'; choose one of 'cr"):
         read_picture(path, 8, "bicubic")
 
 
@@ -464,16 +417,15 @@ def test_large_jpegs_are_decoded_small_but_true(tmp_path, rule):
     assert np.abs(a - b).max() <= 4 and np.abs(a - b).mean() < 1
 
 
-def test_no_warning_leaves(tmp_path):
-    """Odd TIFF tags make Pillow warn; 100 million pixels do too."""
+def test_no_warning_leaves(tmp_path, monkeypatch):
+    """Odd TIFF tags make Pillow warn; many pixels do too."""
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[270] = "a description"
     path = save(tmp_path, NOISE, "a.tif", tiffinfo=tags)
     data = path.read_bytes().replace(b"a description", b"\xff description")
     path.write_bytes(data)
-    bomb = tmp_path / "b.png"
-    bomb.write_bytes(png((10_000, 10_000, 1, 0), (b"\0" + bytes(1250)) * 10_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_picture(path, SIDE)
-        assert (read_picture(bomb, 4) == 0).all()
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
+        np.testing.assert_array_equal(read_picture(path, SIDE), NOISE)

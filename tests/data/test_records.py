@@ -6,8 +6,6 @@ The files are those of `tfds_files.py`.
 
 import io
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -109,37 +107,22 @@ def test_split_expressions(prepared, expression, expected):
 def test_random_access(prepared):
     assert records.split_sizes(prepared) == {"train": 12, "test": 4}
     examples = records.open_split(prepared, "train[3:11]")
-    assert [int(examples[i]["label"]) for i in (7, 0, 5, 2, -1)] == [10, 3, 8, 5, 10]
+    assert [int(examples[i]["label"]) for i in (7, 0, 5, 2)] == [10, 3, 8, 5]
     for i in (8, -9):
-        with pytest.raises(IndexError, match="expected less than 8"):
+        with pytest.raises(IndexError, match="expected 0 to 7"):
             examples[i]
-
-
-def test_reading_imports_no_tensorflow(prepared):
-    code = (
-        "import sys\n"
-        "from vpt_jax.data.public import records\n"
-        "assert 'tensorflow_datasets' not in sys.modules\n"
-        f"examples = records.open_split({str(prepared)!r}, 'train')\n"
-        "print(examples[0]['image'].shape, 'tensorflow' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "(3, 4, 3) False\n"
 
 
 # Pictures.
 
 
-@pytest.mark.parametrize("channels, shape", [(1, (2, 3, 1)), (3, (2, 3, 3))])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_pictures_get_the_channels_of_the_feature(mode, channels, shape):
+def test_pictures_get_the_channels_of_the_feature(mode, channels):
     buffer = io.BytesIO()
     Image.new("RGB", (3, 2), (51, 51, 51)).convert(mode).save(buffer, "PNG")
     picture = records.decode_picture(buffer.getvalue(), channels)
-    assert picture.shape == shape
-    assert (picture == 51).all()
+    assert picture.shape == (2, 3, channels) and (picture == 51).all()
 
 
 def test_a_damaged_picture_is_an_error():
@@ -152,21 +135,10 @@ def test_a_damaged_picture_is_an_error():
 # Damage.
 
 
-def read_all(folder):
-    return [records.open_split(folder, "train").record(i) for i in range(12)]
-
-
-def damage(path, change):
-    data = bytearray(path.read_bytes())
-    path.write_bytes(change(data))
-
-
-def flip(at):
-    def change(data):
-        data[at] ^= 4
-        return data
-
-    return change
+def flipped(data, at):
+    data = bytearray(data)
+    data[at] ^= 4
+    return bytes(data)
 
 
 def test_every_flipped_bit_of_a_tfrecord_is_found(tmp_path):
@@ -176,10 +148,10 @@ def test_every_flipped_bit_of_a_tfrecord_is_found(tmp_path):
     intact = path.read_bytes()
     starts = [0, 19, 35, len(intact)]
     for at in range(len(intact)):
-        path.write_bytes(flip(at)(bytearray(intact)))
+        path.write_bytes(flipped(intact, at))
         number = next(k for k in range(3) if at < starts[k + 1])
         with pytest.raises(ValueError) as e:
-            file = records._TFRecord(str(path))
+            file = records.TFRecord(str(path))
             assert [file[i] for i in range(len(file))] == payloads
         assert f"{path}, record {number}:" in str(e.value), at
 
@@ -192,11 +164,11 @@ def test_every_truncation_of_a_tfrecord_is_found(tmp_path):
     for size in range(len(intact)):
         path.write_bytes(intact[:size])
         if size in whole:
-            assert len(records.index_tfrecord(str(path))) == whole[size]
+            assert len(records.TFRecord(str(path))) == whole[size]
             continue
         number = sum(size > start for start in (0, 19, 35)) - 1
         with pytest.raises(ValueError, match=f"record {number}: got a file of {size}"):
-            records.index_tfrecord(str(path))
+            records.TFRecord(str(path))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -204,8 +176,8 @@ def test_damage_names_the_file_and_the_record(form, tmp_path):
     folder = make(tmp_path / "1.0.0", form)
     path = folder / f"toy-train.{form}-00001-of-00003"
     payload = records.open_split(folder, "train").record(6)
-    at = path.read_bytes().index(payload)
-    damage(path, flip(at + len(payload) // 2))
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, data.index(payload) + len(payload) // 2))
     examples = records.open_split(folder, "train")
     assert labels(examples[i] for i in (0, 5, 7, 11)) == [0, 5, 7, 11]
     with pytest.raises(ValueError, match="00001-of-00003, record 1: .*prepare the"):
@@ -217,7 +189,7 @@ def test_damage_names_the_file_and_the_record(form, tmp_path):
 def test_cut_files_are_errors(form, keep, tmp_path):
     folder = make(tmp_path / "1.0.0", form)
     path = folder / f"toy-train.{form}-00001-of-00003"
-    damage(path, lambda data: data[:keep])
+    path.write_bytes(path.read_bytes()[:keep])
     assert labels(records.open_split(folder, "train[:5]")) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="00001-of-00003.* got .*prepare the data set"):
         records.open_split(folder, "train")[5]
@@ -227,14 +199,6 @@ def test_cut_files_are_errors(form, keep, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="got no such file; expected the 4 examples"):
         records.open_split(folder, "train")
-
-
-@pytest.mark.parametrize(
-    "expression", ["val", "train[:13]", "train[20:]", "train[", "train+nothing", ""]
-)
-def test_unknown_examples_are_errors(prepared, expression):
-    with pytest.raises(ValueError, match="expected examples of .*'train': 12"):
-        records.open_split(prepared, expression)
 
 
 def test_other_directories_are_errors(tmp_path):

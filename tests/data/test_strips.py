@@ -137,11 +137,6 @@ def test_joined_strips_hold_the_pictures_of_both():
     jax.tree.map(np.testing.assert_array_equal, strips.join(first, second), STRIP)
 
 
-def test_rows_must_add_up():
-    with pytest.raises(ValueError, match="got 20 rows of pixels and lengths that add"):
-        strips.make(np.zeros((20, 16, 3), np.uint8), [16, 5], [False, True])
-
-
 def test_other_pictures_and_keys_compile_nothing():
     before = TAKE._cache_size()
     for i in range(3):

@@ -22,7 +22,7 @@ def digest(picture):
 
 def parts(benchmark, folder):
     directory = vtab.find(benchmark, str(folder))
-    known = vtab.split_expressions(benchmark, records.split_sizes(directory))
+    known = vtab.part_runs(benchmark, records.split_sizes(directory))
     read = {part: vtab.load(benchmark, part, data_dir=str(folder)) for part in known}
     return {
         part: [(digest(picture), label) for picture, label in pictures]

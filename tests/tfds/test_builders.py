@@ -67,13 +67,12 @@ def test_every_builder_of_the_table_is_here(expected):
         assert set(known["shards"].values()) == {3}, name
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_and_labels_are_those_of_the_raw_files(name, form, expected, found):
+def test_pictures_and_labels_are_those_of_the_raw_files(name, expected, found):
     benchmark = vtab.BENCHMARKS[name]
     if not expected[benchmark.source.name]["examples"]:
         return  # encoded again by tfds: below
-    parts = found["parts"][form][name]
+    parts = found["parts"]["tfrecord"][name]
     for part, cut in zip(("train", "val", "test"), benchmark.source.cuts, strict=True):
         known = of_split(benchmark, expected, cut.split)
         assert parts[part]
@@ -88,32 +87,22 @@ def test_pictures_and_labels_are_those_of_the_raw_files(name, form, expected, fo
 def test_labels_of_pictures_that_tfds_encodes_again(name, form, expected, found):
     for split, labels in expected[name]["named"].items():
         examples = dict(found["distances"][form][name][split]["names"])
-        assert examples
-        assert examples == labels
+        assert examples and examples == labels
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_have_the_right_examples_in_the_right_order(name, form, found):
-    parts, cuts = found["parts"][form][name], vtab.BENCHMARKS[name].source.cuts
+def test_parts_have_the_right_examples_in_the_right_order(name, found):
+    parts = found["parts"]["tfrecord"][name]
+    assert parts == found["parts"]["array_record"][name]
     train, val, test = (parts[p] for p in ("train", "val", "test"))
-    assert parts["trainval"] == train + val
     if "train800" in parts:
         assert parts["train800"] == train[:800]
         assert parts["val200"] == val[:200]
-        assert parts["train800val200"] == train[:800] + val[:200]
         assert (len(parts["train800"]), len(parts["val200"])) == (800, 200)
-    if len({cut.split for cut in cuts}) == 1:
+    if len({cut.split for cut in vtab.BENCHMARKS[name].source.cuts}) == 1:
         pictures = [picture for picture, _ in train + val + test]
         assert len(set(pictures)) == len(pictures)  # the parts are disjoint
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", NAMES)
-def test_no_picture_of_test_is_in_train_or_val(name, form, found):
-    parts = found["parts"][form][name]
-    seen, test = ({picture for picture, _ in parts[p]} for p in ("trainval", "test"))
-    assert not seen & test
+    assert not {picture for picture, _ in test} & {x for x, _ in train + val}
 
 
 def test_small_parts_of_vtab_1k_are_read_for_three_builders(found):
@@ -124,12 +113,6 @@ def test_small_parts_of_vtab_1k_are_read_for_three_builders(found):
         "dsprites_location",
         "dsprites_orientation",
     }
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_both_formats_give_the_same_pictures_in_the_same_order(name, found):
-    first, second = (found["parts"][form][name] for form in FORMATS)
-    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -150,19 +133,22 @@ def test_sizes_of_the_parts(found):
         for name, parts in found["parts"]["tfrecord"].items()
     }
     # By hand, from the number of raw files.
-    assert sizes["cifar100"] == [1800, 200, 40]
-    assert sizes["dtd"] == [94, 94, 94]
-    assert sizes["oxford_iiit_pet"] == [29, 8, 37]  # 80 % of 37, rounded down
-    assert sizes["eurosat"] == [60, 20, 20]
-    assert sizes["resisc45"] == [81, 27, 27]
-    assert sizes["clevr_count"] == [36, 4, 40]
-    assert sizes["dsprites_location"] == [1600, 200, 200]
-    assert sizes["smallnorb_azimuth"] == [60, 30, 30]
-    assert sizes["diabetic_retinopathy"] == [10, 4, 6]
-    assert sizes["cub"] == [18, 2, 20]
-    assert sizes["nabirds"] == [499, 56, 555]
-    assert sizes["dogs"] == [108, 12, 120]
-    assert sizes["cars"] == [27, 3, 30]
+    expected = {
+        "cifar100": [1800, 200, 40],
+        "dtd": [94, 94, 94],
+        "oxford_iiit_pet": [29, 8, 37],  # 80 % of 37, rounded down
+        "eurosat": [60, 20, 20],
+        "resisc45": [81, 27, 27],
+        "clevr_count": [36, 4, 40],
+        "dsprites_location": [1600, 200, 200],
+        "smallnorb_azimuth": [60, 30, 30],
+        "diabetic_retinopathy": [10, 4, 6],
+        "cub": [18, 2, 20],
+        "nabirds": [499, 56, 555],
+        "dogs": [108, 12, 120],
+        "cars": [27, 3, 30],
+    }
+    assert sizes | expected == sizes
 
 
 @pytest.mark.parametrize("name", ["clevr_count", "clevr_distance", "kitti_distance"])

@@ -270,13 +270,11 @@ def _sizes(job: Job) -> tuple[int, int]:
     row, splits = vtab.BENCHMARKS.get(job.task), job.config.task.splits
     if row is None:  # tasks of tasks.py
         return 1000, 2000
-    short = {"train800": "train", "val200": "val", "train800val200": "trainval"}
-    sizes = {  # short ones win
-        short.get(name, name): sum(stop - start for _, start, stop in runs)
-        for name, runs in vtab.part_runs(row).items()
-    }
-    train = sizes["trainval" if splits == "final" else "train"]
-    return train, sizes["val" if splits == "select" else "test"]
+    sizes = {name: run.stop - run.start for name, run in vtab.part_runs(row).items()}
+    train = sizes.get("train800", sizes["train"])
+    val = sizes.get("val200", sizes["val"])
+    train += val if splits == "final" else 0
+    return train, val if splits == "select" else sizes["test"]
 
 
 def _duration(seconds: float | None) -> str:

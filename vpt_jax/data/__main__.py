@@ -44,18 +44,16 @@ def _rows(
     names: Sequence[str], whole: Callable[[vtab.Benchmark], bool]
 ) -> list[vtab.Benchmark]:
     """The rows of the tasks named, each once; of 'all' those that `whole` accepts."""
-    rows = {}
+    known, rows = vtab.BENCHMARKS, {}
     for name in names:
-        if name == "all":
-            rows |= {row.name: row for row in vtab.BENCHMARKS.values() if whole(row)}
-        elif name in vtab.BENCHMARKS:
-            rows[name] = vtab.BENCHMARKS[name]
-        else:
-            close = [task for task in vtab.BENCHMARKS if name and name in task]
-            close = close or difflib.get_close_matches(name, vtab.BENCHMARKS)
-            expected = f"'all' or {' or '.join(close or vtab.BENCHMARKS)}"
+        if name != "all" and name not in known:
+            close = [task for task in known if name and name in task]
+            close = close or difflib.get_close_matches(name, known)
+            expected = f"'all' or {' or '.join(close or known)}"
             remedy = "`python -m vpt_jax.data list` shows all"
             raise messages.mismatch("", f"task {name!r}", expected, remedy)
+        some = filter(whole, known.values()) if name == "all" else [known[name]]
+        rows |= {row.name: row for row in some}
     return list(rows.values())
 
 
@@ -107,11 +105,11 @@ def _check(args: argparse.Namespace) -> int:
     for row in rows:
         start = time.monotonic()
         found = check.check(row, args.data_dir, lambda text: print(text, flush=True))
-        texts = [f"note: {note}" for note in found.notes]
-        texts += [f"error: {error}" for error in found.errors]
-        print("".join(f"  {text}\n" for text in texts), end="")
-        seconds = time.monotonic() - start
-        num = len(found.errors)
+        for note in found.notes:
+            print(f"  note: {note}")
+        for error in found.errors:
+            print(f"  error: {error}")
+        seconds, num = time.monotonic() - start, len(found.errors)
         verdict = f"{num} error{'s' * (num > 1)}" if num else "fine"
         print(f"{row.name}: {verdict} ({seconds:.0f} s)", flush=True)
         wrong += [row.name] if found.errors else []

@@ -16,8 +16,7 @@ MAX_TEXT = 1 << 28  # of a list: ImageNet's has 50 MB
 class Room:
     """What all threads together hold in memory at a time; one alone may take more.
 
-    A small file can hold a large picture: without it, as many as there are threads
-    would be in memory at once.
+    A small file can hold a large picture, and there are many threads.
     """
 
     def __init__(self, limit: int):
@@ -48,33 +47,29 @@ _ROOM = Room(MAX_BYTES)
 def opened(path: str, limit: int = MAX_BYTES) -> Iterator[bytes]:
     """The content of a regular file, for as long as the block takes.
 
-    Threads that would hold more than `MAX_BYTES` together wait for each other.
-
     Raises:
       ValueError: If it cannot be had, or is larger than `limit`.
     """
-    try:
+    with _explained():
         found = os.stat(path)
-    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
-        raise _unreadable(e) from e
     # Reading a pipe would wait for ever.
     if not stat.S_ISREG(found.st_mode):
         raise mismatch("", "something else", "a regular file", "remove it")
     if (size := found.st_size) > limit:
-        got, most = f"a file of {size:,} bytes", f"at most {limit:,}"
-        raise mismatch("", got, most, "make it smaller")
+        got = f"a file of {size:,} bytes"
+        raise mismatch("", got, f"at most {limit:,}", "make it smaller")
     with _ROOM.take(size):
-        try:
-            with open(path, "rb") as f:
-                data = f.read(size)  # and not what is added meanwhile
-        except OSError as e:
-            raise _unreadable(e) from e
+        with _explained(), open(path, "rb") as f:
+            data = f.read(size)  # and not what is added meanwhile
         yield data
 
 
-def _unreadable(error: OSError | ValueError) -> ValueError:
-    why = error.strerror if isinstance(error, OSError) else error
-    return ValueError(
-        f"cannot be read ({why}); expected a file that you may read; check its "
-        "permissions, or where the link leads."
-    )
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
+        raise ValueError(
+            f"cannot be read ({getattr(e, 'strerror', e)}); expected a file that you "
+            "may read; check its permissions, or where the link leads."
+        ) from e

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from vpt_jax.files.durable import atomic_path, make_folder
-from vpt_jax.files.messages import mismatch
 
 _END = b"vptcache"  # the last bytes of every file
 _TAIL = len(_END) + 8
@@ -48,25 +47,23 @@ def cached(
 ) -> tuple[np.ndarray, Any]:
     """Pictures from the cache; made, and kept for the next time, if not there.
 
-    Several processes may do this at once: each makes the file for itself, and the last
-    one's stays. Checking reads the whole file, at 1 GB/s and more.
+    Several processes may do this at once: each makes the file, the last one's stays.
 
     Args:
       folder: Where cache files lie; it is created.
       key: Everything that determines the pictures, as JSON can hold it.
       side: Height and width of the pictures.
-      make: Called with `write`; calls `write(picture)` with uint8 `[side, side, 3]`
-        once per picture, in order, and returns something that JSON can hold.
+      make: Calls its argument with uint8 `[side, side, 3]` once per picture, in order,
+        and returns something that JSON can hold: the `info`.
       report: Called with a line of text when a damaged file was found.
       strip: Pictures are uint8 `[any, side, 3]` and are glued along their first axis.
 
     Returns:
-      `(pictures, info)`: a read-only memory map uint8 `[n, side, side, 3]`, or
-      `[total, side, 3]` of a strip, and what `make` returned.
+      A read-only memory map uint8 `[n, side, side, 3]`, or `[total, side, 3]` of a
+      strip, and the `info`.
 
     Raises:
-      ValueError: If the folder cannot be written or the disk is full; nothing is left
-        behind then. And what `make` raises; an OSError counts as one of writing.
+      ValueError: If the folder cannot be written; nothing is left behind then.
     """
     text = json.dumps(key, sort_keys=True)
     key = json.loads(text)  # tuples as lists: as it will be read
@@ -82,13 +79,8 @@ def cached(
 
         def write(picture: np.ndarray) -> None:
             nonlocal crc, num
-            rows = picture if strip else picture[None]
-            if rows.shape[1:] != shape or picture.dtype != np.uint8:
-                got = f"a picture {picture.dtype} {list(picture.shape)}"
-                expected = f"uint8 [{'any' if strip else side}, {side}, 3]"
-                raise mismatch("", got, expected, "resize it first")
-            data = np.ascontiguousarray(rows).data.cast("B")
-            crc, num = zlib.crc32(data, crc), num + len(rows)
+            data = np.ascontiguousarray(picture).data.cast("B")
+            crc, num = zlib.crc32(data, crc), num + (len(picture) if strip else 1)
             # Not into a memory map: a full disk would end the process.
             file.write(data)
 
@@ -103,8 +95,8 @@ def cached(
 def forget(images: Any, start: int, stop: int) -> None:
     """Gives back the memory of `images[start:stop]`, if it is that of a mapped file.
 
-    The values stay: what is asked for again is read again. Without it, all that was
-    ever looked at counts as this process's memory, and a job with a limit is killed.
+    What is asked for again is read again. Without it, all that was ever looked at
+    counts as this process's memory, and a job with a limit is killed.
     """
     mapped = images
     while isinstance(mapped, np.ndarray) and not isinstance(mapped, np.memmap):
@@ -127,12 +119,11 @@ def _open(path: Path, key: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, Any
     with open(path, "rb") as f:
         f.seek(max(size - _TAIL, 0))
         tail = f.read()
-        length = int.from_bytes(tail[:8], "little")
-        start = size - _TAIL - length
+        start = size - _TAIL - int.from_bytes(tail[:8], "little")
         if tail[8:] != _END or start < 0:
             raise ValueError("its end is missing")
         f.seek(start)
-        line = f.read(length)
+        line = f.read(size - _TAIL - start)
     try:
         end = json.loads(line)
         same = end["key"] == key and end["side"] == shape[0]

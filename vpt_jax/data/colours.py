@@ -9,6 +9,7 @@ white, or transparent. That is read from the file's header here, before and afte
 import contextlib
 import io
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,11 +30,7 @@ class OddError(Exception):
 
 
 def before_load(picture: Image.Image, data: bytes) -> None:
-    """Corrects how Pillow is going to read the pixels.
-
-    Raises:
-      OddError: If it would read other values than are there.
-    """
+    """Corrects how Pillow is going to read the pixels; OddError where it cannot."""
     odd = ""
     if picture.format == "TIFF":
         _check_covered(picture)
@@ -48,24 +45,20 @@ def before_load(picture: Image.Image, data: bytes) -> None:
         raise OddError(mismatch("", got, "a more common kind", remedy))
 
 
-def _check_covered(picture: Image.Image) -> None:
+def _check_covered(picture: Any) -> None:
     """Raises if strips or tiles are missing from a TIFF: Pillow leaves them black."""
-    tiles = picture.tile  # pyright: ignore[reportAttributeAccessIssue]
-    width, height = picture.width, picture.height
+    tiles, size = picture.tile, picture.width * picture.height
     if tiles and tiles[0].codec_name != "libtiff":  # which counts its rows itself
         boxes = {tile.extents for tile in tiles}  # of every plane the same
         there = sum((right - left) * (low - top) for left, top, right, low in boxes)
-        if there < width * height:
-            raise OddError(
-                f"got a damaged picture (a TIFF of {width} x {height} px with the "
-                f"strips of {there:,} px); expected all; fetch it again."
-            )
+        if there < size:
+            got = f"a damaged picture (a TIFF with the strips of {there:,} px)"
+            raise OddError(mismatch("", got, f"all {size:,}", "fetch it again"))
 
 
-def _odd_tiff(picture: Image.Image) -> str:
+def _odd_tiff(picture: Any) -> str:
     """What of a TIFF Pillow would misread; byte order it is told here."""
-    tags = picture.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
-    tile = picture.tile[0] if picture.tile else None  # pyright: ignore[reportAttributeAccessIssue]
+    tags, tile = picture.tag_v2, picture.tile[0] if picture.tile else None
     bits, kind = set(tags.get(_BITS, (1,))), tags.get(_PHOTOMETRIC, 0)
     if bits == {8} and 2 in tags.get(_SIGN, ()):
         return "signed 8-bit numbers"
@@ -73,7 +66,7 @@ def _odd_tiff(picture: Image.Image) -> str:
         # Its numbers are in the machine's order, Pillow asks for the file's.
         raw, *others = tile.args
         raw = re.sub(r"^([FI];\d+)B?([FS])$", r"\1N\2", raw)
-        picture.tile = [tile._replace(args=(raw, *others))]  # pyright: ignore[reportAttributeAccessIssue]
+        picture.tile = [tile._replace(args=(raw, *others))]
         return ""
     # Pillow takes a letter of its raw mode for each plane, whatever it stands for.
     if tags.get(_PLANAR) == 2 and not (bits == {8} and kind in (1, 2, 5)):
@@ -86,17 +79,15 @@ def _odd_tiff(picture: Image.Image) -> str:
 def to_rgb(picture: Image.Image, data: bytes = b"") -> Image.Image:
     """A loaded picture of any mode to RGB, upright, see the docstring of `pictures.py`.
 
-    Raises:
-      OddError: If values are out of the range that the mode is taken to have.
+    OddError if values are out of the range that the mode is taken to have.
     """
     if picture.format == "TIFF" and picture.mode in ("P", "PA"):
         _widen_palette(picture)
     _upright(picture)
     clear = _clear(picture, data)
-    mode = picture.mode
-    if mode == "RGB" and not picture.has_transparency_data:
+    if picture.mode == "RGB" and not picture.has_transparency_data:
         out = picture
-    elif mode.startswith("I") or mode == "F":
+    elif picture.mode.startswith(("I", "F")):
         top, inverted = _range(picture)
         grey = to_8_bits(np.asarray(picture), top, inverted)
         out = Image.fromarray(grey).convert("RGB")
@@ -113,18 +104,18 @@ def _upright(picture: Image.Image) -> None:
         ImageOps.exif_transpose(picture, in_place=True)
 
 
-def _widen_palette(picture: Image.Image) -> None:
+def _widen_palette(picture: Any) -> None:
     """Some write a TIFF's palette in 8 bits, all 0 in the upper half of 16."""
-    colours = np.array(picture.tag_v2.get(_COLOURS, (0,)))  # pyright: ignore[reportAttributeAccessIssue]
+    colours = np.array(picture.tag_v2.get(_COLOURS, (0,)))
     if 0 < colours.max() < 256 and len(colours) % 3 == 0:
         picture.putpalette(colours.reshape(3, -1).T.astype(np.uint8).tobytes())
 
 
-def _range(picture: Image.Image) -> tuple[int, bool]:
+def _range(picture: Any) -> tuple[int, bool]:
     """Of integers or floats: which is the largest, and whether that is black."""
     if picture.format != "TIFF":
         return (1 if picture.mode == "F" else _WIDE), False
-    tags = picture.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+    tags = picture.tag_v2
     kind = tags.get(_BITS, (1,))[0], tags.get(_SIGN, (1,))[0]
     top = {(12, 1): 4095, (16, 2): 32767, (32, 3): 1}.get(kind, _WIDE)
     return top, tags.get(_PHOTOMETRIC) == 0
@@ -135,10 +126,9 @@ def _clear(picture: Image.Image, data: bytes) -> np.ndarray | None:
 
     Where it can, the value is brought to the range that Pillow brought pixels to.
     """
-    value = picture.info.get(_CLEAR)
-    if picture.format != "PNG" or picture.mode not in ("L", "RGB", "I;16"):
-        return None
-    if not isinstance(value, int | tuple):
+    value: Any = picture.info.get(_CLEAR)
+    told = picture.format == "PNG" and isinstance(value, int | tuple)
+    if not told or picture.mode not in ("L", "RGB", "I;16"):
         return None
     top = 2 ** data[24] - 1  # of the bits of a channel, by the header
     if top < _WIDE:
@@ -161,15 +151,17 @@ def _clear(picture: Image.Image, data: bytes) -> np.ndarray | None:
 
 def _in_bands(picture: Image.Image) -> Image.Image:
     """Whole, each step of the conversion would be another copy of a large picture."""
-    width, height = picture.size
-    rows = max(1, BAND // width)
-    if rows >= height:
-        return _band_to_rgb(picture)
     out = Image.new("RGB", picture.size)
-    for top in range(0, height, rows):
-        band = picture.crop((0, top, width, min(top + rows, height)))
+    for top, bottom in bands(*picture.size):
+        band = picture.crop((0, top, picture.width, bottom))
         out.paste(_band_to_rgb(band), (0, top))
     return out
+
+
+def bands(width: int, height: int) -> list[tuple[int, int]]:
+    """Top and bottom of parts of a picture of at most `BAND` pixels, or one row."""
+    rows = max(1, BAND // width)
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _band_to_rgb(picture: Image.Image) -> Image.Image:
@@ -190,8 +182,7 @@ def to_8_bits(x: np.ndarray, top: int, inverted: bool = False) -> np.ndarray:
         got, remedy = f"{x.dtype.name} values from {low} to {high}", "save it as 8 bits"
         raise OddError(mismatch("", got, f"0 to {top}", remedy))
     out = np.empty(x.shape, np.uint8)
-    rows = max(1, BAND // x.shape[1])
-    for at in range(0, len(x), rows):
-        band = x[at : at + rows].astype(np.float64)
-        out[at : at + rows] = np.floor(band * (255 / top) + 0.5)
+    for start, stop in bands(x.shape[1], len(x)):
+        band = x[start:stop].astype(np.float64)
+        out[start:stop] = np.floor(band * (255 / top) + 0.5)
     return 255 - out if inverted else out

@@ -2,8 +2,7 @@
 """What may be wrong with pictures although they can be trained on.
 
 Real data sets have pictures that lie in two splits, and some that show nothing, so
-these are said and not refused. Equal pictures are looked for here alone: of own
-pictures (`folder.py`), any task (`experiment.py`), a prepared data set (`check.py`).
+these are said and not refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,7 @@ def doubts(
 ) -> list[str]:
     """Sentences about pictures in two splits and constant pictures; all are looked at.
 
-    Of a strip, whose pictures are of all proportions, the centres are compared: what is
-    evaluated of those pictures. Takes about half a second per GB.
+    Of a strip the centres are compared. Takes about half a second per GB.
 
     Args:
       splits: Name to pictures uint8 `[n, h, w, 3]`, or a strip, and labels `[n]`; or
@@ -36,11 +34,14 @@ def doubts(
     def name(which: str, number: int) -> str:
         return names[which][number] if names else f"{which} number {number}"
 
-    for which, split in splits.items():
-        if split is None:
-            continue
-        images, labels = split
-        prints, constant = _look(images)
+    for which, (images, labels) in ((k, v) for k, v in splits.items() if v):
+        prints, constant = [], []
+        for picture in _each(images):
+            # Most differ in their corners, and need not be read through.
+            alike = (picture[0, 0] == picture[-1, -1]).all()
+            if alike and (picture == picture[0, 0]).all():
+                constant.append(len(prints))
+            prints.append(fingerprint(picture))
         if constant:
             found.append(
                 f"{len(constant)} of {len(prints)} {which} pictures are of one colour;"
@@ -48,8 +49,7 @@ def doubts(
                 f" {labels[constant[0]]})"
             )
         for other, (known, others) in before.items():
-            pairs = shared(prints, known)
-            if pairs:
+            if pairs := shared(prints, known):
                 differ = sum(labels[i] != others[j] for i, j in pairs)
                 some = [f"{name(which, i)} = {name(other, j)}" for i, j in pairs]
                 found.append(
@@ -67,10 +67,7 @@ def first_of(texts: Sequence[str]) -> str:
 
 
 def fingerprint(picture: np.ndarray) -> int:
-    """64 bits: among a million pictures, two agree by chance once in 10^7 sets.
-
-    To be compared within one process: Python's own hash, four times as fast as others.
-    """
+    """64 bits, by Python's own hash: to be compared within one process."""
     return hash((picture.shape, picture.tobytes()))
 
 
@@ -81,31 +78,14 @@ def shared(
 
     None is for a picture that could not be read, and equals nothing.
     """
-    first: dict[int | None, int] = {}
-    for number, value in enumerate(theirs):
-        if value is not None:
-            first.setdefault(value, number)
+    first = {value: number for number, value in reversed([*enumerate(theirs)])}
+    first.pop(None, None)
     return [(i, first[value]) for i, value in enumerate(mine) if value in first]
 
 
-def _look(images: Any) -> tuple[list[int], list[int]]:
-    """A print of every picture, and which are constant."""
-    prints, constant = [], []
-    for part in _chunks(images):
-        for picture in part:
-            # Most differ in their corners, and need not be read through.
-            alike = (picture[0, 0] == picture[-1, -1]).all()
-            if alike and (picture == picture[0, 0]).all():
-                constant.append(len(prints))
-            prints.append(fingerprint(picture))
-    return prints, constant
-
-
-def _chunks(images: Any) -> Iterator[np.ndarray]:
+def _each(images: Any) -> Iterator[np.ndarray]:
     num = strips.count(images)
     for start in range(0, num, _CHUNK):
         stop = min(start + _CHUNK, num)
-        of_strip = isinstance(images, strips.Strip)
-        index = np.arange(start, stop) if of_strip else slice(start, stop)
-        yield np.asarray(strips.view(images, index))
+        yield from np.asarray(strips.view(images, np.arange(start, stop)))
         cache.forget(images, start, stop)

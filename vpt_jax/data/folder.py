@@ -1,29 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Your own pictures: class folders, lists of paths and labels, or one npz.
 
-Class folders, any of these (`training`, `valid`, `validation`, `testing` and capitals
-do too):
+`configs/folder.py` shows the layouts. Folders of splits may be called `training`,
+`valid`, `validation` and `testing` and be written in capitals. Paths of lists are
+relative to DIR or to DIR/images, and lead not out of DIR; `classes.txt` may hold the
+classes' names, one per line, from that of label 0 (or from that of 1, if there are as
+many as the largest label). The set may lie in a folder of its own in DIR.
 
-    DIR/train/cat/1.jpg   DIR/val/cat/2.jpg   DIR/test/cat/3.jpg
-    DIR/train/cat/1.jpg
-    DIR/cat/1.jpg
-
-Lists, as other PETL code uses them: `train800.txt`, `val200.txt` (or
-`train800val200.txt`) and `test.txt`, or `train.txt`, `val.txt`, `test.txt`, with a line
-`path label` for every picture; or `train.json`, `val.json`, `test.json`, as VPT has
-them: an object of paths and labels. Paths are relative to DIR or to DIR/images, and
-lead not out of DIR; `classes.txt` may hold the classes' names, one per line, from that
-of label 0 (or from that of 1, if there are as many as the largest label). The lists of
-CUB_200_2011 are read as they come.
-
-An npz: `train_images`, `train_labels`, `val_images`, ..., or `images` and `labels`:
-uint8 `[n, h, w]` or `[n, h, w, 3]`, integers `[n]` or `[n, 1]`, or one-hot
-`[n, classes]`; `class_names` may hold the names.
-
-One of these may lie in a folder of its own in DIR. Of all of them: a split that is not
-there is cut from train, or from all pictures, see `found.cut`. Classes are those with
-pictures. What was left out, and what looks wrong, is reported, with an error too.
-Pictures are decoded once, see `cache.py`.
+A split that is not there is cut from train, or from all pictures, see `found.cut`.
+Classes are those with pictures. What was left out, and what looks wrong, is reported,
+with an error too. Pictures are decoded once, see `cache.py`.
 """
 
 import collections
@@ -31,7 +17,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +24,7 @@ import numpy as np
 import PIL
 
 from vpt_jax.data import cache, doubts, layouts, lists, npz, pictures
-from vpt_jax.data.found import SPLITS, Example, Found, shown
-from vpt_jax.data.layouts import LAYOUTS
+from vpt_jax.data.found import LAYOUTS, SPLITS, Example, Found, shown
 from vpt_jax.files.messages import mismatch, printable
 from vpt_jax.prompts import check_choice
 
@@ -81,9 +65,8 @@ def load(
       The pictures as read-only views of one memory-mapped file.
 
     Raises:
-      ValueError: If no layout is recognised, pictures cannot be read (all are counted,
-        the first are named), fewer than two classes are in train, val or test has no
-        class of train, a split is empty, or the cache cannot be written.
+      ValueError: If no layout is recognised, pictures cannot be read, classes or splits
+        do not suffice to train and to evaluate, or the cache cannot be written.
     """
     check_choice("task.resize", rule, ("", *pictures.RULES))
     found = find(data_dir)
@@ -96,10 +79,9 @@ def load(
         images, broken = _pictures(data_dir, side, rule, skip_broken, found, report)
         if broken:
             num = sum(map(len, found.splits.values()))
-            notes.append(
-                f"{len(broken)} of {num} pictures cannot be read and were left out; "
-                f"{shown(list(broken.values()))}"
-            )
+            some = shown(list(broken.values()))
+            text = f"{len(broken)} of {num} pictures cannot be read and were left out"
+            notes.append(f"{text}; {some}")
         # `images` are those of train, val and test, without the broken ones.
         splits, names, at, first = {}, {}, 0, 0
         for split in SPLITS:
@@ -158,20 +140,16 @@ def _pictures(
                 # Short, as many may follow each other.
                 return f"{example.name}: {str(e).partition('; expected')[0]}"
 
-        for number, result in enumerate(_in_order(read, examples)):
+        for number, result in enumerate(pictures.mapped(read, examples, _BATCH)):
             if isinstance(result, str):
                 broken.append((number, result))
             elif skip_broken or not broken:  # else all is thrown away at the end
                 write(result)
         if broken and not skip_broken:
-            remedy = (
-                "mend or remove them, or leave them out with "
-                "--config.task.skip_broken=True"
-            )
+            remedy = "mend or remove them, or pass --config.task.skip_broken=True"
             if len(broken) == len(examples):
                 remedy = "expected pictures there; correct the paths (of lists, they "
-                remedy += "begin in the folder of the lists, or in images), or the "
-                remedy += "pictures"
+                remedy += "begin in the folder of the lists, or in images)"
             raise ValueError(
                 f"{data_dir}: {len(broken)} of {len(examples)} pictures cannot be "
                 f"read; {shown([text for _, text in broken])}; {remedy}."
@@ -184,16 +162,6 @@ def _pictures(
     return images, dict(info["broken"])
 
 
-def _in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Maps in threads (Pillow decodes and resizes without Python's lock)."""
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(items), _BATCH):
-            # Not around the yield: the filters of warnings belong to the process.
-            with pictures.quiet():
-                done = list(pool.map(function, items[start : start + _BATCH]))
-            yield from done
-
-
 def _with_pictures(
     names: Sequence[str],
     splits: Mapping[str, tuple[np.ndarray, list[int]]],
@@ -202,11 +170,9 @@ def _with_pictures(
     """Classes are those with pictures, counted from 0: the one rule for all layouts."""
     present = sorted({label for _, labels in splits.values() for label in labels})
     new = {label: k for k, label in enumerate(present)}
-    lacking = [name for k, name in enumerate(names) if k not in new]
-    if lacking:
-        notes.append(
-            f"classes without pictures, left out: {len(lacking):,} ({shown(lacking)})"
-        )
+    if lacking := [name for k, name in enumerate(names) if k not in new]:
+        text = f"classes without pictures, left out: {len(lacking):,}"
+        notes.append(f"{text} ({shown(lacking)})")
     numbered = {
         split: (images, np.array([new[label] for label in labels], np.int32))
         for split, (images, labels) in splits.items()
@@ -221,55 +187,42 @@ def _check(
     present: dict[str, set[int]] = {s: set(x.tolist()) for s, x in labels.items()}
     if len(present["train"]) < 2:
         known = ", ".join(names[k][:200] for k in present["train"]) or "none"
-        got, sort = f"classes in train: {known}", "sort the pictures into class folders"
-        raise mismatch(
-            data_dir, got, f"at least 2, in {LAYOUTS}", f"{sort}, or list them"
-        )
-    remedy = "the split to have it cut from train"
+        got, remedy = f"classes in train: {known}", "sort the pictures, or list them"
+        raise mismatch(data_dir, got, f"at least 2, in {LAYOUTS}", remedy)
+    cut = "remove the split to have it cut from train (by 3 pictures of a class)"
     for split in SPLITS:
         if not present[split]:
-            raise mismatch(
-                data_dir,
-                f"no pictures for {split}",
-                "at least 1",
-                f"add some, or remove {remedy} (which needs 3 pictures of a class)",
-            )
+            got, remedy = f"no pictures for {split}", f"add some, or {cut}"
+            raise mismatch(data_dir, got, "at least 1", remedy)
         if not present[split] & present["train"]:
             some = shown([names[k] for k in sorted(present[split])])
             got = f"{split} of classes that train has none of ({some})"
-            remedy = f"rename them, or remove {remedy}"
+            remedy = f"rename them, or {cut}"
             raise mismatch(data_dir, got, "the same classes in each", remedy)
     unseen = sorted((present["val"] | present["test"]) - present["train"])
-    if not unseen:
-        return []
     texts = [
         f"{names[k]} ({' and '.join(s for s in SPLITS if k in present[s])})"
         for k in unseen
     ]
-    return [
-        f"{len(unseen)} classes have no picture in train, so that they cannot be "
-        f"learned: {shown(texts)}"
-    ]
+    text = f"{len(unseen)} classes have no picture in train, so that they cannot be"
+    return [f"{text} learned: {shown(texts)}"] if unseen else []
 
 
 def _alike(data_dir: str, found: Found) -> list[str]:
     """Raises, or returns a note, about names that only case or blanks tell apart."""
-    names = {e.label: "" for split in SPLITS for e in found.splits[split]}
-    names = {label: found.class_names[label] for label in sorted(names)}
+    present = {s: {e.label for e in found.splits[s]} for s in SPLITS}
+    names = {k: found.class_names[k] for k in sorted(set().union(*present.values()))}
     plain = {label: " ".join(name.casefold().split()) for label, name in names.items()}
-    train = {e.label for e in found.splits["train"]}
-    known = {plain[label]: names[label] for label in train}
+    known = {plain[label]: names[label] for label in present["train"]}
     for split in ("val", "test"):
         odd = [
             f"{known[plain[label]]} and {names[label]}"
-            for label in sorted({e.label for e in found.splits[split]} - train)
+            for label in sorted(present[split] - present["train"])
             if plain[label] in known
         ]
         if odd:
-            raise ValueError(
-                f"{data_dir}: got classes that train and {split} write differently: "
-                f"{shown(odd)}; expected the same names in each; rename them."
-            )
+            got = f"classes that train and {split} write differently: {shown(odd)}"
+            raise mismatch(data_dir, got, "the same names in each", "rename them")
     times = collections.Counter(plain.values())
     twice = [names[label] for label, name in plain.items() if times[name] > 1]
     text = f"classes whose names are the same but for case or blanks: {shown(twice)}"
@@ -308,30 +261,23 @@ def find(data_dir: str) -> Found:
 
 def _inner(root: Path) -> Path:
     """`root`, or the one folder in it that has pictures as they are expected."""
-
-    def recognised(folder: Path) -> bool:
-        return lists.recognised(folder) or layouts.recognised(folder)
-
     if lists.recognised(root):
         return root
     folders = layouts.listing(os.fspath(root)).folders
     layouts.refuse_other_splits(root, folders)
     if layouts.recognised(root):
         return root
-    inside = [name for name, path in folders.items() if recognised(Path(path))]
-    if len(inside) == 1 and not lists.recognised(inner := Path(folders[inside[0]])):
-        layouts.refuse_other_splits(inner, layouts.listing(os.fspath(inner)).folders)
+    paths = map(Path, folders.values())
+    inside = [p for p in paths if lists.recognised(p) or layouts.recognised(p)]
+    listed = any(map(lists.recognised, inside))
+    if len(inside) == 1 and not listed:
+        names = layouts.listing(os.fspath(inside[0])).folders
+        layouts.refuse_other_splits(inside[0], names)
     if len(inside) > 1:
-        those = [Path(folders[name]) for name in inside]
-        if not any(map(lists.recognised, those)):
-            layouts.refuse_one_too_deep(root, those)
-        names = shown([printable(name) for name in inside])
-        example = printable(os.path.join(root, inside[0]))
-        raise mismatch(
-            root,
-            f"{len(inside)} folders that each hold pictures and classes ({names})",
-            "one data set",
-            f"pass the folder of one, such as {example}, or move the class folders "
-            "together if they are parts of one",
-        )
-    return Path(folders[inside[0]]) if inside else root
+        if not listed:
+            layouts.refuse_one_too_deep(root, inside)
+        names = shown([printable(path.name) for path in inside])
+        got = f"{len(inside)} folders that each hold pictures and classes ({names})"
+        remedy = f"pass one, such as {printable(os.fspath(inside[0]))}, or join them"
+        raise mismatch(root, got, "one data set", remedy)
+    return inside[0] if inside else root

@@ -20,6 +20,10 @@ NAMES = {  # of splits, however they are written
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+LAYOUTS = (
+    "DIR/train/<class>/*, DIR/<class>/*, lists (DIR/train800.txt, DIR/train.txt or "
+    "DIR/train.json), or an .npz file"
+)
 SEED = 1401  # of the cut: another one gives other splits
 MAX_CLASSES = 1_000_000  # a label above is a mistake
 SHOWN = 10  # names in a message
@@ -115,11 +119,7 @@ def name_classes(
 ) -> tuple[tuple[str, ...], int]:
     """Names of classes, and what is to be taken off a label to find its name.
 
-    Args:
-      where: Where the names are from, for messages.
-      names: None where there are none: the numbers are the names.
-      labels: All labels.
-      notes: Is told if labels count from 1.
+    Without `names` the numbers are the names. `notes` is told if labels count from 1.
 
     Raises:
       ValueError: If there are fewer names than labels, or a label is a mistake.
@@ -167,21 +167,17 @@ def cut(
     the names of the class and the picture: not by the order of the files, the machine,
     or what is in other classes; and a picture added later moves few others.
 
-    Args:
-      groups: For each class, the pictures by name.
-      missing: Splits to cut, of "val" and "test".
-
     Returns:
       For "train" and each missing split, `(class, picture name)`, sorted.
     """
+
+    def rank(pair: tuple[Any, str]) -> bytes:
+        text = f"{SEED}/{pair[0]}/{pair[1]}"
+        return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
     out: dict[str, list[tuple[Any, str]]] = {split: [] for split in ("train", *missing)}
     for group, members in groups.items():
-
-        def rank(name: str, group: Any = group) -> tuple[bytes, str]:
-            text = f"{SEED}/{group}/{name}".encode(errors="surrogateescape")
-            return hashlib.sha256(text).digest(), name
-
-        order = [(group, name) for name in sorted(members, key=rank)]
+        order = sorted(((group, name) for name in members), key=rank)
         take = max(1, (2 * len(order) + 5) // 10)
         take = min(take, (len(order) - 1) // len(missing)) if missing else 0
         for k, split in enumerate(missing):

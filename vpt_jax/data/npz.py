@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures and labels of an npz file, see `folder.py` for the names of its arrays.
+"""Pictures and labels of an npz file.
+
+`train_images`, `train_labels`, `val_images`, ..., or `images` and `labels`: uint8
+`[n, h, w]` or `[n, h, w, 3]`, integers `[n]` or `[n, 1]`, or one-hot `[n, classes]`;
+`class_names` may hold the names.
 
 Through `readers.open_arrays`: nothing is unpickled, and shapes and sizes are held
 against the file, and against each other, before an array is allocated.
@@ -9,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,34 +28,37 @@ from vpt_jax.weights.readers import (
 )
 
 _SAVE = "save it again with `np.savez`"
-_PARTS = ("images", "labels")
-
-
-class Described(NamedTuple):
-    """What is in a file besides the pictures, by split: an array's name, and labels."""
-
-    images: dict[str, str]
-    labels: dict[str, np.ndarray]
-    class_names: tuple[str, ...] | None
-    rest: list[str]  # arrays of no meaning here
+_ARRAYS = "train_images, train_labels, the same for val and test, or images and labels"
 
 
 def find(path: Path, notes: list[str]) -> found.Found:
     """What an npz file holds; pictures are not read.
 
-    Args:
-      path: The file.
-      notes: Is told what was not taken, and if labels count from 1.
+    `notes` is told what was not taken, and if labels count from 1.
 
     Raises:
-      ValueError: As `describe`, or if there are fewer names than labels.
+      ValueError: If the file is damaged or not to be trusted, arrays are missing, or
+        their shapes, types or values are wrong; or if names lack for labels.
     """
-    images, labels, names, rest = describe(path)
-    if rest:
-        notes.append(f"arrays that are not used: {found.shown(rest)}")
+    with _opened(path) as arrays:
+        prefixes = _prefixes(path, arrays) or {"train": ""}
+        known = {p + part for p in prefixes.values() for part in ("images", "labels")}
+        if "train" not in prefixes or not known <= arrays.keys():
+            got = f"arrays {shown(sorted(arrays), 500)}"
+            raise mismatch(path, got, _ARRAYS, "rename them")
+        if rest := sorted(map(printable, arrays.keys() - known - {"class_names"})):
+            notes.append(f"arrays that are not used: {found.shown(rest)}")
+        written = arrays.get("class_names")
+        _check_size(path, [arrays[n] for n in known] + ([written] if written else []))
+        labels = {s: _labels(path, p, arrays) for s, p in prefixes.items()}
+        # How many classes one-hot labels know of.
+        columns = max((*arrays[p + "labels"].shape, 1)[1] for p in prefixes.values())
+        names = tuple(map(str, range(columns))) if columns > 1 else None
+        names = _class_names(path, written) if written else names
     every = np.unique(np.concatenate(list(labels.values()))).tolist()
     where = os.fspath(path) if names is None else f"{path}, class_names"
-    known, first = found.name_classes(where, names, every, notes)
+    class_names, first = found.name_classes(where, names, every, notes)
+    images = {split: f"{prefix}images" for split, prefix in prefixes.items()}
     splits = {
         split: [
             found.Example(f"{images[split]}[{k}]", (images[split], k), label - first)
@@ -61,8 +68,10 @@ def find(path: Path, notes: list[str]) -> found.Found:
     }
     key = [os.path.realpath(path), found.stamp(path.name, os.fspath(path))]
     splits = found.cut_examples(splits)
-    arrays = tuple(images.values())
-    return found.Found(known, splits, lambda: _reader(path, arrays), key, "squash")
+    names_of_images = tuple(images.values())
+    return found.Found(
+        class_names, splits, lambda: _reader(path, names_of_images), key, "squash"
+    )
 
 
 def _reader(path: Path, names: Sequence[str]) -> found.Read:
@@ -70,54 +79,22 @@ def _reader(path: Path, names: Sequence[str]) -> found.Read:
 
     def read(source: Any, side: int, rule: str) -> np.ndarray:
         name, number = source
-        return pictures.to_square(
-            np.ascontiguousarray(arrays[name][number]), side, rule
-        )
+        picture = np.ascontiguousarray(arrays[name][number])
+        return pictures.to_square(picture, side, rule)
 
     return read
-
-
-def describe(path: Path) -> Described:
-    """Reads labels and names of classes, and checks how pictures are described.
-
-    Raises:
-      ValueError: If the file is damaged or not to be trusted, arrays are missing, or
-        their shapes, types or values are wrong.
-    """
-    with _opened(path) as arrays:
-        prefixes = _prefixes(path, arrays) or {"train": ""}
-        known = {p + part for p in prefixes.values() for part in _PARTS}
-        if "train" not in prefixes or not known <= arrays.keys():
-            raise mismatch(
-                path,
-                f"arrays {shown(sorted(arrays), 500)}",
-                "train_images, train_labels, and the same for val and test if there "
-                "are any, or images and labels",
-                "rename them",
-            )
-        names = arrays.get("class_names")
-        _check_size(path, [arrays[n] for n in known] + ([names] if names else []))
-        labels = {s: _labels(path, p, arrays) for s, p in prefixes.items()}
-        rest = sorted(map(printable, arrays.keys() - known - {"class_names"}))
-        # How many classes one-hot labels know of.
-        columns = max((*arrays[p + "labels"].shape, 1)[1] for p in prefixes.values())
-        named = tuple(map(str, range(columns))) if columns > 1 else None
-        named = _class_names(path, names) if names else named
-        images = {split: prefix + "images" for split, prefix in prefixes.items()}
-        return Described(images, labels, named, rest)
 
 
 def _prefixes(path: Path, arrays: Iterable[str]) -> dict[str, str]:
     """Split to what the names of its arrays begin with, such as `train_`."""
     prefixes: dict[str, str] = {}
-    for name in sorted(arrays):
+    for name in sorted(n for n in arrays if n.endswith("_images")):
         split = found.split_of(name.removesuffix("_images"))
-        if not split or not name.endswith("_images"):
-            continue
         if split in prefixes:
             got = f"{prefixes[split]}images and {name}, which both mean {split}"
             raise mismatch(path, got, "one", "leave the other out")
-        prefixes[split] = name.removesuffix("images")
+        if split:
+            prefixes[split] = name.removesuffix("images")
     return prefixes
 
 
@@ -150,40 +127,31 @@ def _labels(path: Path, prefix: str, arrays: dict[str, Lazy]) -> np.ndarray:
     name, images = prefix + "labels", arrays[prefix + "images"]
     lazy = arrays[name]
     wide = len(lazy.shape) == 2 and lazy.shape[1] > 1  # one-hot, or a mistake
-    column = lazy.shape[1:] == (1,)
-    good = lazy.dtype.kind in "iu" and (column or len(lazy.shape) == 1)
-    if not good and not (wide and lazy.dtype.kind in "biuf"):
+    column = len(lazy.shape) == 1 or lazy.shape[1:] == (1,)
+    if lazy.dtype.kind not in ("biuf" if wide else "iu") or not (wide or column):
         expected = "integers [n] or [n, 1], or one-hot [n, classes]"
         remedy = "one label per picture"
         raise mismatch(path, f"{name} {_kind(lazy)}", expected, remedy)
-    grey = len(images.shape) == 3 or images.shape[3:] == (1,)
-    if not (grey or images.shape[3:] == (3,)) or images.dtype != np.uint8:
-        expected = "uint8 [n, h, w] or [n, h, w, 3]"
-        raise mismatch(
-            path, f"{prefix}images {_kind(images)}", expected, "convert them"
-        )
+    coloured = len(images.shape) == 4 and images.shape[3] in (1, 3)
+    if images.dtype != np.uint8 or not (coloured or len(images.shape) == 3):
+        got = f"{prefix}images {_kind(images)}"
+        raise mismatch(path, got, "uint8 [n, h, w] or [n, h, w, 3]", "convert them")
     if 0 in images.shape or images.shape[0] != lazy.shape[0]:
-        num, height, width = images.shape[:3]
-        got = (
-            f"{num} {prefix}images and {lazy.shape[0]} labels, of {width} x {height} px"
-        )
+        got = f"{prefix}images {_kind(images)} and {lazy.shape[0]} labels"
         expected = "one label per picture, and at least one pixel"
         raise mismatch(path, got, expected, "check how they were selected")
-    labels = _hot(path, name, lazy.load()) if wide else lazy.load().reshape(-1)
+    labels = lazy.load() if wide else lazy.load().reshape(-1)
+    if wide:
+        ones = labels == 1
+        if not ((ones | (labels == 0)).all() and (ones.sum(1) == 1).all()):
+            got = f"{name} {_kind(labels)} that are not one-hot"
+            expected = "one 1 and else 0 for each picture, or integers [n]"
+            raise mismatch(path, got, expected, "give each picture one class")
+        return ones.argmax(1)
     if labels.min() < 0:
         got = f"{name} from {labels.min()}"
         raise mismatch(path, got, "labels from 0", "count them from 0")
     return labels
-
-
-def _hot(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    """The class of every row of one 1, and 0 else."""
-    ones = values == 1
-    if not ((ones | (values == 0)).all() and (ones.sum(1) == 1).all()):
-        got = f"{name} {_kind(values)} that are not one-hot"
-        expected = "one 1 and else 0 for each picture, or integers [n]"
-        raise mismatch(path, got, expected, "give each picture one class")
-    return ones.argmax(1)
 
 
 def _class_names(path: Path, lazy: Lazy) -> tuple[str, ...]:
@@ -200,13 +168,8 @@ def _class_names(path: Path, lazy: Lazy) -> tuple[str, ...]:
 
 
 def load_images(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of pictures that `describe` found: uint8 `[n, h, w]` or with colours.
-
-    Raises:
-      ValueError: If they are damaged.
-    """
+    """The arrays of pictures that `find` found: uint8 `[n, h, w]` or with colours."""
     with _opened(path) as arrays:
         _check_size(path, [arrays[name] for name in names])
         whole = {name: arrays[name].load() for name in names}
-    grey = {n: a[..., 0] for n, a in whole.items() if a.shape[3:] == (1,)}
-    return whole | grey
+    return {n: a[..., 0] if a.shape[3:] == (1,) else a for n, a in whole.items()}

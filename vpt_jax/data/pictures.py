@@ -13,12 +13,13 @@ Whatever is in the file, the result has EXIF's orientation applied and three cha
 * several frames or pages: the first.
 """
 
-import contextlib
 import functools
 import io
+import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,23 +56,32 @@ _BLOCK = 64 << 20  # bytes
 _CHUNK = 16  # pictures resized at a time, so that float copies stay small
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> warnings.catch_warnings:
     """Silences Pillow's warnings about odd files: what matters becomes an error.
 
     Warning filters belong to the process: not to be entered in several threads.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
+
+
+def mapped(
+    function: Callable[[Any], Any], items: Iterable[Any], batch: int
+) -> Iterator[Any]:
+    """Maps in order, in threads (Pillow works without Python's lock), by batches."""
+    items = iter(items)
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        while some := list(itertools.islice(items, batch)):
+            # Not around the yield: the filters of warnings belong to the process.
+            with quiet():
+                done = list(pool.map(function, some))
+            yield from done
 
 
 def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.ndarray:
     """Reads one picture file to uint8 `[side, side, 3]`, by one of `RULES`.
 
     Raises:
-      ValueError: Names the file and what is wrong with it: missing, no permission, not
-        a picture, cut short, damaged, or above `MAX_PIXELS`. Or if `side` is below 1 or
+      ValueError: Names the file and what is wrong with it. Or if `side` is below 1 or
         `rule` is another.
     """
     path = os.fspath(path)
@@ -85,7 +95,8 @@ def read_picture(path: str | os.PathLike, side: int, rule: str = "crop") -> np.n
 def decode(data: bytes, side: int, rule: str) -> np.ndarray:
     """`read_picture` of a file's content; to be called within `quiet()`."""
     check_choice("rule", rule, RULES)
-    _check_side(side)
+    if side < 1:
+        raise mismatch("", f"side={side}", "at least 1", "give it in px")
     if not data:
         raise mismatch("", "an empty file", "a picture", "fetch it again")
     try:
@@ -99,7 +110,7 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
             with _ROOM.take(picture.width * picture.height):
                 try:
                     picture.load()
-                    return _finish(picture, data, side, rule)
+                    return fit(colours.to_rgb(picture, data), side, rule)
                 finally:
                     picture.close()  # its pixels go, whoever holds the error
     except colours.OddError as e:
@@ -116,21 +127,8 @@ def decode(data: bytes, side: int, rule: str) -> np.ndarray:
         raise mismatch("", got, "a whole one", "fetch it again") from e
 
 
-def _check_side(side: int) -> None:
-    if side < 1:
-        raise mismatch("", f"side={side}", "at least 1", "give it in px")
-
-
 def _too_large(got: str) -> ValueError:
     return mismatch("", got, f"at most {MAX_PIXELS:,} pixels", "make it smaller")
-
-
-def _finish(picture: Image.Image, data: bytes, side: int, rule: str) -> np.ndarray:
-    out = colours.to_rgb(picture, data)
-    try:
-        return fit(out, side, rule)
-    except ValueError as e:  # not for damage: that is Pillow's to find
-        raise colours.OddError(str(e)) from e
 
 
 def square(picture: Image.Image, side: int, rule: str) -> np.ndarray:
@@ -149,25 +147,22 @@ def _check_bomb(picture: Image.Image, data: bytes) -> None:
     # Deflate makes nothing more than `_DEFLATE` times smaller, and a pixel has a bit;
     # nothing but one colour is as small in JPEG 2000, which takes ten times as long.
     if kind in ("PNG", "JPEG2000") and len(data) < pixels // (8 * _DEFLATE):
-        got = f"a damaged picture ({size} in {len(data)} bytes of {kind})"
-        raise colours.OddError(mismatch("", got, "a whole one", "fetch it again"))
+        raise ValueError(f"{size} in {len(data)} bytes of {kind}")
     scans = _scans(picture, data)
     if scans * pixels > _SCANS * MAX_PIXELS:
         got = f"a JPEG of {size} in {scans} scans"
         raise colours.OddError(mismatch("", got, "fewer", "save it again"))
 
 
-def _scans(picture: Image.Image, data: bytes) -> int:
-    """How often decoding goes over all pixels; each takes a JPEG but a few bytes.
-
-    By content, as there are many names for a JPEG with something around it (MPO).
-    """
+def _scans(picture: Any, data: bytes) -> int:
+    """How often decoding goes over all pixels; each takes a JPEG but a few bytes."""
+    # By content: a JPEG with something around it has other names (MPO).
     if data.startswith(b"\xff\xd8"):
         return data.count(_SCAN)
     if "jpeg" not in str(picture.info.get("compression")):
         return 0
     # A TIFF's parts are JPEGs of their own, with a scan each.
-    tags = picture.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+    tags = picture.tag_v2
     starts, sizes = (tags.get(a) or tags.get(b) or () for a, b in _PARTS)
     if not starts or sum(sizes) > len(data):  # they overlap: no more than there are
         return data.count(_SCAN)
@@ -193,19 +188,17 @@ def _draft(picture: Image.Image, side: int, rule: str) -> None:
     width, height = picture.size
     need = _cropped_from(width, height, side) if rule == "crop" else (side, side)
     for n in (8, 4, 2):
-        small = width // n, height // n
         whole = width % n == height % n == 0
-        if whole and small[0] >= 2 * need[0] and small[1] >= 2 * need[1]:
-            picture.draft(picture.mode, small)
+        if whole and width >= 2 * n * need[0] and height >= 2 * n * need[1]:
+            picture.draft(picture.mode, (width // n, height // n))
             return
 
 
 def fit(picture: Image.Image, side: int, rule: str) -> np.ndarray:
     """An RGB picture to uint8 `[side, side, 3]` by one of `RULES`."""
-    width, height = picture.size
     if rule in ("half_pixel", "corner"):
         return resize_bilinear(_pixels(picture)[None], side, rule)[0]
-    if (width, height) == (side, side):
+    if picture.size == (side, side):
         return np.asarray(picture)
     if rule == "crop":
         return centre_crop(picture, side)
@@ -216,9 +209,7 @@ def _pixels(picture: Image.Image) -> np.ndarray:
     """uint8 `[h, w, 3]`, band by band: at once, Pillow would make two copies more."""
     width, height = picture.size
     out = np.empty((height, width, 3), np.uint8)
-    rows = max(1, colours.BAND // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
+    for top, bottom in colours.bands(width, height):
         out[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))
     return out
 
@@ -248,8 +239,7 @@ def centre_crop(picture: Image.Image, side: int) -> np.ndarray:
 def resize_short(picture: Image.Image, side: int) -> Image.Image:
     """The short side to 256/224 of `side`, antialiased: what is cropped to `side`.
 
-    Raises:
-      ValueError: If the picture is so long that it would fill memory.
+    ValueError if the picture is so long that it would fill memory.
     """
     if _too_long(*picture.size):
         got = f"a picture of {picture.width} x {picture.height} px"
@@ -294,17 +284,7 @@ def resize_bilinear(
     half-integers, as in `jax.image.resize(..., "bilinear", antialias=False)`; with
     `corner`, at integers, as in `tf.compat.v1.image.resize`. Pictures that have the
     size already are returned themselves.
-
-    Raises:
-      ValueError: If `images` has another shape or dtype, or no pixels, `side` is
-        below 1, or the rule is another.
     """
-    check_choice("rule", rule, ("half_pixel", "corner"))
-    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape[1:3]:
-        got, expected = f"images {images.dtype} {list(images.shape)}", "[n, h, w, c]"
-        expected = f"uint8 {expected} with h, w >= 1"
-        raise mismatch("", got, expected, "convert or reshape them first")
-    _check_side(side)
     n, h, w, c = images.shape
     if h == w == side:
         return images
@@ -329,8 +309,7 @@ def resize_bilinear(
 def to_square(pixels: Any, side: int, rule: str) -> np.ndarray:
     """uint8 grey `[h, w]` or RGB `[h, w, 3]` to `[side, side, 3]` by one of `RULES`.
 
-    Raises:
-      ValueError: If it has more than `MAX_PIXELS`.
+    ValueError if it has more than `MAX_PIXELS`.
     """
     height, width = pixels.shape[:2]
     if height * width > MAX_PIXELS:

@@ -11,10 +11,6 @@ import math
 
 import numpy as np
 
-from vpt_jax.files.messages import mismatch
-from vpt_jax.prompts import check_choice
-
-SHAPES = ("heart", "arrow", "L")
 GRID = (3, 6, 40, 32, 32)
 """How many values each latent has: shape, scale, orientation, x, y."""
 
@@ -24,7 +20,7 @@ _CHUNK = 16  # pictures at a time: one float32 grid of 1 MiB stays in the cache
 
 # Every shape has its centroid at the origin and fits in the unit circle. The largest
 # radius, 8 px, is below the distance of the outermost centres to the frame, 8.25 px.
-_RADII = tuple(8.0 * (0.5 + 0.1 * k) for k in range(6))  # px
+_RADII = np.array([8.0 * (0.5 + 0.1 * k) for k in range(6)], np.float32)  # px
 # Half a pixel per step: centres fall on corners of the 4 x 4 sample grid, so that two
 # steps move a picture by one pixel exactly.
 _FIRST_CENTRE, _STEP = 8.25, 0.5  # px
@@ -43,33 +39,28 @@ _LABELS = {
 
 
 def _turns() -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the 40 orientations, float32 `[40]` each.
-
-    A quarter is computed and then exchanged, so that a turn by 90 degrees is exact.
-    """
-    quarter = GRID[2] // 4
-    angles = [2 * math.pi * k / GRID[2] for k in range(quarter)]
+    """Cosine and sine of the 40 orientations, float32 `[40]` each."""
+    # A quarter is computed and then exchanged, so that a turn by 90 degrees is exact.
+    angles = [2 * math.pi * k / GRID[2] for k in range(GRID[2] // 4)]
     cos = np.array([math.cos(a) for a in angles], np.float32)
     sin = np.array([math.sin(a) for a in angles], np.float32)
-    return (
-        np.concatenate([cos, -sin, -cos, sin]),
-        np.concatenate([sin, cos, -sin, -cos]),
-    )
+    cosines = np.concatenate([cos, -sin, -cos, sin])
+    return cosines, np.concatenate([sin, cos, -sin, -cos])
 
 
 def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Whether the points `(u, v)` (v points up) lie in the shape of radius 1."""
-    if shape == 0:
+    if shape == 0:  # heart
         w = np.abs(u)
         v = v + np.float32(_HEART_CENTROID)
         half = np.float32(_HEART / 2)
         lobe = (w - half) ** 2 + (v - half) ** 2 <= np.float32(_HEART**2 / 2)
         return lobe | (w + np.abs(v) <= np.float32(_HEART))
-    if shape == 1:
+    if shape == 1:  # arrow
         w = np.abs(u)
         head = (v >= 0) & (v <= 0.9 - 1.2 * w)
         return head | ((v < 0) & (v >= -0.9) & (w <= 0.25))
-    bar = (u <= 0.125) & (v <= 0.875)
+    bar = (u <= 0.125) & (v <= 0.875)  # L
     foot = (u <= 0.625) & (v <= -0.125)
     return (bar | foot) & (u >= -0.375) & (v >= -0.625)
 
@@ -86,57 +77,34 @@ def draw(latents: np.ndarray) -> np.ndarray:
 
     Returns:
       uint8 `[n, 32, 32, 3]`, antialiased by 4 x 4 samples a pixel.
-
-    Raises:
-      ValueError: If `latents` has another shape or dtype, or a value is off the grid.
     """
-    latents = np.asarray(latents)
-    if latents.ndim != 2 or latents.shape[1] != 5 or latents.dtype.kind not in "iu":
-        got = f"latents {latents.dtype} {list(latents.shape)}"
-        remedy = "pass one row of (shape, scale, orientation, x, y) per picture"
-        raise mismatch("", got, "integers [n, 5]", remedy)
-    latents = latents.astype(np.int64)
-    latents[:, 2] %= GRID[2]
-    if len(latents) and ((latents < 0) | (latents >= GRID)).any():
-        got = f"latents from {latents.min(0).tolist()} to {latents.max(0).tolist()}"
-        expected = f"each from 0 to below {list(GRID)}"
-        raise mismatch("", got, expected, "keep to the grid")
     cosines, sines = _turns()
-    radii = np.array(_RADII, np.float32)
+    k, side = _SUPERSAMPLE, SIDE * _SUPERSAMPLE
     # Sample points, in px, at the middle of each cell of the fine grid.
-    side = SIDE * _SUPERSAMPLE
-    points = ((np.arange(side) + 0.5) / _SUPERSAMPLE).astype(np.float32)
+    points = ((np.arange(side) + 0.5) / k).astype(np.float32)
     grey = np.zeros((len(latents), SIDE, SIDE), np.uint8)
-    for shape in range(len(SHAPES)):
+    for shape in range(GRID[0]):
         rows = np.flatnonzero(latents[:, 0] == shape)
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             _, scale, orientation, x, y = latents[chunk].T
+            turn = orientation % GRID[2]
             # Products of small arrays only; the full grid is met in one sum each.
-            cos, sin = cosines[orientation, None], sines[orientation, None]
-            inverse = 1 / radii[scale, None]
+            cos, sin = cosines[turn, None], sines[turn, None]
+            inverse = 1 / _RADII[scale, None]
             dx = points - (_FIRST_CENTRE + _STEP * x[:, None]).astype(np.float32)
             dy = (_FIRST_CENTRE + _STEP * y[:, None]).astype(np.float32) - points
             u = (cos * dx * inverse)[:, None, :] + (sin * dy * inverse)[:, :, None]
             v = (cos * dy * inverse)[:, :, None] - (sin * dx * inverse)[:, None, :]
             fine = _inside(shape, u, v).view(np.uint8)
-            k = _SUPERSAMPLE
             count = fine.reshape(len(fine), SIDE, k, SIDE, k).sum((2, 4), np.uint16)
             grey[chunk] = (count * 255 + k * k // 2) // (k * k)
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def sample_latents(num: int, seed: int) -> np.ndarray:
-    """Draws `num` different points of the grid, uniformly, int64 `[num, 5]`.
-
-    Raises:
-      ValueError: If `num` is negative or larger than the grid.
-    """
-    total = math.prod(GRID)
-    if not 0 <= num <= total:
-        expected = f"0 to {total}, the size of the grid"
-        raise mismatch("", f"num={num}", expected, "ask for fewer pictures")
-    flat = np.random.default_rng(seed).choice(total, num, replace=False)
+    """Draws `num` different points of the grid, uniformly, int64 `[num, 5]`."""
+    flat = np.random.default_rng(seed).choice(math.prod(GRID), num, replace=False)
     return np.stack(np.unravel_index(flat, GRID), axis=1)
 
 
@@ -147,11 +115,7 @@ def label_latents(
 
     VTAB divides the value by (number of values / 16) and rounds down. For the 32
     positions x this makes pairs; for the 40 orientations bins of 3, 2, 3, 2, ...
-
-    Raises:
-      ValueError: If `label` is neither `'location'` nor `'orientation'`.
     """
-    check_choice("label", label, list(_LABELS))
     column, width, form, unit = _LABELS[label]
     bins = np.floor(np.arange(GRID[column]) / width).astype(np.int32)
     members = [np.flatnonzero(bins == k) * unit for k in range(bins[-1] + 1)]
@@ -165,9 +129,6 @@ def make_shapes(
     """Draws `num` pictures uint8 `[num, 32, 32, 3]` and labels, see `label_latents`.
 
     No two have the same latents, so that splits cut from one call share no picture.
-
-    Raises:
-      ValueError: If `label` is unknown or `num` exceeds the grid.
     """
     latents = sample_latents(num, seed)
     labels, names = label_latents(label, latents)

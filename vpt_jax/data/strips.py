@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike
 
 from vpt_jax import parallel
 from vpt_jax.data import cache
-from vpt_jax.files.messages import mismatch
 
 
 class Strip(NamedTuple):
@@ -35,21 +34,10 @@ class Strip(NamedTuple):
 
 
 def make(pixels: np.ndarray, length: ArrayLike, wide: ArrayLike) -> Strip:
-    """A strip of pictures that follow each other without gaps.
-
-    Raises:
-      ValueError: If `pixels` has not as many rows as `length` adds up to, or more than
-        int32 can count.
-    """
-    length = np.asarray(length, np.int64)
-    ends = np.cumsum(length)
-    total = int(ends[-1]) if len(ends) else 0
-    if total != len(pixels) or total > np.iinfo(np.int32).max:
-        got = f"{len(pixels)} rows of pixels and lengths that add up to {total}"
-        expected = "the same number, below 2^31"
-        raise mismatch("", got, expected, "make the strip of fewer pictures")
-    start = (ends - length).astype(np.int32)
-    return Strip(pixels, start, length.astype(np.int32), np.asarray(wide, bool))
+    """A strip of pictures that follow each other without gaps."""
+    length = np.asarray(length, np.int32)
+    start = np.cumsum(length, dtype=np.int32) - length
+    return Strip(pixels, start, length, np.asarray(wide, bool))
 
 
 def join(first: Strip, second: Strip) -> Strip:

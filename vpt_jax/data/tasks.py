@@ -71,16 +71,14 @@ def check_task(task: Task) -> Task:
 
 def _check_split(split: Split, where: str, num_classes: int) -> None:
     images, labels = split
-    if isinstance(images, strips.Strip):
-        _check_strip(images, where)
-    elif images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        got = f"images {images.dtype} {list(images.shape)}"
-        remedy = "convert them (grey: repeat the channel)"
-        raise mismatch(where, got, "uint8 [n, h, w, 3]", remedy)
-    if labels.ndim != 1 or labels.dtype != np.int32:
-        got = f"labels {labels.dtype} {list(labels.shape)}"
-        remedy = "convert them with `.astype(np.int32)`"
-        raise mismatch(where, got, "int32 [n]", remedy)
+    is_strip = isinstance(images, strips.Strip)
+    pixels = images.pixels if is_strip else images
+    good = pixels.ndim == 4 - is_strip and pixels.shape[-1] == 3
+    kinds = pixels.dtype == np.uint8, labels.dtype == np.int32, labels.ndim == 1
+    if not (good and all(kinds)):
+        got = f"images {pixels.dtype} {list(pixels.shape)}"
+        got += f" and labels {labels.dtype} {list(labels.shape)}"
+        raise mismatch(where, got, "uint8 [n, h, w, 3] and int32 [n]", "convert them")
     num = strips.count(images)
     if num != len(labels) or not num:
         got = f"{num} images and {len(labels)} labels"
@@ -91,26 +89,6 @@ def _check_split(split: Split, where: str, num_classes: int) -> None:
         got, expected = f"labels from {low} to {high}", f"0 to {num_classes - 1}"
         remedy = "give one class name per label, counted from 0"
         raise mismatch(where, got, expected, remedy)
-
-
-def _check_strip(strip: strips.Strip, where: str) -> None:
-    """Raises if a crop of a picture could be one of another, or of the wrong type."""
-    pixels, start, length, wide = strip
-    good = pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8
-    remedy = "use `strips.make`"
-    if not good or not start.shape == length.shape == wide.shape == (len(start),):
-        others = [list(x.shape) for x in strip[1:]]
-        got = f"pixels {pixels.dtype} {list(pixels.shape)} and {others} starts, lengths"
-        got, expected = (
-            f"{got} and directions",
-            "uint8 [total, height, 3] and three [n]",
-        )
-        raise mismatch(where, got, expected, remedy)
-    inside = (start >= 0) & (length >= pixels.shape[1])
-    if not (inside & (start.astype(np.int64) + length <= len(pixels))).all():
-        short = f"shorter than {pixels.shape[1]} px"
-        got = f"pictures that are {short} or lie outside of the {len(pixels)} rows"
-        raise mismatch(where, got, "the short side to be the strip's height", remedy)
 
 
 def join(train: Split, val: Split) -> Split:
@@ -126,9 +104,8 @@ def _cut(images: np.ndarray, labels: np.ndarray) -> tuple[Split, Split, Split]:
     """Cuts pictures in their given order into train, val and test."""
     labels = labels.astype(np.int32)
     ends = (0, NUM_TRAIN, NUM_TRAIN + NUM_VAL, NUM_TRAIN + NUM_VAL + MAX_TEST)
-    train, val, test = (
-        Split(images[a:b], labels[a:b]) for a, b in itertools.pairwise(ends)
-    )
+    pairs = itertools.pairwise(ends)
+    train, val, test = (Split(images[a:b], labels[a:b]) for a, b in pairs)
     return train, val, test
 
 
@@ -137,12 +114,15 @@ def _to_rgb(grey: np.ndarray, side: int) -> np.ndarray:
     return np.repeat(resize_bilinear(grey[..., None], side), 3, axis=-1)
 
 
-def _digits(image_size: int, data_dir: str) -> Task:
-    """The 1,797 handwritten digits that are an asset of the package."""
-    del data_dir
-    asset = importlib.resources.files("vpt_jax") / "assets" / "digits.npz"
+def _asset(name: str, images: str) -> tuple[np.ndarray, np.ndarray]:
+    asset = importlib.resources.files("vpt_jax") / "assets" / f"{name}.npz"
     with asset.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
-        grey, labels = arrays["images"], arrays["labels"]
+        return arrays[images], arrays["labels"]
+
+
+def _digits(image_size: int) -> Task:
+    """The 1,797 handwritten digits that are an asset of the package."""
+    grey, labels = _asset("digits", "images")
     order = np.random.default_rng(1101).permutation(len(labels))
     # 0..16 counts of black cells to 0..255, halves up.
     grey = ((grey[order].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
@@ -150,23 +130,19 @@ def _digits(image_size: int, data_dir: str) -> Task:
     return Task("digits", tuple("0123456789"), *splits)
 
 
-def _sign_digits(image_size: int, data_dir: str) -> Task:
+def _sign_digits(image_size: int) -> Task:
     """2,000 photographs of hands that show a digit: 800, 200 and 1,000, in the package.
 
     Pictures of one person can lie in several splits: the files do not tell signers.
     """
-    del data_dir
-    asset = importlib.resources.files("vpt_jax") / "assets" / "sign_digits.npz"
-    with asset.open("rb") as f, np.load(f, allow_pickle=False) as arrays:
-        mosaic = np.asarray(Image.open(io.BytesIO(arrays["jpeg"].tobytes())))
-        labels = arrays["labels"]
+    jpeg, labels = _asset("sign_digits", "jpeg")
+    mosaic = np.asarray(Image.open(io.BytesIO(jpeg.tobytes())))
     rows = mosaic.reshape(-1, 32, mosaic.shape[1] // 32, 32, 3).transpose(0, 2, 1, 3, 4)
     images = resize_bilinear(rows.reshape(-1, 32, 32, 3), image_size)
     return Task("sign_digits", tuple("0123456789"), *_cut(images, labels))
 
 
-def _shapes(label: str, seed: int, image_size: int, data_dir: str) -> Task:
-    del data_dir  # drawn, not read
+def _shapes(label: str, seed: int, image_size: int) -> Task:
     # One draw without replacement for all splits: no picture is in two of them.
     num = NUM_TRAIN + NUM_VAL + MAX_TEST
     images, labels, names = shapes.make_shapes(label, num, seed)
@@ -177,23 +153,16 @@ def _shapes(label: str, seed: int, image_size: int, data_dir: str) -> Task:
 
 # With the seed of each: changing one changes the splits, and with them every number
 # that was ever reported on that task.
-TASKS: dict[str, Callable[[int, str], Task]] = {
+TASKS: dict[str, Callable[[int], Task]] = {
     "digits": _digits,
     "sign_digits": _sign_digits,
     "shapes_location": functools.partial(_shapes, "location", 1201),
     "shapes_orientation": functools.partial(_shapes, "orientation", 1202),
 }
-"""Name of a task to its loader, called with `(image_size, data_dir)`."""
+"""Name of a task to its loader, called with the side of its pictures in px."""
 
 VTAB = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group != "fgvc")
 FGVC = tuple(n for n, row in vtab.BENCHMARKS.items() if row.group == "fgvc")
-
-
-def _folder(image_size: int, data_dir: str, resize: str, skip_broken: bool) -> Task:
-    """Own pictures; the task is called as the folder is."""
-    found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
-    name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
-    return _task(printable(name), found)
 
 
 def _task(name: str, found: folder.Loaded) -> Task:
@@ -201,42 +170,28 @@ def _task(name: str, found: folder.Loaded) -> Task:
     return Task(name, found.class_names, train, val, test, found.doubts, found.rule)
 
 
-def _vtab(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
-    """One of VTAB-1k's 19 tasks: 800 train, 200 val, the whole test set."""
-    row = vtab.BENCHMARKS[name]
+def _public(name: str, image_size: int, data_dir: str, rule: str, splits: str) -> Task:
+    """One of VTAB-1k's tasks: 800 train, 200 val, the whole test set.
+
+    Or a fine-grained set as VPT saw it: random crops to train on, else the centre.
+    """
+    row, fine = vtab.BENCHMARKS[name], name in FGVC
+    names = tuple(map(str, range(row.classes)))
     if where := extracted.find(name, data_dir):
         task = _task(name, extracted.load(name, where, image_size, rule))
-        return task._replace(class_names=_numbers(row.classes))
+        return task._replace(class_names=names)
 
-    def read(part: str) -> Split:
+    def read(part: str, crops: bool = False) -> Split:
+        if crops:
+            return Split(*prepared.strip(row, part, image_size, data_dir=data_dir))
         found = prepared.arrays(row, part, image_size, rule=rule, data_dir=data_dir)
         return Split(*found)
 
-    train, val = read("train800"), read("val200")
-    test = None if splits == "select" else read("test")
-    return Task(name, _numbers(row.classes), train, val, test, resize=rule)
-
-
-def _fgvc(name: str, image_size: int, data_dir: str, splits: str) -> Task:
-    """A fine-grained set as VPT saw it: random crops to train on, else the centre."""
-    row = vtab.BENCHMARKS[name]
-
-    def strip(part: str) -> Split:
-        return Split(*prepared.strip(row, part, image_size, data_dir=data_dir))
-
-    def centres(part: str) -> Split:
-        found = prepared.arrays(row, part, image_size, rule="crop", data_dir=data_dir)
-        return Split(*found)
-
-    train = strip("train")
+    train = read("train" if fine else "train800", fine)
     # To be trained on, val needs room for crops as well.
-    val = strip("val") if splits == "final" else centres("val")
-    test = None if splits == "select" else centres("test")
-    return Task(name, _numbers(row.classes), train, val, test, resize="crop")
-
-
-def _numbers(classes: int) -> tuple[str, ...]:
-    return tuple(str(k) for k in range(classes))
+    val = read("val" if fine else "val200", fine and splits == "final")
+    test = None if splits == "select" else read("test")
+    return Task(name, names, train, val, test, resize=rule)
 
 
 def load_task(
@@ -281,14 +236,15 @@ def load_task(
         got = f"resize={resize!r} and skip_broken={skip_broken} for task {name!r}"
         expected = "resize for VTAB and 'folder', skip_broken for 'folder' alone"
         raise mismatch("", got, expected, "leave them empty")
-    if own:
-        task = _folder(image_size, data_dir, resize, skip_broken)
-    elif name in VTAB:
-        task = _vtab(name, image_size, data_dir, resize or "corner", splits)
-    elif name in FGVC:
-        task = _fgvc(name, image_size, data_dir, splits)
+    if own:  # the task is called as the folder is
+        found = folder.load(data_dir, image_size, rule=resize, skip_broken=skip_broken)
+        name = os.path.basename(os.path.abspath(os.path.expanduser(data_dir)))
+        task = _task(printable(name), found)
+    elif name in TASKS:
+        task = TASKS[name](image_size)
     else:
-        task = TASKS[name](image_size, data_dir)
+        rule = "crop" if name in FGVC else resize or "corner"
+        task = _public(name, image_size, data_dir, rule, splits)
     if splits == "select":
         task = task._replace(test=None)
     elif splits == "final":

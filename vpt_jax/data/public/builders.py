@@ -29,13 +29,10 @@ def require(row: vtab.Benchmark, data_dir: str = "") -> None:
     if lacking:
         got, by_hand = f"no {', '.join(lacking)} in {folder}", "what is fetched by hand"
         raise mismatch(row.name, got, by_hand, row.source.manual)
-    if row.source.own:
-        return
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if lacking:
-        got, remedy = ", ".join(lacking), "pip install 'vpt_jax[prepare]'"
-        expected = "those that tfds prepares with"
-        raise mismatch(row.name, f"no package {got}", expected, remedy)
+    if lacking and not row.source.own:
+        got, remedy = f"no package {', '.join(lacking)}", vtab.INSTALL
+        raise mismatch(row.name, got, "those that tfds prepares with", remedy)
 
 
 def prepare(row: vtab.Benchmark, data_dir: str = "") -> Path:

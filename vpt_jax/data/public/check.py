@@ -7,7 +7,7 @@ labelled. Of a picture only a hash is kept.
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,20 +21,17 @@ _PATIENCE = 20  # unreadable examples of a part, after which it is left
 # Real sets have some equal pictures. That most of a part is in another is a mistake.
 _LEAK = 0.5
 
-_TOGETHER = (("train", "val", "test"), ("train800", "val200", "test"))
-
 
 class Findings(NamedTuple):
-    """What a check found."""
+    """What a check found: what is wrong, and what is only worth knowing."""
 
     errors: list[str]
-    notes: list[str]  # what is worth knowing, and not wrong
+    notes: list[str]
 
 
 class _Read(NamedTuple):
     labels: np.ndarray  # int64 [n]; -1 where an example cannot be read
     prints: list[int | None]  # of the decoded pictures, see `doubts.fingerprint`
-    errors: list[str]
 
 
 def check(
@@ -42,9 +39,9 @@ def check(
 ) -> Findings:
     """Checks a prepared data set against what was published of it, and against itself.
 
-    Errors are: other numbers of examples than published, parts that have records in
-    common, records that are damaged or have no right picture or label, a class that
-    train or test lacks, and a part most of whose pictures are in another part too.
+    Errors are: other numbers of examples than published, records that are damaged or
+    have no right picture or label, a class that train or test lacks, and a part most of
+    whose pictures are in another part too.
     Notes are: classes that other parts lack, and fewer equal pictures, which several
     published sets have. Progress is reported in lines of text.
 
@@ -56,91 +53,66 @@ def check(
     found = Findings([], [])
     try:
         sizes = records.split_sizes(directory)
-        found.errors.extend(_compare_sizes(row.source.sizes, sizes))
+        for split, size in row.source.sizes.items():
+            if (got := sizes.get(split, 0)) != size:
+                found.errors.append(
+                    f"split {split}: got {got:,} examples; published are {size:,}; "
+                    "prepare the whole data set."
+                )
         parts = vtab.part_runs(row, sizes)
     # tfds and protobuf raise errors of many kinds for damaged descriptions.
     except Exception as e:
         found.errors.append(messages.reason(e))
         return found
-    found.errors.extend(_overlaps(parts))
-
     read: dict[str, _Read] = {}
     for part in ("train", "val", "test"):
         try:
-            read[part] = _read(row, part, data_dir, report)
+            read[part] = _read(row, part, data_dir, found, report)
         except ValueError as e:  # a file is missing
             found.errors.append(str(e))
-            continue
-        found.errors.extend(read[part].errors)
-    for part, runs in parts.items():
-        joined = part in ("trainval", "train800val200")
-        labels = None if joined else _labels_of(runs[0], parts, read)
-        if labels is not None:
-            _count_classes(row, part, labels, found, report)
+    for part in parts:
+        _count_classes(row, part, _labels_of(part, parts, read), found, report)
     for first, second in itertools.combinations(read, 2):
         _compare_pictures(first, second, read, found)
     return found
 
 
-def _compare_sizes(published: Mapping[str, int], got: Mapping[str, int]) -> list[str]:
-    return [
-        f"split {split}: got {got.get(split, 0):,} examples; published are {size:,}; "
-        "prepare the whole data set."
-        for split, size in published.items()
-        if got.get(split, 0) != size
-    ]
-
-
-def _overlaps(parts: Mapping[str, Sequence[vtab.Run]]) -> list[str]:
-    """Records that are in two parts which must have none in common."""
-    pairs = dict.fromkeys(
-        pair for names in _TOGETHER for pair in itertools.combinations(names, 2)
-    )
-    errors = []
-    for first, second in pairs:
-        for a, b in itertools.product(parts.get(first, ()), parts.get(second, ())):
-            start, stop = max(a.start, b.start), min(a.stop, b.stop)
-            if a.split == b.split and start < stop:
-                both, where = f"{first} and {second}", f"{a.split}[{start}:{stop}]"
-                got = f"{stop - start:,} records in common, {where}"
-                error = messages.mismatch(both, got, "none", "correct the table")
-                errors.append(str(error))
-    return errors
-
-
 def _read(
-    row: vtab.Benchmark, part: str, data_dir: str, report: Callable[[str], None]
+    row: vtab.Benchmark,
+    part: str,
+    data_dir: str,
+    found: Findings,
+    report: Callable[[str], None],
 ) -> _Read:
     pictures = vtab.load(row, part, data_dir=data_dir)
     num = len(pictures)
     labels = np.full(num, -1, np.int64)
     prints: list[int | None] = [None] * num
-    errors, last = [], time.monotonic()
+    errors, last = 0, time.monotonic()
     for i in range(num):
         try:
             picture, labels[i] = pictures[i]
             prints[i] = doubts.fingerprint(picture)
         except ValueError as e:
-            errors.append(f"{part}: {e}")
-            if len(errors) == _PATIENCE:
-                errors.append(f"{part}: left after {i + 1:,} of {num:,} examples.")
+            found.errors.append(f"{part}: {e}")
+            errors += 1
+            if errors == _PATIENCE:
+                text = f"{part}: left after {i + 1:,} of {num:,} examples."
+                found.errors.append(text)
                 break
         if time.monotonic() - last > _INTERVAL_S:
             last = time.monotonic()
             report(f"  {part}: {i + 1:,} of {num:,} read")
-    return _Read(labels, prints, errors)
+    return _Read(labels, prints)
 
 
 def _labels_of(
-    run: vtab.Run, parts: Mapping[str, Sequence[vtab.Run]], read: Mapping[str, _Read]
-) -> np.ndarray | None:
-    """The labels of a run that lies in one of the parts that were read."""
-    for part, known in read.items():
-        (whole,) = parts[part]
-        inside = whole.start <= run.start and run.stop <= whole.stop
-        if whole.split == run.split and inside:
-            return known.labels[run.start - whole.start : run.stop - whole.start]
-    return None
+    part: str, parts: Mapping[str, vtab.Run], read: Mapping[str, _Read]
+) -> np.ndarray:
+    """The labels of a part, as it was read or the beginning of one that was read."""
+    known = read.get(part.rstrip("0123456789"))
+    length = parts[part].stop - parts[part].start
+    return known.labels[:length] if known else np.full(1, -1)
 
 
 def _count_classes(
@@ -151,16 +123,15 @@ def _count_classes(
     report: Callable[[str], None],
 ) -> None:
     whole = bool((labels >= 0).all())
-    labels = labels[labels >= 0]
-    counts = np.bincount(labels, minlength=row.classes)
-    present = counts[counts > 0]
-    if len(present):
+    counts = np.bincount(labels[labels >= 0], minlength=row.classes)
+    num, present = counts.sum(), counts[counts > 0]
+    if num:
         low, high = present.min(), present.max()
         each = f"{low:,} each"
         if low < high:
-            share = 100 * high / len(labels)
-            each = f"{low:,} to {high:,} each; class {counts.argmax()}: {share:.1f} %"
-        report(f"  {part}: {len(labels):,} examples of {len(present)} classes, {each}")
+            share = f"{100 * high / num:.1f} %"
+            each = f"{low:,} to {high:,} each; class {counts.argmax()}: {share}"
+        report(f"  {part}: {num:,} examples of {len(present)} classes, {each}")
     lacking = np.flatnonzero(counts == 0).tolist()
     if lacking and whole:  # else what cannot be read has been reported
         some = doubts.first_of([str(k) for k in lacking])

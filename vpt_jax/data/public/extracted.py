@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vpt_jax.data import folder, lists
 from vpt_jax.data.public import vtab
+from vpt_jax.files.messages import mismatch
 
 SHORT = {
     "cifar100": "cifar",
@@ -43,13 +44,7 @@ def missing(tasks: Iterable[str], data_dir: str) -> list[str]:
 
 
 def load(task: str, where: Path, side: int, rule: str) -> folder.Loaded:
-    """The pictures of a task, checked against what VTAB-1k has.
-
-    Args:
-      task: One of VTAB-1k's names.
-      where: What `find` returned.
-      side: Height and width in px.
-      rule: One of `pictures.RULES`.
+    """The pictures of a task in the folder `where`, checked against VTAB-1k.
 
     Raises:
       ValueError: If there are not 800 pictures to train on and 200 to choose on, or
@@ -57,23 +52,17 @@ def load(task: str, where: Path, side: int, rule: str) -> folder.Loaded:
     """
     found = folder.load(str(where), side, rule=rule)
     row = vtab.BENCHMARKS[task]
-    sizes = {split: len(labels) for split, (_, labels) in found.splits.items()}
-    expected = {"train": vtab.NUM_TRAIN, "val": vtab.NUM_VAL}
-    (test,) = vtab.part_runs(row)["test"]
-    if {name: sizes[name] for name in expected} != expected:
-        raise ValueError(
-            f"{where}: got {sizes['train']} pictures to train on and {sizes['val']} to"
-            " choose on; expected VTAB-1k's 800 and 200 (train800.txt, val200.txt)."
-        )
-    if len(found.class_names) != row.classes:
-        raise ValueError(
-            f"{where}: got {len(found.class_names)} classes; expected the"
-            f" {row.classes} of {task}. Are all of its lists there?"
-        )
-    if sizes["test"] == test.stop - test.start:
+    train, val, test = (len(found.splits[s][1]) for s in folder.SPLITS)
+    num = len(found.class_names)
+    if (train, val, num) != (vtab.NUM_TRAIN, vtab.NUM_VAL, row.classes):
+        got = f"{train} pictures to train on, {val} to choose on, of {num} classes"
+        remedy = "look whether all of its lists are there"
+        raise mismatch(where, got, f"800 and 200, of {row.classes}", remedy)
+    run = vtab.part_runs(row)["test"]
+    if test == run.stop - run.start:
         return found
     doubt = (
-        f"{sizes['test']:,} test pictures and not {test.stop - test.start:,}, so that"
-        " accuracies are not those of the published test set"
+        f"{test:,} test pictures and not {run.stop - run.start:,}, so that accuracies"
+        " are not those of the published test set"
     )
     return found._replace(doubts=(*found.doubts, doubt))

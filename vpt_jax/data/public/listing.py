@@ -54,12 +54,12 @@ def find(row: vtab.Benchmark, data_dir: str = "") -> Prepared | None:
     return Prepared(directory.name, file_format, size)
 
 
-def _state(row: vtab.Benchmark, copy: Prepared | None, data_dir: str) -> str:
+def _state(source: vtab.Source, copy: Prepared | None, data_dir: str) -> str:
     if copy:
         return f"{copy.version} {copy.file_format} {decimal(copy.size)}"
-    homes = [root / row.source.name for root in vtab.data_dirs(data_dir)]
+    homes = [root / source.name for root in vtab.data_dirs(data_dir)]
     others = [version for home in homes for version in vtab.versions(home)]
-    wanted = " or ".join(row.source.versions)
+    wanted = " or ".join(source.versions)
     return f"{', '.join(others)}, not {wanted}" if others else "missing"
 
 
@@ -71,55 +71,42 @@ def show(data_dir: str = "", width: int | None = None) -> None:
     for name in ("Classes", "Train", "Val", "Test", "Download"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("Prepared")
-    sources, copies = {}, {}
+    rows = vtab.BENCHMARKS.values()
+    sources = {row.source.name: row for row in rows}
+    copies = {name: find(row, data_dir) for name, row in sources.items()}
     for group in vtab.GROUPS:
         table.add_section()
         table.add_row(f"[bold]{group}[/bold]")
-        for row in vtab.BENCHMARKS.values():
-            if row.group != group:
-                continue
+        for row in (row for row in rows if row.group == group):
             source, parts = row.source, vtab.part_runs(row)
-            if source.name not in sources:
-                sources[source.name] = source
-                copies[source.name] = find(row, data_dir)
             copy = copies[source.name]
-            runs = [parts[part][0] for part in ("train", "val", "test")]
+            runs = [parts[part] for part in ("train", "val", "test")]
             table.add_row(
                 row.name,
                 str(row.classes),
                 *(f"{run.stop - run.start:,}" for run in runs),
                 "by hand" if source.manual else source.download,
-                _state(row, copy, data_dir),
+                _state(source, copy, data_dir),
                 style="" if copy else "dim",
             )
     console.print(table)
     console.print()
-    console.print(_summary(sources, copies, data_dir), soft_wrap=True)
-
-
-def _summary(
-    sources: dict[str, vtab.Source], copies: dict[str, Prepared | None], data_dir: str
-) -> str:
     there = [copy for copy in copies.values() if copy]
-    missing = [source for name, source in sources.items() if not copies[name]]
-    by_hand = sum(bool(source.manual) for source in missing)
-    roots = " or ".join(_home(root) for root in vtab.data_dirs(data_dir))
+    missing = [row.source for name, row in sources.items() if not copies[name]]
     size = decimal(sum(copy.size for copy in there))
     state = [f"{len(there)} prepared ({size} on disk)"] if there else []
     if missing:
+        by_hand = sum(bool(source.manual) for source in missing)
         more = f", and {by_hand} by hand" if by_hand else ""
-        state.append(
-            f"{len(missing)} missing (to download {total_download(missing)}{more})"
-        )
+        more = f"to download {total_download(missing)}{more}"
+        state.append(f"{len(missing)} missing ({more})")
+    home = f"^{re.escape(str(Path.home()))}(?=/)"
+    roots = [re.sub(home, "~", str(root)) for root in vtab.data_dirs(data_dir)]
     lines = [
-        f"{len(vtab.BENCHMARKS)} tasks on {len(sources)} data sets, in {roots}",
+        f"{len(rows)} tasks on {len(sources)} data sets, in {' or '.join(roots)}",
         ", ".join(state),
         f"VTAB-1k trains on {vtab.NUM_TRAIN} of train and {vtab.NUM_VAL} of val.",
     ]
     if missing:
         lines.append("To prepare one: python -m vpt_jax.data prepare TASK")
-    return "\n".join(lines)
-
-
-def _home(path: Path) -> str:
-    return re.sub(f"^{re.escape(str(Path.home()))}(?=/)", "~", str(path))
+    console.print("\n".join(lines), soft_wrap=True)

@@ -15,28 +15,28 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from vpt_jax.data import cub
+from vpt_jax.data import lists
 from vpt_jax.files.messages import mismatch
 
 CLASSES = 555
 
 
-def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, cub.Picture]:
+def read_lists(folder: Path, classes: int = CLASSES) -> dict[str, lists.Picture]:
     """Reads the publisher's lists: uuid to picture.
 
     Raises:
-      ValueError: As `cub.read`, or if there are more or fewer classes, or a picture is
-        not there.
+      ValueError: As `lists.read_cub`, or if there are more or fewer classes, or a
+        picture is not there.
     """
-    pictures, numbers = cub.read(folder)
+    pictures, numbers = lists.read_cub(folder)
     if len(numbers) != classes:
         expected = f"{classes}, as labels are numbered by them"
-        got, file = f"{len(numbers)} classes", folder / cub.FILES[1]
-        raise mismatch(file, got, expected, cub.AGAIN)
+        got, file = f"{len(numbers)} classes", folder / lists.CUB[1]
+        raise mismatch(file, got, expected, lists.AGAIN)
     missing = [p.path for p in pictures.values() if not p.path.is_file()]
     if missing:
         got = f"no such file, nor {len(missing) - 1} others of images.txt"
-        raise mismatch(missing[0], got, f"all {len(pictures)} pictures", cub.AGAIN)
+        raise mismatch(missing[0], got, f"all {len(pictures)} pictures", lists.AGAIN)
     return pictures
 
 
@@ -69,19 +69,19 @@ class NABirds(tfds.core.GeneratorBasedBuilder):
     ) -> Mapping[str, Any]:
         pictures = read_lists(Path(dl_manager.manual_dir) / "nabirds")
         return {
-            split: self._generate_examples(
-                {key: p for key, p in pictures.items() if p.train == train}
-            )
-            for split, train in (("train", True), ("test", False))
+            "train": self._generate_examples(pictures, True),
+            "test": self._generate_examples(pictures, False),
         }
 
     def _generate_examples(
-        self, pictures: Mapping[str, cub.Picture]
+        self, pictures: Mapping[str, lists.Picture], train: bool
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        for uuid, (path, label, _) in pictures.items():
+        for uuid, (path, label, is_train) in pictures.items():
+            if is_train != train:
+                continue
             data = path.read_bytes()
             if not data.startswith(b"\xff\xd8"):
                 got = f"{len(data)} bytes that are no JPEG picture"
-                raise mismatch(path, got, "one", cub.AGAIN)
+                raise mismatch(path, got, "one", lists.AGAIN)
             name = f"{path.parent.name}/{path.name}"
             yield uuid, {"image": data, "image/filename": name, "label": label}

@@ -6,9 +6,7 @@ dSprites, two labels of CLEVR, two of SmallNORB) share its files: next to the pi
 lie the labels of all of them.
 """
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from vpt_jax.data.public import vtab
 
 VERSION = 2  # to be raised when the same files give other pixels or labels
 _STRIP = "strip"  # in the place of a rule
-_BATCH = 32  # two such are in memory while reading: 0.2 GB of 1000 x 1000 px
+_BATCH = 32  # in memory while reading: 0.1 GB of 1000 x 1000 px
 _REPORT = 1024  # pictures between lines of text
 
 
@@ -31,18 +29,11 @@ def arrays(
     *,
     rule: str,
     data_dir: str = "",
-    report: Callable[[str], None] = print,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pictures and labels of one part, decoded and resized once.
 
-    Args:
-      row: Of `vtab.BENCHMARKS`.
-      part: As in `vtab.load`.
-      side: Height and width of the pictures in px.
-      rule: One of `pictures.RULES`. `crop` resizes pictures that have the side already
-        too, as FGVC is evaluated.
-      data_dir: As in `vtab.data_dirs`.
-      report: Called with lines of text while reading.
+    `rule` is one of `pictures.RULES`; `crop` resizes pictures that have the side
+    already too, as FGVC is evaluated. The others are as in `vtab.load`.
 
     Returns:
       A read-only memory map uint8 `[n, side, side, 3]`, and int32 `[n]`.
@@ -57,7 +48,7 @@ def arrays(
             return pictures.centre_crop(Image.fromarray(pixels), side)
         return pictures.to_square(pixels, side, rule)
 
-    info, images = _cached(row, part, side, rule, square, data_dir, report)
+    images, info = _cached(row, part, side, rule, square, data_dir)
     return images, np.asarray(info["labels"][row.name], np.int32)
 
 
@@ -67,7 +58,6 @@ def strip(
     side: int,
     *,
     data_dir: str = "",
-    report: Callable[[str], None] = print,
 ) -> tuple[strips.Strip, np.ndarray]:
     """The same with room for random crops: the short side to 256/224 of `side`.
 
@@ -82,7 +72,7 @@ def strip(
         return np.asarray(pictures.resize_short(Image.fromarray(pixels), side))
 
     height = pictures.short_side(side)
-    info, pixels = _cached(row, part, height, _STRIP, resized, data_dir, report)
+    pixels, info = _cached(row, part, height, _STRIP, resized, data_dir)
     made = strips.make(pixels, info["length"], info["wide"])
     return made, np.asarray(info["labels"][row.name], np.int32)
 
@@ -94,9 +84,8 @@ def _cached(
     rule: str,
     resize: Callable[[np.ndarray], np.ndarray],
     data_dir: str,
-    report: Callable[[str], None],
-) -> tuple[dict[str, Any], np.ndarray]:
-    """What is known of the pictures (labels; in a strip, how they lie), and pixels."""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Pixels, and what is known of the pictures: labels; in a strip, how they lie."""
     directory = vtab.find(row, data_dir)
     files = sorted(p for p in directory.iterdir() if p.is_file())
     same = row.source, row.picture
@@ -128,7 +117,21 @@ def _cached(
 
         # One pass over the examples, in order: reading them is what takes time.
         examples = vtab.load(row._replace(label=label_all), part, data_dir=data_dir)
-        for picture in _decoded(examples, resize, f"{row.name} {part}", report):
+
+        def read() -> Iterator[tuple[int, np.ndarray]]:
+            for i in range(num := len(examples)):
+                if i % _REPORT == 0:
+                    print(f"reading {row.name} {part}: {i:,} of {num:,}, once")
+                yield i, examples[i][0]
+
+        def resize_one(example: tuple[int, np.ndarray]) -> np.ndarray:
+            try:
+                return resize(example[1])
+            except ValueError as e:
+                where = f"{row.name} {part}, example {example[0]}"
+                raise ValueError(f"{where}: {e}") from e
+
+        for picture in pictures.mapped(resize_one, read(), _BATCH):
             wide = picture.shape[1] > picture.shape[0]  # not if it is a square
             picture = picture.swapaxes(0, 1) if wide else picture
             write(picture)
@@ -138,29 +141,4 @@ def _cached(
         return info
 
     folder, glued = cache.default_folder(), rule == _STRIP
-    images, info = cache.cached(folder, key, height, make, report, strip=glued)
-    return info, images
-
-
-def _decoded(
-    examples: vtab.Pictures,
-    resize: Callable[[np.ndarray], np.ndarray],
-    what: str,
-    report: Callable[[str], None],
-) -> Iterable[np.ndarray]:
-    """All pictures in order, resized. One thread reads the files, several resize."""
-
-    def resize_one(number: int, picture: np.ndarray) -> np.ndarray:
-        try:
-            return resize(picture)
-        except ValueError as e:
-            raise ValueError(f"{what}, example {number}: {e}") from e
-
-    num = len(examples)
-    with ThreadPoolExecutor(min(_BATCH, os.cpu_count() or 1)) as pool:
-        for start in range(0, num, _BATCH):
-            if start % _REPORT == 0:
-                report(f"reading {what}: {start:,} of {num:,}, once")
-            numbers = range(start, min(start + _BATCH, num))
-            batch = [examples[i][0] for i in numbers]
-            yield from pool.map(resize_one, numbers, batch)
+    return cache.cached(folder, key, height, make, strip=glued)

@@ -2,8 +2,7 @@
 """Reads the examples of prepared tensorflow-datasets directories, without TensorFlow.
 
 Any example can be read by its index, whether the files are ArrayRecord or TFRecord, and
-both give the same examples in the same order: shard after shard, part after part of the
-split expression. (`tf.data` interleaves the parts of 'a+b'; this does not.)
+both give the same examples in the same order: shard after shard.
 """
 
 import bisect
@@ -11,7 +10,6 @@ import functools
 import io
 import itertools
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,89 +21,77 @@ from vpt_jax.files.messages import mismatch
 _AGAIN = "prepare the data set again; the file may be damaged or cut short"
 _INTACT = "an intact TFRecord or ArrayRecord file"
 _NOT_SUMMED = "that does not match its checksum"
+# What array_record raises for damaged files.
+_DAMAGE = (RuntimeError, IndexError, ValueError)
 
-_LENGTH = struct.Struct("<Q")
-_CRC = struct.Struct("<I")
 
-
-def _checksum(data: bytes) -> int:
-    """TFRecord's masked form of CRC-32C (Castagnoli)."""
+def _checksum(data: bytes) -> bytes:
+    """TFRecord's masked form of CRC-32C (Castagnoli), as it is stored."""
     crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked.to_bytes(4, "little")
 
 
-def index_tfrecord(path: str) -> np.ndarray:
-    """Finds the records of a TFRecord file, and checks the checksums of their lengths.
+class TFRecord:
+    """The records of a TFRecord file, of which the lengths are checked at once.
 
     A record is its length (8 bytes, little-endian), the masked CRC-32C of these 8 bytes
     (4 bytes), the payload, and the masked CRC-32C of the payload (4 bytes).
 
-    Returns:
-      int64 `[records, 2]`: where each payload starts, and its length.
-
     Raises:
-      ValueError: If a length does not match its checksum, or the file is cut short.
+      ValueError: If a length or a payload does not match its checksum, or the file is
+        cut short.
     """
-    size = os.path.getsize(path)
-    found, at = [], 0
-    with open(path, "rb") as f:
-        while at + 12 <= size:
-            f.seek(at)
-            head = f.read(12)
-            if _checksum(head[:8]) != _CRC.unpack(head[8:])[0]:
-                where = f"{path}, record {len(found)}"
-                raise mismatch(where, f"a length {_NOT_SUMMED}", _INTACT, _AGAIN)
-            (length,) = _LENGTH.unpack(head[:8])
-            found.append((at + 12, length))
-            at += 16 + length
-    if at != size:
-        # A header of less than 12 bytes is a record too, and not in `found`.
-        last = len(found) if at < size else len(found) - 1
-        got = f"a file of {size} bytes that ends inside it"
-        raise mismatch(f"{path}, record {last}", got, "the whole record", _AGAIN)
-    return np.array(found, np.int64).reshape(-1, 2)
 
-
-class _TFRecord:
     def __init__(self, path: str):
         self._path = path
-        self._index = index_tfrecord(path)
+        self._found: list[tuple[int, int]] = []  # where each payload starts, its length
+        size, at = os.path.getsize(path), 0
+        with open(path, "rb") as f:
+            while at + 12 <= size:
+                f.seek(at)
+                head = f.read(12)
+                if _checksum(head[:8]) != head[8:]:
+                    where = f"{path}, record {len(self)}"
+                    raise mismatch(where, f"a length {_NOT_SUMMED}", _INTACT, _AGAIN)
+                length = int.from_bytes(head[:8], "little")
+                self._found.append((at + 12, length))
+                at += 16 + length
+        if at != size:
+            # A header of less than 12 bytes is a record too, and was not found.
+            last = len(self) if at < size else len(self) - 1
+            got = f"a file of {size} bytes that ends inside it"
+            raise mismatch(f"{path}, record {last}", got, "the whole record", _AGAIN)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._found)
 
     def __getitem__(self, i: int) -> bytes:
-        start, length = self._index[i].tolist()
+        start, length = self._found[i]
         with open(self._path, "rb") as f:
             f.seek(start)
             data = f.read(length + 4)
-        payload = data[:length]
-        if len(data) < length + 4 or _checksum(payload) != _CRC.unpack(data[-4:])[0]:
+        if len(data) < length + 4 or _checksum(data[:length]) != data[length:]:
             where = f"{self._path}, record {i}"
             raise mismatch(where, f"data {_NOT_SUMMED}", _INTACT, _AGAIN)
-        return payload
+        return data[:length]
 
 
 class _ArrayRecord:
     """The records of one ArrayRecord file, whose checksums the library checks."""
 
     def __init__(self, path: str):
-        try:
-            import array_record.python.array_record_module as array_record
-        except ImportError as e:
-            got = f"an ArrayRecord file but cannot import array_record ({e})"
-            remedy = "`pip install array_record`"
-            raise mismatch(path, got, "it to be installed", remedy) from e
+        import array_record.python.array_record_module as array_record
+
         self._path = path
         # No reading ahead: examples are read one by one, in any order.
+        options = "readahead_buffer_size:0"
         try:
-            self._reader = array_record.ArrayRecordReader(
-                path, "readahead_buffer_size:0"
-            )
+            self._reader = array_record.ArrayRecordReader(path, options)
             self._records = self._reader.num_records()
             if not self._records:
                 self._reader.read([0])  # says what is wrong with the file
-        except (RuntimeError, IndexError, ValueError) as e:
+        except _DAMAGE as e:
             raise mismatch(path, f"no records ({e})", _INTACT, _AGAIN) from e
 
     def __len__(self) -> int:
@@ -114,13 +100,12 @@ class _ArrayRecord:
     def __getitem__(self, i: int) -> bytes:
         try:
             return self._reader.read([i])[0]
-        except (RuntimeError, IndexError, ValueError) as e:
-            where = f"{self._path}, record {i}"
-            got = f"data that cannot be read ({e})"
+        except _DAMAGE as e:
+            where, got = f"{self._path}, record {i}", f"data that cannot be read ({e})"
             raise mismatch(where, got, _INTACT, _AGAIN) from e
 
 
-_READERS = {"array_record": _ArrayRecord, "tfrecord": _TFRecord}
+_READERS = {"array_record": _ArrayRecord, "tfrecord": TFRecord}
 
 
 class _Run(NamedTuple):
@@ -148,7 +133,7 @@ def decode_picture(data: bytes, channels: int | None) -> np.ndarray:
         # Of Pillow's other readers, some start programs.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as file:
             mode = {1: "L", 3: "RGB"}.get(channels or 0, file.mode)
-            picture = np.array(file if file.mode == mode else file.convert(mode))
+            picture = np.array(file.convert(mode))
     except Exception as e:  # readers of damaged files raise whatever comes up
         got = f"{len(data)} bytes that are no picture ({e})"
         raise mismatch("", got, "PNG or JPEG", "prepare the data set again") from e
@@ -175,19 +160,23 @@ class Examples:
         self._decoders = {name: tfds.decode.SkipDecoding() for name in self._channels}
         self._runs = tuple(run for run in runs if run.take)
         self._ends = list(itertools.accumulate(run.take for run in self._runs))
-        reader = _READERS[file_format]
+
+        def opened(path: str, total: int) -> Any:
+            reader = _READERS[file_format](path)
+            if len(reader) != total:
+                expected = f"{total}, as dataset_info.json says"
+                raise mismatch(path, f"{len(reader)} records", expected, _AGAIN)
+            return reader
+
         # Files stay open and indexed while they are in use; large sets have hundreds.
-        self._open = functools.lru_cache(maxsize=16)(
-            lambda path, total: _checked(reader(path), path, total)
-        )
+        self._open = functools.lru_cache(maxsize=16)(opened)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def _locate(self, i: int) -> tuple[_Run, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"got index {i}; expected less than {len(self)}.")
-        i %= len(self)
+        if not 0 <= i < len(self):
+            raise IndexError(f"got index {i}; expected 0 to {len(self) - 1}.")
         k = bisect.bisect_right(self._ends, i)
         run = self._runs[k]
         return run, run.skip + run.take - (self._ends[k] - i)
@@ -211,13 +200,6 @@ class Examples:
         return example
 
 
-def _checked(reader: Any, path: str, total: int) -> Any:
-    if len(reader) != total:
-        expected = f"{total}, as dataset_info.json says"
-        raise mismatch(path, f"{len(reader)} records", expected, _AGAIN)
-    return reader
-
-
 def _builder(directory: str | os.PathLike[str]) -> Any:
     """The read-only builder of a prepared directory; imports no TensorFlow."""
     import tensorflow_datasets as tfds
@@ -232,27 +214,21 @@ def _builder(directory: str | os.PathLike[str]) -> Any:
 
 
 def split_sizes(directory: str | os.PathLike[str]) -> Mapping[str, int]:
-    """The number of examples in each split of a prepared directory.
-
-    Raises:
-      ValueError: If it is not that of one version, with `dataset_info.json`.
-    """
+    """The number of examples in each split of the directory of a prepared version."""
     splits = _builder(directory).info.splits
     return {name: split.num_examples for name, split in splits.items()}
 
 
 def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
-    """Opens the examples of a prepared split, or of parts of splits, in that order.
+    """Opens the examples of a prepared split, or of a part of it, in order.
 
     Args:
       directory: The directory of one version, with `dataset_info.json`.
-      expression: In tfds' own terms, such as 'train[:800]+validation[:200]'. Give
-        numbers rather than percentages, which tfds rounds to the nearest.
+      expression: In tfds' own terms, such as 'train[:800]'. Give numbers rather than
+        percentages, which tfds rounds to the nearest.
 
     Raises:
-      ValueError: If it is not such a directory, its file format is neither
-        ArrayRecord nor TFRecord, a file is missing, or the expression names a split
-        or examples that are not there.
+      ValueError: If files are missing or of another format.
     """
     info = _builder(directory).info
     file_format = info.file_format.value
@@ -260,12 +236,7 @@ def open_split(directory: str | os.PathLike[str], expression: str) -> Examples:
         got, expected = f"file format {file_format!r}", f"one of {sorted(_READERS)}"
         remedy = "prepare it again with `file_format='array_record'`"
         raise mismatch(directory, got, expected, remedy)
-    try:
-        parts = info.splits[expression].file_instructions
-    except (ValueError, KeyError, AssertionError) as e:
-        sizes = {name: split.num_examples for name, split in info.splits.items()}
-        got, expected = f"split {expression!r} ({e})", f"examples of {sizes}"
-        raise mismatch(directory, got, expected, "choose among them") from e
+    parts = info.splits[expression].file_instructions
     runs = [_Run(p.filename, p.skip, p.take, p.examples_in_shard) for p in parts]
     for run in runs:
         if not os.path.isfile(run.path):

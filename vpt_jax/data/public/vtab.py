@@ -21,7 +21,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ from vpt_jax.files.messages import advised, mismatch
 
 NUM_TRAIN, NUM_VAL = 800, 200
 GROUPS = ("natural", "specialized", "structured", "fgvc")
-PARTS = ("train", "val", "trainval", "test")
-PARTS_1K = ("train800", "val200", "train800val200")
+INSTALL = "pip install 'vpt_jax[prepare]'"
 _WHOLE = "prepare the whole data set"
 
 
@@ -169,68 +168,56 @@ _CARS = Source("cars196", ("2.*.*",), {"train": 8144, "test": 8041},
     ("cars_train.tgz", "cars_test.tgz", "car_devkit.tgz",
      "cars_test_annos_withlabels.mat"))
 
-# Name, group, source, classes; prompts per layer of VPT-Deep and tuned %; accuracies of
-# full, linear, shallow and deep; label and picture where they are derived.
-_TABLE = (
-    Benchmark("cifar100", "natural", _CIFAR100, 100,
-              10, 0.20, Accuracies(68.9, 63.4, 77.7, 78.8)),
-    Benchmark("caltech101", "natural", _CALTECH101, 102,
-              10, 0.20, Accuracies(87.7, 85.0, 86.9, 90.8)),
-    Benchmark("dtd", "natural", _DTD, 47,
-              10, 0.15, Accuracies(64.3, 63.2, 62.6, 65.8)),
-    Benchmark("oxford_flowers102", "natural", _FLOWERS, 102,
-              1, 0.10, Accuracies(97.2, 97.0, 97.5, 98.0)),
-    Benchmark("oxford_iiit_pet", "natural", _PETS, 37,
-              1, 0.04, Accuracies(86.9, 86.3, 87.3, 88.3)),
-    Benchmark("svhn", "natural", _SVHN, 10,
-              50, 0.54, Accuracies(87.4, 36.6, 74.5, 78.1)),
-    Benchmark("sun397", "natural", _SUN397, 397,
-              5, 0.41, Accuracies(38.8, 51.0, 51.2, 49.6)),
-    Benchmark("patch_camelyon", "specialized", _CAMELYON, 2,
-              100, 1.06, Accuracies(79.7, 78.5, 78.2, 81.8)),
-    Benchmark("eurosat", "specialized", _EUROSAT, 10,
-              100, 1.07, Accuracies(95.7, 87.5, 92.0, 96.1)),
-    Benchmark("resisc45", "specialized", _RESISC45, 45,
-              10, 0.15, Accuracies(84.2, 68.6, 75.6, 83.4)),
-    Benchmark("diabetic_retinopathy", "specialized", _RETINOPATHY, 5,
-              1, 0.02, Accuracies(73.9, 74.0, 72.9, 68.4)),
-    Benchmark("clevr_count", "structured", _CLEVR, 8,
-              50, 0.54, Accuracies(56.3, 34.3, 50.5, 68.5),
-              labels.clevr_count),
-    Benchmark("clevr_distance", "structured", _CLEVR, 6,
-              200, 2.11, Accuracies(58.6, 30.6, 58.6, 60.0),
-              labels.clevr_distance),
-    Benchmark("dmlab", "structured", _DMLAB, 6,
-              100, 1.07, Accuracies(41.7, 33.2, 40.5, 46.5)),
-    Benchmark("kitti_distance", "structured", _KITTI, 4,
-              50, 0.54, Accuracies(65.5, 55.4, 67.1, 72.8),
-              labels.kitti_distance),
-    Benchmark("dsprites_location", "structured", _DSPRITES, 16,
-              10, 0.12, Accuracies(57.5, 12.5, 68.7, 73.6),
-              labels.binned("label_x_position", 32, 16), labels.binary_picture),
-    Benchmark("dsprites_orientation", "structured", _DSPRITES, 16,
-              50, 0.55, Accuracies(46.7, 20.0, 36.1, 47.9),
-              labels.binned("label_orientation", 40, 16), labels.binary_picture),
-    Benchmark("smallnorb_azimuth", "structured", _SMALLNORB, 18,
-              200, 2.12, Accuracies(25.7, 9.6, 20.2, 32.9),
-              labels.stored("label_azimuth")),
-    Benchmark("smallnorb_elevation", "structured", _SMALLNORB, 9,
-              200, 2.11, Accuracies(29.1, 19.2, 34.1, 37.8),
-              labels.stored("label_elevation")),
-    Benchmark("cub", "fgvc", _CUB, 200,
-              10, 0.29, Accuracies(87.3, 85.3, 86.7, 88.5)),
-    Benchmark("nabirds", "fgvc", _NABIRDS, 555,
-              50, 1.02, Accuracies(82.7, 75.9, 78.8, 84.2)),
-    Benchmark("flowers", "fgvc", _FLOWERS, 102,
-              5, 0.14, Accuracies(98.8, 97.9, 98.4, 99.0)),
-    Benchmark("dogs", "fgvc", _DOGS, 120,
-              100, 1.17, Accuracies(89.4, 86.2, 90.7, 90.2)),
-    Benchmark("cars", "fgvc", _CARS, 196,
-              200, 2.27, Accuracies(84.5, 51.3, 68.7, 83.6)),
-)
+# Of each group: name, source, classes; prompts per layer of VPT-Deep and tuned %;
+# accuracies of full, linear, shallow, deep; label and picture where they are derived.
+_TABLE: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "natural": (
+        ("cifar100", _CIFAR100, 100, 10, 0.20, (68.9, 63.4, 77.7, 78.8)),
+        ("caltech101", _CALTECH101, 102, 10, 0.20, (87.7, 85.0, 86.9, 90.8)),
+        ("dtd", _DTD, 47, 10, 0.15, (64.3, 63.2, 62.6, 65.8)),
+        ("oxford_flowers102", _FLOWERS, 102, 1, 0.10, (97.2, 97.0, 97.5, 98.0)),
+        ("oxford_iiit_pet", _PETS, 37, 1, 0.04, (86.9, 86.3, 87.3, 88.3)),
+        ("svhn", _SVHN, 10, 50, 0.54, (87.4, 36.6, 74.5, 78.1)),
+        ("sun397", _SUN397, 397, 5, 0.41, (38.8, 51.0, 51.2, 49.6)),
+    ),
+    "specialized": (
+        ("patch_camelyon", _CAMELYON, 2, 100, 1.06, (79.7, 78.5, 78.2, 81.8)),
+        ("eurosat", _EUROSAT, 10, 100, 1.07, (95.7, 87.5, 92.0, 96.1)),
+        ("resisc45", _RESISC45, 45, 10, 0.15, (84.2, 68.6, 75.6, 83.4)),
+        ("diabetic_retinopathy", _RETINOPATHY, 5, 1, 0.02, (73.9, 74.0, 72.9, 68.4)),
+    ),
+    "structured": (
+        ("clevr_count", _CLEVR, 8, 50, 0.54, (56.3, 34.3, 50.5, 68.5),
+         labels.clevr_count),
+        ("clevr_distance", _CLEVR, 6, 200, 2.11, (58.6, 30.6, 58.6, 60.0),
+         labels.clevr_distance),
+        ("dmlab", _DMLAB, 6, 100, 1.07, (41.7, 33.2, 40.5, 46.5)),
+        ("kitti_distance", _KITTI, 4, 50, 0.54, (65.5, 55.4, 67.1, 72.8),
+         labels.kitti_distance),
+        ("dsprites_location", _DSPRITES, 16, 10, 0.12, (57.5, 12.5, 68.7, 73.6),
+         labels.binned("label_x_position", 32, 16), labels.binary_picture),
+        ("dsprites_orientation", _DSPRITES, 16, 50, 0.55, (46.7, 20.0, 36.1, 47.9),
+         labels.binned("label_orientation", 40, 16), labels.binary_picture),
+        ("smallnorb_azimuth", _SMALLNORB, 18, 200, 2.12, (25.7, 9.6, 20.2, 32.9),
+         labels.stored("label_azimuth")),
+        ("smallnorb_elevation", _SMALLNORB, 9, 200, 2.11, (29.1, 19.2, 34.1, 37.8),
+         labels.stored("label_elevation")),
+    ),
+    "fgvc": (
+        ("cub", _CUB, 200, 10, 0.29, (87.3, 85.3, 86.7, 88.5)),
+        ("nabirds", _NABIRDS, 555, 50, 1.02, (82.7, 75.9, 78.8, 84.2)),
+        ("flowers", _FLOWERS, 102, 5, 0.14, (98.8, 97.9, 98.4, 99.0)),
+        ("dogs", _DOGS, 120, 100, 1.17, (89.4, 86.2, 90.7, 90.2)),
+        ("cars", _CARS, 196, 200, 2.27, (84.5, 51.3, 68.7, 83.6)),
+    ),
+}
 # fmt: on
 
-BENCHMARKS: dict[str, Benchmark] = {row.name: row for row in _TABLE}
+BENCHMARKS: dict[str, Benchmark] = {
+    name: Benchmark(name, group, source, num, prompts, percent, Accuracies(*of), *rules)
+    for group, rows in _TABLE.items()
+    for name, source, num, prompts, percent, of, *rules in rows
+}
 """Name to task: the 19 of VTAB-1k, then CUB, NABirds, Flowers, Dogs and Cars; both in
 VPT's order."""
 
@@ -243,7 +230,7 @@ def _bounds(cut: Cut, sizes: Mapping[str, int]) -> tuple[int, int]:
 
 def part_runs(
     benchmark: Benchmark, sizes: Mapping[str, int] | None = None
-) -> dict[str, list[Run]]:
+) -> dict[str, Run]:
     """The parts of a benchmark, in numbers of examples of tfds' splits.
 
     VTAB-1k trains on the first 800 examples of `train`, chooses on the first 200 of
@@ -254,8 +241,8 @@ def part_runs(
       sizes: The number of examples of each tfds split; the published ones when None.
 
     Returns:
-      One or two runs for each of `PARTS` and, for VTAB, of `PARTS_1K`; the latter not
-      where the data set has too few examples, as a test's may.
+      A run for `train`, `val` and `test` and, for VTAB, for `train800` and `val200`;
+      the latter not where there are too few examples, as a test's set may have.
 
     Raises:
       ValueError: If `sizes` lacks a split, or it is too small to be cut.
@@ -270,23 +257,12 @@ def part_runs(
     if any(run.start >= run.stop for run in (train, val, test)):
         expected = f"those of {source.sizes}, which can be cut"
         raise mismatch(benchmark.name, f"splits of {dict(sizes)}", expected, _WHOLE)
-    parts = {"train": [train], "val": [val], "trainval": [train, val], "test": [test]}
+    parts = {"train": train, "val": val, "test": test}
     enough = train.stop - train.start >= NUM_TRAIN and val.stop - val.start >= NUM_VAL
     if benchmark.group != "fgvc" and enough:
-        few = train._replace(stop=train.start + NUM_TRAIN)
-        fewer = val._replace(stop=val.start + NUM_VAL)
-        parts |= {"train800": [few], "val200": [fewer], "train800val200": [few, fewer]}
+        parts["train800"] = train._replace(stop=train.start + NUM_TRAIN)
+        parts["val200"] = val._replace(stop=val.start + NUM_VAL)
     return parts
-
-
-def split_expressions(
-    benchmark: Benchmark, sizes: Mapping[str, int] | None = None
-) -> dict[str, str]:
-    """What `part_runs` returns, as tfds' split expressions; the same arguments."""
-    return {
-        name: "+".join(f"{split}[{start}:{stop}]" for split, start, stop in runs)
-        for name, runs in part_runs(benchmark, sizes).items()
-    }
 
 
 def data_dirs(data_dir: str = "") -> list[Path]:
@@ -346,16 +322,14 @@ def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> list[
         f"version {' or '.join(source.versions)}. Download: {source.download}."
     ]
     if source.manual:
-        lines.append(
-            f"By hand: {source.manual}. These go to {manual_folder(data_dir)}."
-        )
+        place = manual_folder(data_dir)
+        lines.append(f"By hand: {source.manual}. These go to {place}.")
     if source.own:
         lines.append("Prepare it once:")
     else:
         lines.append("Prepare it once, in any environment; only this needs TensorFlow:")
-        lines.append("  pip install 'vpt_jax[prepare]'")
-    lines.append(f"  {prepare_command(benchmark, data_dir)}")
-    return lines
+        lines.append(f"  {INSTALL}")
+    return [*lines, f"  {prepare_command(benchmark, data_dir)}"]
 
 
 class Pictures:
@@ -369,15 +343,14 @@ class Pictures:
         return len(self._examples)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        row = self._benchmark
-        example = self._examples[i]
+        row, example = self._benchmark, self._examples[i]
+        where = f"{row.name}, example {i}"
         try:
             picture, label = row.picture(example), row.label(example)
         except ValueError as e:
-            raise ValueError(f"{row.name}, example {i}: {e}") from e
+            raise ValueError(f"{where}: {e}") from e
         if not 0 <= label < row.classes:
-            where, expected = f"{row.name}, example {i}", f"0 to {row.classes - 1}"
-            again = "prepare the data set again"
+            expected, again = f"0 to {row.classes - 1}", "prepare the data set again"
             raise mismatch(where, f"label {label}", expected, again)
         return picture, label
 
@@ -385,19 +358,14 @@ class Pictures:
 def load(benchmark: Benchmark, part: str, *, data_dir: str = "") -> Pictures:
     """Opens a part of a benchmark that tfds has prepared; imports no TensorFlow.
 
-    `part` is one of `PARTS` or, for VTAB, of `PARTS_1K`.
-
     Raises:
-      ValueError: If there is no such part, or the data set is missing or damaged.
+      ValueError: If the data set is missing, damaged or has too few examples.
     """
-    expected = PARTS if benchmark.group == "fgvc" else PARTS + PARTS_1K
-    if part not in expected:
-        one_of = f"one of {list(expected)}"
-        raise mismatch(benchmark.name, f"part {part!r}", one_of, "choose one")
     directory = find(benchmark, data_dir)
     sizes = records.split_sizes(directory)
-    expressions = split_expressions(benchmark, sizes)
-    if part not in expressions:
+    run = part_runs(benchmark, sizes).get(part)
+    if not run:
         got = f"splits of {dict(sizes)}, too few examples for {part!r}"
         raise mismatch(directory, got, str(benchmark.source.sizes), _WHOLE)
-    return Pictures(benchmark, records.open_split(directory, expressions[part]))
+    expression = f"{run.split}[{run.start}:{run.stop}]"
+    return Pictures(benchmark, records.open_split(directory, expression))
