@@ -23,10 +23,7 @@ def npz(arrays, save=np.savez):
 
 
 def npy(header, payload=b"", version=1):
-    if isinstance(header, dict):
-        header = repr(header)
-    if isinstance(header, str):
-        header = header.encode("latin-1")
+    header = str(header).encode("latin-1")
     length = struct.pack("<H" if version == 1 else "<I", len(header))
     return b"\x93NUMPY" + bytes([version, 0]) + length + header + payload
 
@@ -43,8 +40,8 @@ def zipped(members, method=zipfile.ZIP_STORED):
     return out.getvalue()
 
 
-def raw_zip(*members, **lies):
-    """A zip file whose directory may lie about its members."""
+def raw_zip(*members, size=None, comment=0):
+    """A zip file whose directory may lie about its members, and its end about both."""
     out, directory = b"", b""
     for member in members:
         name, data = member["name"].encode(), member["data"]
@@ -58,15 +55,8 @@ def raw_zip(*members, **lies):
             "<4s6H3L5H2L", b"PK\1\2", 20, 20, *fields, 0, 0, 0, 0, offset
         )
         directory += name
-    end = {
-        "count": len(members),
-        "size": len(directory),
-        "offset": len(out),
-        "comment": 0,
-        **lies,
-    }
-    count = end["count"]
-    tail = (0, 0, count, count, end["size"], end["offset"], end["comment"])
+    size = len(directory) if size is None else size
+    tail = (0, 0, len(members), len(members), size, len(out), comment)
     return out + directory + struct.pack("<4s4H2LH", b"PK\5\6", *tail)
 
 
@@ -180,11 +170,11 @@ def fuzz_sample():
 
 def inside_npz(change):
     """Changes an array within an `.npz`, whose checksums are then right."""
-    arrays = fuzz_sample()
-    members = {f"{n}.npy": npz({"x": a}) for n, a in arrays.items()}
-    for name, data in members.items():
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members[name] = archive.read("x.npy")
+    members = {}
+    for name, array in fuzz_sample().items():
+        out = io.BytesIO()
+        np.save(out, array)
+        members[f"{name}.npy"] = out.getvalue()
     members["b.npy"] = change(members["b.npy"])
     return zipped(members)
 
