@@ -52,6 +52,8 @@ def check_error(error, path=""):
     text = str(error)
     # UnicodeError and JSONDecodeError are ValueErrors that nobody meant for a user.
     assert type(error) in (ValueError, CheckpointError), repr(error)
+    # What only tests raise must not be why something is refused.
+    assert not isinstance(error.__cause__, Warning | AssertionError)
     assert "TypeCheckError" not in text and "Traceback" not in text
     assert str(path) in text, f"does not name the file: {text}"
     assert _HELP.search(text), f"does not say what to do: {text}"
@@ -422,14 +424,14 @@ def try_prompts(data, folder):
 
 
 def _weights():
-    import test_readers
+    import weight_files
 
     def make(kind, seed):
         rng = np.random.default_rng(seed)
-        write = test_readers.FUZZED[kind][0]
+        write = weight_files.FUZZED[kind][0]
         return write(lambda d: d if seed is None else changed(d, rng))
 
-    kinds = st.sampled_from(list(test_readers.FUZZED))
+    kinds = st.sampled_from(list(weight_files.FUZZED))
     return st.builds(make, kinds, st.none() | st.integers(0, 2**32 - 1))
 
 

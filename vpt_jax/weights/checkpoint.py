@@ -2,9 +2,8 @@
 """Pretrained weights in, prompts in and out.
 
 Backbones come in any format that `readers` knows, under any names that `naming` knows;
-the demo backbone ships with the package. What does not fit exactly is an error. Prompts
-are released as one safetensors file with their head and a header that says which
-backbone they belong to.
+what does not fit exactly is an error. Prompts are released as one safetensors file with
+their head and a header that says which backbone they belong to.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from vpt_jax.files.checks import (
     check_layers,
     check_model,
     check_shallow,
-    said,
+    expect,
 )
 from vpt_jax.files.durable import atomic_path
 from vpt_jax.files.messages import shown
@@ -108,8 +107,7 @@ def load_backbone(
     """Loads a pretrained ViT or Swin.
 
     Empty arguments take what is known of the file (`read_card`), else the default given
-    here. Where nothing is known, a warning of `logging` says in one line what was
-    assumed.
+    here. Where nothing is known, `logging` warns in one line of what was assumed.
 
     Args:
       variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`, or another project's
@@ -130,8 +128,7 @@ def load_backbone(
       resize: How to resize the table, see `resize_pos_embedding`. Default:
         `"corner_aligned"`, VPT's rule.
       num_heads: Attention heads (ViT). Default: the variant's.
-      activation: Of the MLP (ViT): `"gelu"`, `"gelu_tanh"` or `"quick_gelu"`. Default:
-        `"gelu"`.
+      activation: Of the MLP (ViT): `"gelu"` (default), `"gelu_tanh"`, `"quick_gelu"`.
       epsilon: Of every LayerNorm (ViT). Default: 1e-6.
       skip: Names, or successive parts of them such as `"my_head"`, of arrays of the
         file that are no part of the features.
@@ -143,10 +140,10 @@ def load_backbone(
 
     Raises:
       ValueError: If the file is absent, damaged or not to be trusted; is of a family
-        that is not supported (the message names it); has values that are NaN or
-        infinite; or its parameters are not exactly the variant's: the message names the
-        variant that the file is, or what is missing, unused or of another shape. Also
-        if published files of the same arrays differ in what nobody said of this one.
+        that is not supported; has values that are not finite; or its parameters are not
+        exactly the variant's: the message says what it is, or what is missing, unused
+        or of another shape. Also if published files of the same arrays differ in what
+        nobody said of this one.
 
     Example:
       >>> model, backbone = load_backbone("demo/4")
@@ -156,8 +153,7 @@ def load_backbone(
     image_size = check_given(variant, path, image_size, resize)
     skip = (skip,) if isinstance(skip, str) else skip
     variant, path = told_apart(variant, path)
-    # An unknown variant is the first thing to hear of.
-    refuse_name(variant)
+    refuse_name(variant)  # an unknown variant is the first thing to hear of
     kind: Any = Swin if variant.startswith("Swin") else ViT
     wanted = kind(variant) if variant else None
     path = path or (DEMO_BACKBONE if variant == "demo/4" else "")
@@ -180,25 +176,19 @@ def load_backbone(
     with open_weights(path) as file:
         refuse_families(file.arrays, path)
         card = card_of(path, _own_card(path, file.metadata))
-        told = {"readout": "", "norm": "", "num_heads": 0, **card, **given}
+        told = {**card, **given}
         named = read_names(file.arrays, path, skip)
         check_sizes(named, card, path)
-        model = wanted or infer(named, path, told["num_heads"])
+        model = wanted or infer(named, path, told.get("num_heads", 0))
         model = model.clone(dtype=dtype, param_dtype=param_dtype)
         if isinstance(model, Swin):
             if facts := [name for name in _FACTS if name in given]:
                 raise ValueError(f"{facts[0]}= is for a ViT; leave it out for a Swin.")
-            read = {"readout": told["readout"], "image_size": image_size}
+            read = {"readout": told.get("readout", ""), "image_size": image_size}
             model = match_swin(model, named, path, **read)
         else:
-            heads = told["num_heads"] or model.num_heads
-            if not isinstance(heads, int) or model.width % heads:
-                raise CheckpointError(
-                    f"{path}: num_heads is {shown(heads)}, by the config.json beside it"
-                    f" or as given; expected a divisor of its width, {model.width}."
-                )
-            model = model.clone(**{n: told[n] for n in _FACTS if told.get(n)})
-            read = {"readout": told["readout"], "norm": told["norm"]}
+            model = _with_facts(model, told, path)
+            read = {name: told.get(name, "") for name in ("readout", "norm")}
             model = match_vit(model, named, path, **read, posemb=posemb)
         tree = parameters(named, model, path, skip, param_dtype)
         ask(model, named, card, given, path)
@@ -210,13 +200,7 @@ def load_backbone(
     if resized:
         model = model.clone(image_size=image_size)
         if posemb == "learned":
-            place = tree["Transformer"]["posembed_input"]
-            place["pos_embedding"] = resize_pos_embedding(
-                place["pos_embedding"].astype(wide(param_dtype)),
-                image_size // model.patch,
-                told.get("resize", "corner_aligned"),
-                model.class_token,
-            ).astype(param_dtype)
+            _resize_table(tree, model, told.get("resize", "corner_aligned"))
     return model, tree
 
 
@@ -261,6 +245,25 @@ def _own_card(path: str | os.PathLike, metadata: dict[str, str]) -> dict[str, An
     card = json_object(text, f"the model card of {path}", AGAIN)
     check_fields(path, "model card", card, _CARD)
     return card
+
+
+def _with_facts(model: ViT, told: Mapping[str, Any], path: Any) -> ViT:
+    """The model with what weights cannot say of it."""
+    heads = told.get("num_heads") or model.num_heads
+    if not isinstance(heads, int) or model.width % heads:
+        raise CheckpointError(
+            f"{path}: num_heads is {shown(heads)}, by the config.json beside it or as"
+            f" given; expected a divisor of its width, {model.width}."
+        )
+    return model.clone(**{name: told[name] for name in _FACTS if told.get(name)})
+
+
+def _resize_table(tree: Any, model: Any, how: str) -> None:
+    place, dtype = tree["Transformer"]["posembed_input"], model.param_dtype
+    table = place["pos_embedding"].astype(wide(dtype))
+    grid = model.image_size // model.patch
+    table = resize_pos_embedding(table, grid, how, model.class_token)
+    place["pos_embedding"] = table.astype(dtype)
 
 
 def save_backbone(path: str | os.PathLike, backbone: Any, card: dict[str, Any]) -> None:
@@ -346,10 +349,8 @@ def _check_released(
         raise ValueError(
             f"head has width {width} but the model's features have {model.width}."
         )
-    if is_text(class_names) or not all(map(is_text, class_names)):
-        raise ValueError(
-            f"class_names is {said(class_names)}; expected one text per class."
-        )
+    right = not is_text(class_names) and all(map(is_text, class_names))
+    expect(right, "class_names", class_names, "one text per class")
     if len(class_names) != classes:
         raise ValueError(
             f"class_names has {len(class_names)} entries but the head has {classes}"
@@ -385,11 +386,10 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
             " vpt_jax.save_prompts."
         )
     header = json_object(metadata["vpt_jax"], f"the header of {path}", AGAIN)
-    if header.get("version") != FORMAT_VERSION:
+    if (version := header.get("version")) != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {shown(header.get('version'))} but this"
-            f" vpt_jax reads version {FORMAT_VERSION}; install the version that wrote"
-            " it."
+            f"{path} has format version {shown(version)} but this vpt_jax reads version"
+            f" {FORMAT_VERSION}; install the version that wrote it."
         )
     check_header(path, header)
     _check_prompt_arrays(path, arrays, header)
@@ -435,8 +435,7 @@ def _check_prompt_arrays(
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"{path} has values in {name} that are infinite or NaN, expected"
-                " numbers: the training that made it diverged, or it was damaged;"
-                " train again, or fetch it again."
+                f" numbers: the training diverged, train again; or {AGAIN}."
             )
 
 

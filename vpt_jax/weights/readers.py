@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrays out of files that others made: one door for all formats.
 
-`open_arrays` tells formats apart by their first bytes, not by names, and lists what a
-file holds; an array's values are read when they are asked for, straight into it. So a
-file costs its size in memory once, and what nobody expects is never allocated.
-
-Files may be damaged or hostile: nothing in them is executed, no name is used as a path,
-every size is held against the file before it is believed, and whatever goes wrong is a
-`CheckpointError` that names the file.
+Formats are told apart by their first bytes, and values are read when they are asked
+for. Files may be hostile: nothing in them is executed, every size is held against the
+file before it is believed, and whatever goes wrong is a `CheckpointError`.
 """
 
 import contextlib
@@ -28,10 +24,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import reason, shown
 from vpt_jax.weights import torch_files
 from vpt_jax.weights.zips import (
     MAX_ARRAYS,
+    MAX_HEADER,
     File,
     Refused,
     Zip,
@@ -45,23 +42,15 @@ MAX_GROWTH, MAX_SMALL = 64, 64 << 20
 
 _NPY_HEADER = 10_000
 _EXPECTED = "expected .npz, .safetensors or a PyTorch file (.pth, .pt, .bin)"
-_LITTLE = "it was not saved on a little-endian machine; re-save it"
 _SAFETENSORS = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2,
+    f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}")
+    for kind, sizes in (("u", (1, 2, 4, 8)), ("i", (1, 2, 4, 8)), ("f", (2, 4, 8)))
+    for size in sizes
+} | {
+    "BOOL": np.dtype(np.bool_),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
 
 
@@ -117,13 +106,9 @@ def open_arrays(path: str | os.PathLike, *, text: bool = False) -> Iterator[Arra
             at_most(MAX_ARRAYS, len(arrays), "arrays")
             for name in arrays:
                 check_name(name)
-        yield Arrays(
-            {
-                name: Lazy(a.shape, a.dtype, _explained(path, kind)(a.load))
-                for name, a in arrays.items()
-            },
-            metadata,
-        )
+            explained = _explained(path, kind)
+            arrays = {n: a._replace(load=explained(a.load)) for n, a in arrays.items()}
+        yield Arrays(arrays, metadata)
 
 
 def read_arrays(
@@ -155,14 +140,16 @@ def _explained(path: Path, kind: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # whatever hostile bytes make a parser raise
-        reason = str(error)[:1000].rstrip(".")
-        if not isinstance(error, ValueError):
-            reason = f"{type(error).__name__} {reason}".rstrip()
-        if not isinstance(error, Refused | OSError | MemoryError):
-            reason += "; it is damaged or incomplete, download it again"
-        elif isinstance(error, OSError):
-            reason += "; expected a file that you may read, check its permissions"
-        raise CheckpointError(f"{path} cannot be read as {kind}: {reason}.") from error
+        said, name = reason(error, 1000).rstrip("."), type(error).__name__
+        if not isinstance(error, ValueError) and said != name:
+            said = f"{name} {said}"
+        if isinstance(error, OSError):
+            said += "; expected a file that you may read, check its permissions"
+        elif isinstance(error, MemoryError):
+            said += "; it is damaged, or needs more memory than there is"
+        elif not isinstance(error, Refused):
+            said += "; it is damaged or incomplete, download it again"
+        raise CheckpointError(f"{path} cannot be read as {kind}: {said}.") from error
 
 
 def _open(path: Path) -> File:
@@ -257,8 +244,8 @@ def _npy(zipped: Zip, info: zipfile.ZipInfo, text: bool) -> Lazy:
 def _npy_header(head: bytes, text: bool) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Shape, dtype, whether in Fortran's order, and where the values begin."""
     stream = io.BytesIO(head)
-    with warnings.catch_warnings():  # of odd escapes, and of Python 2's integers
-        warnings.simplefilter("ignore")
+    # Of odd escapes, and of Python 2's integers.
+    with warnings.catch_warnings(action="ignore"):
         version = np.lib.format.read_magic(stream)[0]
         if not 1 <= version <= 3:
             raise ValueError(f"an array has version {version} of .npy")
@@ -283,38 +270,39 @@ def _npy_header(head: bytes, text: bool) -> tuple[tuple[int, ...], np.dtype, boo
 # --- PyTorch --------------------------------------------------------------------------
 
 
+# Fills a view with the bytes of a storage, from one of them on.
+_Read = Callable[[torch_files.Storage, int, memoryview], None]
+
+
 def _parse_torch_zip(zipped: Zip, folder: str) -> Arrays:
     order = zipped.members.get(folder + "byteorder")
     if order is not None and zipped.head(order, 8) != b"little":
-        raise Refused(_LITTLE)
+        raise Refused(torch_files.LITTLE)
     described = zipped.members[folder + "data.pkl"]
     at_most(torch_files.MAX_PICKLE, described.file_size, "bytes of data.pkl")
     pickled = torch_files.unpickle(
         io.BytesIO(zipped.head(described, torch_files.MAX_PICKLE))
     )
-    checked = set()
-
-    def reader(storage: torch_files.Storage) -> Callable[[int, memoryview], None]:
-        info = zipped.members[f"{folder}data/{storage.key}"]
-        size = storage.size * storage.dtype.itemsize
+    members = {key: zipped.members[f"{folder}data/{key}"] for key in pickled.storages}
+    for key, info in members.items():
+        size = pickled.storages[key].nbytes
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
             raise ValueError(
                 f"storage {info.orig_filename!r} has {info.file_size} bytes, expected"
                 f" {size}, not compressed"
             )
-        start = zipped.start(info)
+    checked = set()
 
-        def read(skip: int, out: memoryview) -> None:
-            if storage.key not in checked:
-                zipped.read(info, skip, out)
-                checked.add(storage.key)
-            else:  # another view of a large storage
-                zipped.file.seek(start + skip)
-                fill(zipped.file, out)
+    def read(storage: torch_files.Storage, skip: int, out: memoryview) -> None:
+        info = members[storage.key]
+        if storage.key not in checked:
+            zipped.read(info, skip, out)
+            checked.add(storage.key)
+        else:  # another view of a large storage
+            zipped.file.seek(zipped.start(info) + skip)
+            fill(zipped.file, out)
 
-        return read
-
-    return _torch_arrays(pickled.value, reader, zipped.file.size)
+    return _torch_arrays(pickled.value, read, zipped.file.size)
 
 
 def _parse_legacy(file: File) -> Arrays:
@@ -327,113 +315,80 @@ def _parse_legacy(file: File) -> Arrays:
         if count != storage.size:
             raise ValueError(f"a storage has {count} values, expected {storage.size}")
         starts[storage.key] = position + 8
-        position += 8 + count * storage.dtype.itemsize
+        position += 8 + storage.nbytes
         if position > file.size:
             raise ValueError("the file ends within a storage")
 
-    def reader(storage: torch_files.Storage) -> Callable[[int, memoryview], None]:
-        def read(skip: int, out: memoryview) -> None:
-            file.seek(starts[storage.key] + skip)
-            fill(file, out)
+    def read(storage: torch_files.Storage, skip: int, out: memoryview) -> None:
+        file.seek(starts[storage.key] + skip)
+        fill(file, out)
 
-        return read
-
-    return _torch_arrays(pickled.value, reader, file.size)
+    return _torch_arrays(pickled.value, read, file.size)
 
 
-def _torch_arrays(
-    value: Any,
-    reader: Callable[[torch_files.Storage], Callable[[int, memoryview], None]],
-    size: int,
-) -> Arrays:
-    tensors = torch_files.state_dict(value)
+def _torch_arrays(value: Any, read: _Read, size: int) -> Arrays:
+    tensors, several = torch_files.state_dict(value)
     covered = sum(t.span * t.storage.dtype.itemsize for t in tensors.values())
     if covered > max(MAX_GROWTH * size, MAX_SMALL):
         raise Refused(
             f"its tensors share their bytes {covered // size} times over, expected at"
             f" most {MAX_GROWTH}; re-save it after .contiguous()"
         )
-    readers = {t.storage: reader(t.storage) for t in tensors.values()}
 
-    def lazy(tensor: torch_files.Tensor) -> Lazy:
-        dtype = tensor.storage.dtype
+    def load(tensor: torch_files.Tensor) -> np.ndarray:
+        values = np.empty(tensor.span, tensor.storage.dtype)
+        skip = tensor.offset * values.itemsize if tensor.span else 0
+        read(tensor.storage, skip, _bytes_of(values))
+        return torch_files.as_array(tensor, _plain(values))
 
-        def load() -> np.ndarray:
-            values = np.empty(tensor.span, dtype)
-            skip = tensor.offset * dtype.itemsize if tensor.span else 0
-            readers[tensor.storage](skip, _bytes_of(values))
-            return torch_files.as_array(tensor, _plain(values))
-
-        return Lazy(tensor.shape, dtype, load)
-
-    several = torch_files.networks(value)
-    metadata = {"networks": several} if several else {}
-    return Arrays({name: lazy(tensor) for name, tensor in tensors.items()}, metadata)
+    arrays = {
+        name: Lazy(t.shape, t.storage.dtype, functools.partial(load, t))
+        for name, t in tensors.items()
+    }
+    return Arrays(arrays, {"networks": several} if several else {})
 
 
 # --- safetensors ----------------------------------------------------------------------
 
 
 def _parse_safetensors(file: File) -> Arrays:
-    """Without the safetensors library: to NumPy it reads neither bfloat16 nor float8.
+    """The library checks the header: JSON, types, shapes and offsets.
 
-    Nor does it say where values lie, and its memory map would end the process where a
-    file is cut while it is read.
+    Values are read here: for NumPy the library knows no float8, and its memory map ends
+    the process where a file is cut meanwhile.
     """
+    from safetensors import safe_open
+
     (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
-    metadata = header.pop("__metadata__", {})
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no strings")
+    at_most(MAX_HEADER, length, "bytes of header")
+    with safe_open(file.name, "np") as checked:
+        metadata = checked.metadata() or {}
+    header = json.loads(file.read(length), object_pairs_hook=_unique)
+    header.pop("__metadata__", None)
     at_most(MAX_ARRAYS, len(header), "arrays")
-    arrays, runs = {}, []
-    for name, entry in header.items():
-        begin, end = _naturals(entry["data_offsets"])
-        shape = _naturals(entry["shape"])
-        if entry["dtype"] not in _SAFETENSORS:
-            raise Refused(
-                f"an array has dtype {shown(entry['dtype'], 40)}; expected one of"
-                f" {sorted(_SAFETENSORS)}"
-            )
-        at_most(torch_files.MAX_DIMS, len(shape), "axes of an array")
-        dtype = np.dtype(_SAFETENSORS[entry["dtype"]])
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"the bytes of {shown(name, 80)} do not fit its shape")
-        load = _loader(file, 8 + length + begin, shape, dtype)
-        arrays[name] = Lazy(shape, dtype, load)
-        runs.append((begin, end))
-    position = 0
-    for begin, end in sorted(runs):
-        if begin != position:
-            raise ValueError("its arrays overlap or leave gaps")
-        position = end
-    described = 8 + length + position
-    if described != file.size:
-        raise ValueError(f"it has {file.size} bytes, its header describes {described}")
-    return Arrays(arrays, metadata)
 
-
-def _loader(
-    file: File, start: int, shape: tuple[int, ...], dtype: np.dtype
-) -> Callable[[], np.ndarray]:
-    def load() -> np.ndarray:
+    def load(start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         array = np.empty(shape, dtype)
         file.seek(start)
         fill(file, _bytes_of(array))
         return _plain(array)
 
-    return load
+    arrays = {}
+    for name, entry in header.items():
+        dtype, shape = _SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
+        if dtype is None:
+            raise Refused(
+                f"an array has dtype {shown(entry['dtype'], 40)}; expected one of"
+                f" {sorted(_SAFETENSORS)}"
+            )
+        at_most(torch_files.MAX_DIMS, len(shape), "axes of an array")
+        start = 8 + length + entry["data_offsets"][0]
+        arrays[name] = Lazy(shape, dtype, functools.partial(load, start, shape, dtype))
+    return Arrays(arrays, metadata)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The library takes the last of two entries of a name."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name is there twice in its header")
     return dict(pairs)
-
-
-def _naturals(values: Any) -> tuple[int, ...]:
-    if type(values) is not list or not all(
-        type(v) is int and 0 <= v < 2**62 for v in values
-    ):
-        raise ValueError("a shape or an offset in its header is no natural number")
-    return tuple(values)

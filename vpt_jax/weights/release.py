@@ -37,7 +37,7 @@ _HUB = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([^/]+)/(.+)$")
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is one, whatever it says."""
+    """Whether it is a text."""
     return isinstance(value, str)
 
 
@@ -54,15 +54,10 @@ def _arguments(given: Any) -> bool:
 
 _ALWAYS = ("backbone", "backbone_hash", "counts", "class_names")
 _HEADER: dict[str, Callable[[Any], bool]] = {
-    "backbone": is_text,
-    "backbone_hash": is_text,
+    **dict.fromkeys(("backbone", "backbone_hash", "variant", "readout"), is_text),
+    **dict.fromkeys(("normalisation", "resize", "source"), is_text),
     "counts": lambda x: isinstance(x, list) and all(type(n) is int for n in x),
     "class_names": _texts,
-    "variant": is_text,
-    "readout": is_text,
-    "normalisation": is_text,
-    "resize": is_text,
-    "source": is_text,
     "image_size": lambda x: type(x) is int and 1 <= x <= _MAX_SIDE,
     "deep": lambda x: type(x) is bool,
     "model": lambda x: isinstance(x, dict),
@@ -87,8 +82,8 @@ def with_fields(path: Any, model: Any, fields: Mapping[str, Any]) -> Any:
         if name not in own or type(value) is not type(own[name]):
             raise CheckpointError(
                 f"{path} says of its model {shown(name, 80)} = {shown(value, 80)};"
-                f" expected the fields of {type(model).__name__}. Install the version"
-                " of vpt_jax that wrote the file, or a newer one."
+                f" expected the fields of {type(model).__name__}; install the version"
+                " of vpt_jax that wrote it, or a newer one."
             )
         if value != own[name]:
             changed[name] = tuple(value) if isinstance(value, list) else value

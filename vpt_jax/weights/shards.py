@@ -31,9 +31,8 @@ def open_weights(path: str | os.PathLike) -> Iterator[Arrays]:
         arrays, metadata = {}, {}
         for name in names:
             # Of an address too: every shard lies where the first one lies.
-            file = stack.enter_context(
-                open_arrays(local_path(f"{folder}{slash}{name}"))
-            )
+            local = local_path(f"{folder}{slash}{name}")
+            file = stack.enter_context(open_arrays(local))
             if twice := sorted(arrays.keys() & file.arrays.keys()):
                 raise CheckpointError(
                     f"{path}: {twice[0][:80]!r} lies in {name} and in another shard;"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the `config.json` beside a file of weights says that the weights can not.
 
-transformers and timm write one into the folder of every model. How the model classifies
-(timm's `global_pool`) is not how its features are read.
+transformers and timm write one. How the model classifies (timm's `global_pool`) is not
+how its features are read.
 """
 
 import json
@@ -60,19 +60,19 @@ _EXPECTED: dict[Callable[[Any], Any], str] = {
     _activation: f"one of {', '.join(_ACTIVATIONS)}, which we compute",
 }
 # Their names, ours, and how a value is read.
-_VIT = {
-    "num_attention_heads": ("num_heads", _count),
-    "hidden_size": ("width", _count),
-    "num_hidden_layers": ("depth", _count),
+_BOTH = {
     "layer_norm_eps": ("epsilon", _number),
     "hidden_act": ("activation", _activation),
 }
-_SWIN = {
+_VIT = _BOTH | {
+    "num_attention_heads": ("num_heads", _count),
+    "hidden_size": ("width", _count),
+    "num_hidden_layers": ("depth", _count),
+}
+_SWIN = _BOTH | {
     "num_heads": ("num_heads", _counts),
     "depths": ("depth", _counts),
     "embed_dim": ("width", _count),
-    "layer_norm_eps": ("epsilon", _number),
-    "hidden_act": ("activation", _activation),
 }
 _TIMM = {
     "num_heads": ("num_heads", _count),
@@ -89,8 +89,8 @@ def config_facts(path: str | os.PathLike) -> dict[str, Any]:
     `num_heads` (of a Swin a tuple), `activation`, `epsilon`, `readout`, `norm`,
     `resize` and `normalisation` as far as they are said; `architecture`, timm's name
     with its tag; `kind`, transformers'; and, to be held against the weights, `width`
-    and `depth`. Raises CheckpointError for a file that is no JSON object, or says what
-    no model of ours computes.
+    and `depth`. Raises CheckpointError for no JSON object, or what no model of ours
+    computes.
     """
     folder = Path(path).parent
     config = _object(folder / NAMES[0])
@@ -138,7 +138,7 @@ def _object(path: Path) -> dict[str, Any]:
         text,
         f"{path} lies beside the weights and",
         f"expected at most {MAX_BYTES >> 20} MB of JSON, as transformers and timm write"
-        " there. Repair it or move it away",
+        " it. Repair it or move it away",
     )
 
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch's files as descriptions of tensors, without PyTorch and without pickle.
 
-Loading a pickle runs whatever it says. `unpickle` decodes the opcodes instead and obeys
-the few that state dicts need: it builds dicts, lists, tuples, numbers, strings and
-`Tensor` (where values lie, not the values), and refuses all else by name. Every opcode
-costs at most what it adds, and nothing walks a structure to its leaves, so shared or
-endless structures do no harm.
+Loading a pickle runs whatever it says. `unpickle` decodes the opcodes instead, obeys
+the few that state dicts need, and refuses all else by name. Every opcode costs at most
+what it adds, and nothing walks a structure to its leaves, so shared or endless
+structures do no harm.
 """
 
 import io
@@ -26,6 +25,7 @@ MAX_PICKLE = MAX_HEADER  # of a ViT-L with its optimiser: 0.3 MB
 MAX_OPCODES = 1_000_000
 MAX_DIMS = 32
 # Where training scripts put the state dict; the first that holds tensors counts.
+_TOP = ""
 WRAPPERS = ("model", "state_dict", "model_state", "teacher", "module", "net")
 
 _DTYPES = {
@@ -54,6 +54,7 @@ _LITERALS = frozenset(
 )
 _IDLE = frozenset({"PROTO", "FRAME", "STOP"})
 _STATE_DICT = "re-save it with torch.save(model.state_dict(), path)"
+LITTLE = "it was not saved on a little-endian machine; re-save it"
 _RESAVE = (
     "Only tensors are read, and nothing in the file is executed. If you trust it,"
     f" {_STATE_DICT}, or what torch.load(path, weights_only=False) gives."
@@ -66,6 +67,10 @@ class Storage(NamedTuple):
     key: str
     dtype: np.dtype
     size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
 
 
 class Tensor(NamedTuple):
@@ -159,40 +164,32 @@ def unpickle(stream: io.BytesIO) -> Pickled:
     return Pickled(stack.pop(), storages)
 
 
-def state_dict(value: Any) -> dict[str, Tensor]:
+def state_dict(value: Any) -> tuple[dict[str, Tensor], str]:
     """The tensors of a state dict, or of a checkpoint that holds one; else Refused.
 
-    What is no tensor, such as epochs and the optimiser's state, is left out.
+    And of several networks (some are averages), which it takes. What is no tensor, such
+    as epochs and the optimiser's state, is left out.
     """
     if not isinstance(value, dict):
         raise Refused(f"it holds {_kind(value)}; expected a state dict; {_STATE_DICT}")
-    for tree in [value.get(key) for key in WRAPPERS] + [value]:
-        if isinstance(tree, dict):
-            found = {n: leaf for n, leaf in tree.items() if isinstance(leaf, Tensor)}
-            if found:
-                return found
-    keys = [key[:40] for key in list(value)[:12]]
-    raise Refused(
-        f"it holds no state dict: its top-level keys are {keys}, expected tensors there"
-        f" or under one of {list(WRAPPERS)}; {_STATE_DICT}"
-    )
-
-
-def networks(value: Any) -> str:
-    """Which of several networks (some are averages) `state_dict` takes; else empty."""
-    if not isinstance(value, dict):
-        return ""
     held = {
-        str(key): {n for n, leaf in tree.items() if isinstance(leaf, Tensor)}
-        for key, tree in value.items()
+        key: {name: leaf for name, leaf in tree.items() if isinstance(leaf, Tensor)}
+        for key, tree in {**value, _TOP: value}.items()
         if isinstance(tree, dict)
     }
-    taken = next((key for key in WRAPPERS if held.get(key)), "")
-    if not taken:
-        return ""
-    others = [k for k, names in held.items() if k != taken and names & held[taken]]
-    shown = ", ".join(map(ascii, sorted(others)))
-    return f"{taken!a}, not {shown}" if others else ""
+    taken = next((key for key in (*WRAPPERS, _TOP) if held.get(key)), None)
+    if taken is None:
+        keys = [key[:40] for key in list(value)[:12]]
+        raise Refused(
+            f"it holds no state dict: its top-level keys are {keys}, expected tensors"
+            f" there or under one of {list(WRAPPERS)}; {_STATE_DICT}"
+        )
+    tensors = held.pop(taken)
+    held.pop(_TOP, None)
+    others = sorted(ascii(k) for k, tree in held.items() if tree.keys() & tensors)
+    if taken == _TOP or not others:
+        return tensors, ""
+    return tensors, f"{taken!a}, not {', '.join(others)}"
 
 
 def as_array(tensor: Tensor, values: np.ndarray) -> np.ndarray:
@@ -210,7 +207,7 @@ def legacy_storages(stream: io.BytesIO) -> tuple[Pickled, list[Storage]]:
             raise ValueError(f"its {expected} is not a number")
     system = unpickle(stream).value
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Refused("it was not saved on a little-endian machine; re-save it")
+        raise Refused(LITTLE)
     pickled = unpickle(stream)
     keys = _expect(unpickle(stream).value, list)
     if not all(isinstance(key, str) for key in keys):
@@ -221,8 +218,7 @@ def legacy_storages(stream: io.BytesIO) -> tuple[Pickled, list[Storage]]:
 
 
 def _opcodes(stream: io.BytesIO) -> Any:
-    with warnings.catch_warnings():  # of odd escapes in strings
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # of odd escapes in strings
         yield from pickletools.genops(stream)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax.files.checks import check_head, check_layers, check_model
+from vpt_jax.files.durable import atomic_path
 from vpt_jax.models.inputs import check_prompts
 from vpt_jax.models.swin import Swin
 from vpt_jax.prompts import Head, Prompts
@@ -65,13 +66,12 @@ def load_vpt(path: str | os.PathLike, model: Any) -> VPTPrompts:
         layers = [p @ weight.T + (0 if bias is None else bias) for p in layers]
     if not deep:
         layers += [np.zeros((0, width)) for width in model.widths[1:]]
-    expected = [(None, width) for width in model.widths]
-    got = [tuple(p.shape) for p in layers]
-    if [shape[-1:] for shape in got] != [shape[-1:] for shape in expected]:
+    widths = [layer.shape[-1] for layer in layers]
+    if widths != list(model.widths):
         raise CheckpointError(
-            f"{path} has prompts of {len(got)} layers with widths"
-            f" {sorted({shape[-1] for shape in got})}; expected {len(expected)} layers"
-            f" with {sorted(set(model.widths))}, as the model."
+            f"{path} has prompts of {len(widths)} layers with widths"
+            f" {sorted(set(widths))}; expected {len(model.widths)} layers with"
+            f" {sorted(set(model.widths))}, as the model."
         )
     prompts = tuple(jnp.asarray(p, jnp.float32) for p in layers)
     return VPTPrompts(prompts, _head(arrays, path, model.width), deep)
@@ -104,17 +104,17 @@ def save_vpt(
     wanted = set(counts) if deep else {*counts[1:], 0}
     if len(wanted) != 1 or not counts[0]:
         raise ValueError(
-            f"prompts have {counts} per layer; expected the same number in every layer,"
-            " as VPT's code has: condensed prompts have no place there (pad nothing: a"
-            " zero prompt is no absent one)."
+            f"prompts have {counts} per layer; expected the same number in every layer:"
+            " VPT's code has no place for condensed prompts (a zero prompt is no absent"
+            " one)."
         )
     prefix = "enc." if isinstance(model, Swin) else _PREFIX
     arrays = {f"{prefix}prompt_embeddings": prompts[0][None]}
     if deep:
-        at = 1
-        for name, num in zip(_deep_names(model), _deep_sizes(model), strict=True):
-            arrays[prefix + name] = np.stack(prompts[at : at + num])
-            at += num
+        depths = model.depths if isinstance(model, Swin) else [model.depth]
+        ends = np.cumsum(depths)
+        for name, num, end in zip(_deep_names(model), depths, ends, strict=True):
+            arrays[prefix + name] = np.stack(prompts[max(1, end - num) : end])
     if head is not None:
         check_head(head)
         arrays |= {f"{_HEAD}.weight": head["kernel"].T, f"{_HEAD}.bias": head["bias"]}
@@ -124,8 +124,6 @@ def save_vpt(
         raise ValueError(
             "a .pth is written by PyTorch, which is not installed; pip install torch."
         ) from None
-    from vpt_jax.files.durable import atomic_path
-
     state = {n: torch.tensor(np.array(a, np.float32)) for n, a in arrays.items()}
     with atomic_path(Path(path)) as temporary:
         torch.save({"model": state}, temporary)
@@ -135,12 +133,6 @@ def _deep_names(model: Any) -> list[str]:
     if isinstance(model, Swin):
         return [f"deep_prompt_embeddings_{i}" for i in range(model.num_stages)]
     return ["deep_prompt_embeddings"]
-
-
-def _deep_sizes(model: Any) -> list[int]:
-    """Layers in each of `_deep_names`: all but the first."""
-    depths = list(model.depths) if isinstance(model, Swin) else [model.depth]
-    return [depths[0] - 1, *depths[1:]]
 
 
 def _one(arrays: dict[str, np.ndarray], name: str, path: Any) -> np.ndarray | None:
