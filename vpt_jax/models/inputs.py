@@ -27,6 +27,10 @@ NORMALISATIONS = {
     # name: (mean, std) per channel of pictures scaled to [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # VPT's pipeline
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
