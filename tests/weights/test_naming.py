@@ -318,6 +318,13 @@ def test_registers_with_positions(tmp_path, token, num, class_token):
     assert_same(backbone, flat)
 
 
+def test_a_convolution_of_that_name_is_no_second_network(flat, tmp_path):
+    """OpenAI's patch embedding is called conv1, as much else is."""
+    arrays = pytorch(flat, NAMES["timm"], "module.encoder.")
+    arrays["module.neck.conv1.weight"] = np.zeros((3, 3, 1, 1))
+    assert_same(load(tmp_path, arrays)[1], flat)
+
+
 def test_rows_of_patches_are_refused_by_name(flat, tmp_path):
     arrays = pytorch(flat, CLIP)
     name = "embeddings.patch_embedding.weight"

@@ -41,8 +41,8 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
     Args:
       images: uint8 `[b, h, w, 3]`, colours 0 ... 255.
       name: `"half"` (mean and std 0.5: Google's ViTs, the demo), `"imagenet"` (its mean
-        and std: most others) or `"none"` (0 ... 1). What a file was trained with, if
-        that is known: `vpt_jax.read_card(path)["normalisation"]`.
+        and std: most others), `"clip"` (CLIP's) or `"none"` (0 ... 1). What a file was
+        trained with, if that is known: `vpt_jax.read_card(path)["normalisation"]`.
 
     Returns:
       float32 `[b, h, w, 3]`.

@@ -112,11 +112,11 @@ def match_swin(
     )
 
 
-def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
+def infer(named: Named, path: Any, num_heads: int | tuple[int, ...]) -> ViT | Swin:
     """The model of the file's sizes, where the caller names no variant.
 
-    Raises CheckpointError if sizes are absent, or are no variant's and the heads
-    unknown.
+    Of a Swin, of which a `config.json` tells a tuple, the file says the heads. Raises
+    CheckpointError if sizes are absent, or are no variant's and the heads unknown.
     """
     swins, variant = named.kind == "swin", variant_of(named)
     rotary = not swins and is_rotary(named)

@@ -211,7 +211,8 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
     alone = {n for n in inside if n not in aside and skipped(n, skip)}
     every = inside
     inside = {n: a for n, a in inside.items() if n not in aside | alone}
-    if any(len(arrays[n].shape) == 2 and _ANCHOR.fullmatch(n) for n in arrays):
+    anchors = (m for n in inside if (m := _ANCHOR.fullmatch(n)) and not m["prefix"])
+    if any(len(inside[m[0]].shape) == 2 for m in anchors):
         raise CheckpointError(
             f"{path} holds a ViT for pictures of all proportions (NaFlex), which is not"
             " supported: its patches are rows. Take the model of a fixed size, such as"
@@ -284,7 +285,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prefix(names: list[str], path: Any) -> str:
-    found = sorted({m["prefix"] for n in names if (m := _ANCHOR.fullmatch(n))})
+    anchors = [m for n in names if (m := _ANCHOR.fullmatch(n))]
+    # Many networks have a conv1; OpenAI's ViT has a class token beside it.
+    tokens = {n.removesuffix("class_embedding") for n in names}
+    found = sorted(
+        {m["prefix"] for m in anchors if "conv1" not in m[0] or m["prefix"] in tokens}
+    )
     # MoCo files hold the network that learns and its moving average.
     found = [p for p in found if "momentum" not in p] or found
     if len(found) == 1:
