@@ -92,7 +92,8 @@ class ViT(nn.Module):
 
     Attributes:
       variant: `"Ti/16" "S/16" "B/16" "B/32" "L/16" "H/14"` and other patch sizes,
-        `"g/14"` (DINOv2's giant), or `"demo/4"`, the small backbone of the package.
+        `"g/14"` (DINOv2's giant), `"So400m/14"` (SigLIP), `"S+/16" "H+/16" "7B/16"`
+        (DINOv3), or `"demo/4"`, the small backbone of the package.
         Empty for free sizes; a size given beside a variant overrides it.
       width: Token width `d`.
       depth: Number of blocks.
