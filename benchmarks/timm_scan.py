@@ -115,7 +115,10 @@ def compare(name, path, blocks=0):
 
     torch.manual_seed(0)
     fewer = {"depths": (blocks,) * 4} if "swin" in name else {"depth": blocks}
-    net = timm.create_model(name, num_classes=0, **(fewer if blocks else {})).eval()
+    fewer = fewer if blocks else {}
+    if any(word in name for word in ("dinov3", "lingbot")):
+        fewer |= {"global_pool": "token"}  # as upstream and we read them
+    net = timm.create_model(name, num_classes=0, **fewer).eval()
     side = net.patch_embed.img_size[0]
     x = torch.randn(1, 3, side, side)
     with torch.no_grad():
@@ -123,6 +126,8 @@ def compare(name, path, blocks=0):
             deviation = p[0].numel() ** -0.5 if p.ndim > 1 else 0.2
             p.add_(torch.randn_like(p) * deviation)
         want = net(x).numpy()
+        if "distilled" in name:  # timm's mean is of both tokens
+            want = net.forward_features(x)[:, 0].numpy()
     state = {n: t.contiguous() for n, t in net.state_dict().items()}
     safetensors.torch.save_file(state, path)
     del net, state

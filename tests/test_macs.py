@@ -71,6 +71,8 @@ def test_agrees_with_xlas_own_count(formulation, prompts):
         {"readout": "mean", "registers": 4},
         {"readout": "mean_with_prompts", "swiglu": True},
         {"readout": "mean", "class_token": False},
+        {"readout": "map", "class_token": False},
+        {"posemb": "rotary", "pre_norm": True, "registers": 4},
     ],
 )
 def test_other_backbones_agree_with_xlas_own_count(options, formulation):

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from vpt_jax.files.checks import check_layers
+from vpt_jax.models.encoder import drop, insert
 from vpt_jax.models.foreign import ATTENTION, FIRST, weighted_attention
 from vpt_jax.models.inputs import Inputs, check_normalised, check_prompts, prepare
-from vpt_jax.models.vit import drop, insert
 
 BLOCK = r"encoderblock_(\d+)"
 """How vit_jax, big_vision and scenic name their encoder blocks."""

@@ -80,6 +80,8 @@ def _vit_macs(
             total += 2 * n * d * d
         elif prompt_batch:
             total += 2 * n * d * d // prompt_batch
+    if model.readout == "map":  # one query, its output and MLP; keys, values of patches
+        total += 2 * d * d + mlp + 2 * patches * (d * d + d)
     return total
 
 

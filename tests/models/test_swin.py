@@ -203,6 +203,27 @@ def test_formulations_report_the_same_blocks(swin, backbone, images):
     assert with_outputs == ([] if model.readout == "mean" else [2])
 
 
+@pytest.mark.parametrize("remat", ["attention", "block"])
+@pytest.mark.parametrize("formulation", ["kv", "tokens"])
+def test_remat_changes_no_number_and_keeps_less(backbone, images, remat, formulation):
+    def gradient(remat):
+        model = Swin(**SIZES, remat=remat)
+        prompts = make_prompts(model, (2, 1, 3))
+
+        def loss(prompts):
+            given = {"prompts": prompts, "formulation": formulation}
+            return jnp.sin(model.apply({"params": backbone}, images, **given)[0]).sum()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(prompts))
+        return jax.jit(jax.grad(loss))(prompts), jaxpr.count("remat")
+
+    (plain, before), (again, after) = gradient("none"), gradient(remat)
+    assert after > before
+    for a, b in zip(plain, again, strict=True):
+        # The same sums, which XLA may fuse in another order.
+        assert np.abs(a).max() > 0 and relative(b, a) < 1e-5
+
+
 @pytest.mark.parametrize("deep", [True, False])
 def test_mask_equals_condense_and_a_zero_gate_is_no_prompt(swin, images, deep):
     model, run = swin
@@ -474,6 +495,7 @@ def test_param_dtype_is_that_of_the_parameters():
         ({"embed_dim": 8}, "needs embed_dim, depths, num_heads"),
         ({"variant": "T", "window": -7}, "at least 1"),
         ({"variant": "T", "readout": "cls"}, "unknown readout 'cls'"),
+        ({"variant": "T", "remat": "all"}, "unknown remat 'all'"),
         ({"variant": "T", "num_heads": (3, 6)}, r"\(3, 6\) but there are 4 stages"),
         ({"variant": "T", "num_heads": (3, 6, 12, 25)}, "stage 3 has width 768"),
         ({"variant": "T", "image_size": 256}, "image_size 256.*work: 224, 448"),

@@ -234,6 +234,15 @@ def test_parameter_counts(variant, parameters):
     assert sum(x.size for x in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.parametrize(("variant", "millions"), [("S+/16", 29), ("7B/16", 6716)])
+def test_parameter_counts_of_dinov3(variant, millions):
+    """As its authors round them; of the smallest and the largest gated one."""
+    options = {"posemb": "rotary", "registers": 4, "layer_scale": True}
+    model = vpt_jax.ViT(variant, **options)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert abs(sum(x.size for x in jax.tree.leaves(params)) / 1e6 - millions) < 1
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_eight_devices_agree_with_one(tiny, getkey, kind):
     model, backbone = tiny

@@ -21,6 +21,11 @@ OPTIONS = {
     "dinov2": {"registers": 2, "layer_scale": True},
     "giant": {"layer_scale": True, "swiglu": True},
     "big_vision": {"class_token": False, "readout": "mean", "posemb": "sincos"},
+    "siglip": {"class_token": False, "readout": "map"},
+    "dinov3": {"registers": 2, "layer_scale": True, "swiglu": True, "epsilon": 1e-5}
+    | {"posemb": "rotary"},
+    "rotary mean": {"posemb": "rotary", "readout": "mean_with_prompts"},
+    "clip": {"pre_norm": True, "activation": "quick_gelu", "epsilon": 1e-5},
     "everything": {
         "registers": 3,
         "layer_scale": True,
@@ -36,7 +41,8 @@ def case(request):
     options = OPTIONS[request.param]
     model, backbone = make_tiny(**options)
     run = jax.jit(model.apply, static_argnames=("deep", "formulation"))
-    kind = {n: options[n] for n in ("readout", "norm") if n in options}
+    told = ("readout", "norm", "posemb", "activation", "epsilon")
+    kind = {n: options[n] for n in told if n in options}
     return model, backbone, functools.partial(run, {"params": backbone}), kind
 
 
@@ -137,6 +143,8 @@ def test_importance_is_the_slope_of_the_loss_along_the_gate(case, images, getkey
         ({"norm": "none"}, "unknown norm 'none'"),
         ({"posemb": "rope"}, "unknown posemb 'rope'"),
         ({"class_token": False}, "readout 'cls' needs class_token=True"),
+        ({"readout": "map", "norm": "after"}, "'map' pools normalised patches; leave"),
+        ({"posemb": "rotary", "num_heads": 8}, "'rotary' has heads of width 2; exp"),
     ],
 )
 def test_wrong_options(options, message):

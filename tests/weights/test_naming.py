@@ -12,7 +12,7 @@ import vpt_jax
 from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
-from vpt_jax.weights.backbones import BACKBONES, known_backbone
+from vpt_jax.weights.backbones import BACKBONES, architecture, known_backbone
 from vpt_jax.weights.checkpoint import flatten
 from vpt_jax.weights.matching import match_swin, match_vit, parameters
 from vpt_jax.weights.naming import read_names
@@ -104,7 +104,8 @@ NAMES = {
 def pytorch(flat, names, prefix=""):
     """Our parameters as a PyTorch project would have saved them."""
     result = {names[n]: flat[n] for n in ("cls", "registers") if n in flat}
-    result[names["positions"]] = flat["Transformer/posembed_input/pos_embedding"]
+    if (place := "Transformer/posembed_input/pos_embedding") in flat:
+        result[names["positions"]] = flat[place]
 
     def put(there, here, change=np.transpose):
         for ours, theirs in (("kernel", "weight"), ("scale", "weight"), ("bias",) * 2):
@@ -179,6 +180,157 @@ def test_dinov2(flat_dinov2, tmp_path, names):
     model, backbone = load(tmp_path, arrays)
     assert (model.registers, model.layer_scale) == (4, True)
     assert_same(backbone, flat_dinov2)
+
+
+def zeroed(flat, *ends):
+    """The parameters with zeros where a file has no array."""
+    return {n: 0 * a if n.endswith(ends) else a for n, a in flat.items()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dinov3(tmp_path, bias):
+    """timm's names: gate and value apart, no bias of keys or of all three, no table."""
+    options = {"registers": 4, "layer_scale": True, "swiglu": True}
+    flat = flat_vit(posemb="rotary", **options)
+    flat = zeroed(flat, *(f"/{n}/bias" for n in (PARTS[1:2] if bias else PARTS)))
+    scales = {f"LayerScale_{i}": f"gamma_{i + 1}" for i in (0, 1)}
+    arrays = pytorch(flat, NAMES["timm"] | scales)
+    for i in range(6):
+        here = f"blocks.{i}."
+        q, _, v = np.split(arrays.pop(f"{here}attn.qkv.bias"), 3)
+        if bias:
+            arrays |= {f"{here}attn.q_bias": q, f"{here}attn.v_bias": v}
+        for leaf in ("weight", "bias"):
+            both = np.split(arrays.pop(f"{here}mlp.fc1.{leaf}"), 2)
+            for name, half in zip(("fc1_g", "fc1_x"), both, strict=True):
+                arrays[f"{here}mlp.{name}.{leaf}"] = half
+    np.savez(tmp_path / "w.npz", **arrays)
+    model, backbone = vpt_jax.load_backbone(tmp_path / "w.npz", num_heads=4)
+    assert (model.posemb, model.epsilon, model.image_size) == ("rotary", 1e-5, 224)
+    assert (model.readout, model.swiglu, model.registers) == ("cls", True, 4)
+    assert_same(backbone, flat)
+    # Another size: nothing is resized.
+    _, same = vpt_jax.load_backbone(
+        tmp_path / "w.npz", num_heads=4, posemb="rotary", image_size=64
+    )
+    assert_same(same, flat)
+    for gone in ("blocks.3.attn.q_bias", "blocks.3.mlp.fc1_g.bias"):
+        some = {n: a for n, a in arrays.items() if n != gone}
+        if len(some) < len(arrays):
+            np.savez(tmp_path / "w.npz", **some)
+            with pytest.raises(vpt_jax.CheckpointError, match=r"block_3|blocks\.3"):
+                vpt_jax.load_backbone(tmp_path / "w.npz", num_heads=4)
+
+
+CLIP = names(
+    "encoder.layers.{}.",
+    "layer_norm1 layer_norm2 self_attn.out_proj mlp.fc1 mlp.fc2",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "embeddings.class_embedding embeddings.position_embedding.weight"
+    " embeddings.patch_embedding post_layernorm",
+)
+
+
+def test_clip(tmp_path):
+    """transformers' names: a norm before the blocks, no bias of the patches."""
+    flat = zeroed(flat_vit(pre_norm=True), "embedding/bias")
+    arrays = pytorch(flat, CLIP, "vision_model.")
+    del arrays["vision_model.embeddings.patch_embedding.bias"]
+    for leaf, kind in (("weight", "scale"), ("bias", "bias")):
+        norm = flat[f"Transformer/input_norm/{kind}"]
+        arrays[f"vision_model.pre_layrnorm.{leaf}"] = norm
+    for name in ("class_embedding", "position_embedding.weight"):
+        name = f"vision_model.embeddings.{name}"
+        arrays[name] = np.squeeze(arrays[name])
+    arrays["vision_model.embeddings.position_ids"] = np.zeros((1, 5))
+    arrays["text_model.embeddings.token_embedding.weight"] = np.zeros((9, 128))
+    arrays |= {"visual_projection.weight": np.zeros((3, 128)), "logit_scale": 1.0}
+    with pytest.raises(ValueError, match="pass activation='quick_gelu' .*or 'gelu'"):
+        load(tmp_path, arrays)
+    model, backbone = load(tmp_path, arrays, activation="quick_gelu")
+    assert (model.pre_norm, model.epsilon, model.readout) == (True, 1e-5, "cls")
+    assert_same(backbone, flat)
+    # Without a final norm it is no CLIP, however it is read.
+    arrays = {n: a for n, a in arrays.items() if "post_layernorm" not in n}
+    with pytest.raises(vpt_jax.CheckpointError, match="a Perception Encoder"):
+        load(tmp_path, arrays, activation="gelu", readout="mean", norm="after")
+
+
+@pytest.mark.parametrize("whose", ["big_vision", "timm", "transformers"])
+def test_siglip(tmp_path, whose):
+    flat = flat_vit(class_token=False, readout="map")
+    arrays = {f"params/img/{n}": a for n, a in flat.items()}
+    if whose != "big_vision":
+        table = CLIP if whose == "transformers" else NAMES["timm"]
+        arrays = pytorch(flat, table)
+        pool = "head." if whose == "transformers" else "attn_pool."
+        inside = {f"MAPHead_0/{ATTENTION}/out": "proj", "MAPHead_0/LayerNorm_0": "norm"}
+        inside |= {f"MAPHead_0/MlpBlock_0/Dense_{i}": f"mlp.fc{i + 1}" for i in (0, 1)}
+        inside |= {f"MAPHead_0/{ATTENTION}/{n}": n for n in PARTS}
+        parts = {}
+        for name, array in flat.items():
+            place, _, leaf = name.rpartition("/")
+            if place in inside:
+                array = one_axis(array) if ATTENTION in name else array.T
+                leaf = "bias" if leaf == "bias" else "weight"
+                parts[inside[place], leaf] = array
+        for leaf in ("weight", "bias"):
+            q, k, v = (parts.pop((n, leaf)) for n in PARTS)
+            if whose == "timm":
+                arrays[f"{pool}q.{leaf}"] = q
+                arrays[f"{pool}kv.{leaf}"] = np.concatenate([k, v])
+            else:
+                arrays[f"{pool}attention.in_proj_{leaf}"] = np.concatenate([q, k, v])
+        own = {"proj": "attention.out_proj", "norm": "layernorm"}
+        own = own if whose == "transformers" else {}
+        arrays |= {f"{pool}{own.get(n, n)}.{leaf}": a for (n, leaf), a in parts.items()}
+        probe = "probe" if whose == "transformers" else "latent"
+        arrays[f"{pool}{probe}"] = flat["MAPHead_0/probe"]
+    model, backbone = load(tmp_path, arrays, activation="gelu_tanh")
+    assert (model.readout, model.class_token) == ("map", False)
+    assert_same(backbone, flat)
+    # Read by the mean, the pooling is no part of the features.
+    model, backbone = load(tmp_path, arrays, activation="gelu", readout="mean")
+    assert model.readout == "mean"
+    assert_same(backbone, {n: a for n, a in flat.items() if "MAPHead" not in n})
+    # With a class token it would be another network (a Perception Encoder).
+    name = {"timm": "cls_token", "big_vision": "params/img/cls"}
+    arrays[name.get(whose, "embeddings.class_embedding")] = np.zeros((1, 1, 128))
+    with pytest.raises(vpt_jax.CheckpointError, match="a Perception Encoder"):
+        load(tmp_path, arrays, activation="gelu")
+
+
+@pytest.mark.parametrize(("token", "num"), [("dist_token", 1), ("reg_token", 3)])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_registers_with_positions(tmp_path, token, num, class_token):
+    """A distilled DeiT's second token is a register: its position is added to it."""
+    readout = "cls" if class_token else "mean"
+    flat = flat_vit(registers=num, class_token=class_token, readout=readout)
+    first = int(class_token)
+    arrays = pytorch(flat, NAMES["timm"] | {"registers": token})
+    rows = np.random.default_rng(1).standard_normal((1, num, 128), np.float32)
+    table = arrays["pos_embed"]
+    parts = (table[:, :first], rows, table[:, first:])
+    arrays["pos_embed"] = np.concatenate(parts, axis=1)
+    model, backbone = load(tmp_path, arrays, num_heads=4, activation="gelu")
+    assert (model.registers, model.image_size) == (num, 32)
+    flat["registers"] = flat["registers"] + rows
+    assert_same(backbone, flat)
+
+
+def test_a_convolution_of_that_name_is_no_second_network(flat, tmp_path):
+    """OpenAI's patch embedding is called conv1, as much else is."""
+    arrays = pytorch(flat, NAMES["timm"], "module.encoder.")
+    arrays["module.neck.conv1.weight"] = np.zeros((3, 3, 1, 1))
+    assert_same(load(tmp_path, arrays)[1], flat)
+
+
+def test_rows_of_patches_are_refused_by_name(flat, tmp_path):
+    arrays = pytorch(flat, CLIP)
+    name = "embeddings.patch_embedding.weight"
+    arrays[name] = arrays[name].reshape(128, -1)
+    with pytest.raises(vpt_jax.CheckpointError, match=r"all proportions \(NaFlex\)"):
+        load(tmp_path, arrays)
 
 
 def test_a_table_without_a_row_for_the_class_token_gets_zeros(flat, tmp_path):
@@ -425,7 +577,42 @@ vit_small_patch16_224.dino/model.safetensors            | DINO,
 dinov2_vits14_reg4_pretrain.pth                         | DINOv2 with
 hf://facebook/dinov2-base/model.safetensors             | DINOv2,
 deit_small_patch16_224-cd65a155.pth                     | DeiT
+deit_small_distilled_patch16_224-649709d9.pth           | DeiT
 """
+
+# A path, the beginning of its row's name, and facts of its card.
+NEW = """
+siglip2_b16_224.npz | SigLIP | half map gelu_tanh
+webli_en_b16_224_63724782.npz | SigLIP | half map gelu_tanh
+hf://google/siglip2-so400m-patch14-384/model.safetensors | SigLIP | half map gelu_tanh
+timm/vit_base_patch16_siglip_224.v2_webli/model.safetensors | SigLIP | half map gelu
+timm/vit_base_patch32_siglip_256.v2_webli/x.bin | SigLIP | half map gelu_tanh
+timm/vit_large_patch16_siglip_512.v2_webli/x.bin | SigLIP | half map gelu_tanh
+dinov3_vits16_pretrain_lvd1689m-08c60483.pth | DINOv3 | imagenet cls 1e-05
+hf://facebook/dinov3-vith16plus-pretrain-lvd1689m/model.safetensors | DINOv3 | cls 1e-05
+vit_small_patch16_dinov3.lvd1689m/model.safetensors | DINOv3 | imagenet cls 1e-05
+vit_7b_patch16_dinov3.sat493m/model.safetensors |  | gelu
+vit_base_patch16_clip_224.openai/model.safetensors | CLIP of OpenAI | clip quick_gelu
+vit_base_patch16_clip_224.openai_ft_in1k/model.safetensors |  | gelu
+vit_base_patch16_clip_224.metaclip_400m/model.safetensors |  | quick_gelu
+vit_large_patch14_clip_224.dfn2b_s39b/model.safetensors |  | gelu
+hf://openai/clip-vit-large-patch14/model.safetensors | CLIP | clip quick_gelu 1e-05
+vit_base_patch32_clip_224.laion2b/model.safetensors | OpenCLIP | clip gelu 1e-05
+vit_large_patch14_clip_224.laion2b/model.safetensors |  | gelu
+hf://google/tipsv2-b14/model.safetensors | TIPSv2 | none cls half_pixel_antialias
+vit_base_patch14_reg1_tipsv2.webli/model.safetensors | TIPSv2 | none bicubic_antialias
+"""
+
+
+@pytest.mark.parametrize("line", NEW.strip().splitlines())
+def test_known_files_of_newer_families(line):
+    path, start, facts = (part.strip() for part in line.split("|"))
+    known = known_backbone(path)
+    assert (known.name if known else "").startswith(start) and bool(known) == bool(
+        start
+    )
+    told = architecture(path) | (known.card() if known else {})
+    assert set(facts.split()) <= set(map(str, told.values()))
 
 
 @pytest.mark.parametrize("line", KNOWN.strip().splitlines())
@@ -463,7 +650,7 @@ def test_the_table_of_backbones_is_consistent():
     for row in BACKBONES:
         assert row.normalisation in NORMALISATIONS
         assert row.readout in READOUTS and row.norm in NORMS
-        assert row.resize in RESIZES
+        assert row.resize in ("", *RESIZES)
 
 
 @pytest.mark.parametrize("kind", ["google", "timm", "Dinov2Model", "swin", "scan"])

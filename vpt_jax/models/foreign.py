@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpt_jax.models.vit import drop, with_rows
+from vpt_jax.models.encoder import drop, with_rows
 
 ATTENTION = "prompt_attention"
 """The variable collection that holds attention weights, if it is mutable."""

@@ -27,6 +27,10 @@ NORMALISATIONS = {
     # name: (mean, std) per channel of pictures scaled to [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Google's ViT checkpoints
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # VPT's pipeline
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 
@@ -37,8 +41,8 @@ def normalise(images: jax.Array, name: str) -> jax.Array:
     Args:
       images: uint8 `[b, h, w, 3]`, colours 0 ... 255.
       name: `"half"` (mean and std 0.5: Google's ViTs, the demo), `"imagenet"` (its mean
-        and std: most others) or `"none"` (0 ... 1). What a file was trained with, if
-        that is known: `vpt_jax.read_card(path)["normalisation"]`.
+        and std: most others), `"clip"` (CLIP's) or `"none"` (0 ... 1). What a file was
+        trained with, if that is known: `vpt_jax.read_card(path)["normalisation"]`.
 
     Returns:
       float32 `[b, h, w, 3]`.

@@ -15,6 +15,7 @@ from jax import lax
 
 from vpt_jax.models.attention import attend, attend_fused, wide
 from vpt_jax.models.posemb import grid_side, sincos_table
+from vpt_jax.models.rotary import rotate
 from vpt_jax.models.xla import ACTIVATIONS, swiglu
 from vpt_jax.prompts import per_example
 
@@ -148,11 +149,17 @@ class Attention(nn.Module):
         x: jax.Array,
         extra: KeyValue | None,
         key_weight: jax.Array | None,
+        turns: tuple[Any, Any] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens `queries [b, q, d]` attend to `x [b, t, d]`, then to `extra`."""
+        """Tokens `queries [b, q, d]` attend to `x [b, t, d]`, then to `extra`.
+
+        `turns` are the rotary positions of queries and of `x`, see `rotation`.
+        """
         q = self.query(queries)
         q = q * q.shape[-1] ** -0.5
         k, v = self.key_value(x)
+        if turns is not None:
+            q, k = (rotate(y, turn) for y, turn in zip((q, k), turns, strict=True))
         if extra is not None:
             more_k, more_v = (per_example(e.astype(k.dtype), k) for e in extra)
             k = jnp.concatenate([k, more_k], axis=2)
@@ -245,6 +252,7 @@ class Block(nn.Module):
         prompts: jax.Array | KeyValue | None = None,
         key_weight: jax.Array | None = None,
         read: slice = slice(None),
+        turn: Any = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One block.
 
@@ -254,6 +262,7 @@ class Block(nn.Module):
           key_weight: None, `[b or 1, t + n]` or `[b, h, q, t + n]`, see `attend`.
           read: Only these `q` tokens are computed and returned; the others are keys and
             values alone.
+          turn: Rotary positions of the tokens `[2, t, d / h]`, see `rotation`.
 
         Returns:
           Tokens `[b, q, d]` and attention weights `[b, h, q, t + n]`.
@@ -261,8 +270,9 @@ class Block(nn.Module):
         y = self.LayerNorm_0(x)
         if prompts is not None and not isinstance(prompts, KeyValue):
             prompts = self.prefill(prompts)
+        turns = None if turn is None else (turn[:, read], turn)
         attended, weights = self.MultiHeadDotProductAttention_0(
-            y[:, read], y, prompts, key_weight
+            y[:, read], y, prompts, key_weight, turns
         )
         if self.layer_scale:
             attended = self.LayerScale_0(attended)
@@ -276,7 +286,8 @@ class Block(nn.Module):
 class AddPositionEmbs(nn.Module):
     """Adds the position table, one row per token: learned, or fixed sines (`sincos`).
 
-    The fixed table has no row for the class token: nothing is added there.
+    The fixed table has no row for the class token: nothing is added there. With
+    `rotary` there is no table.
     """
 
     posemb: str = "learned"
@@ -285,6 +296,8 @@ class AddPositionEmbs(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, class_token: bool = True) -> jax.Array:
         first = int(class_token)
+        if self.posemb == "rotary":
+            return x
         if self.posemb == "sincos":
             grid = grid_side((1, *x.shape[1:]), class_token)
             table = jnp.asarray(sincos_table(grid, x.shape[2]), x.dtype)

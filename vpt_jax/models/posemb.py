@@ -12,6 +12,7 @@ from vpt_jax.prompts import check_choice
 RESIZES = (
     "corner_aligned",
     "half_pixel",
+    "half_pixel_antialias",
     "bicubic",
     "bicubic_offset",
     "bicubic_antialias",
@@ -31,17 +32,18 @@ def resize_pos_embedding(
       grid: New number of patches per side.
       method: How a new row is mixed from old ones, along each side on its own:
 
-        =================== ==========================================================
-        `corner_aligned`    linear at `i * (old - 1) / (new - 1)`: what VPT and vit_jax
-                            do (`scipy.ndimage.zoom`, order 1).
-        `half_pixel`        linear at `(i + 0.5) * old / new - 0.5`.
-        `bicubic`           cubic (a = -0.75) at the same places, no antialiasing:
-                            transformers' DINOv2.
-        `bicubic_offset`    the same with `new + 0.1` for `new` in the places only: the
-                            original DINOv2 without registers.
-        `bicubic_antialias` cubic (a = -0.5), widened when the table shrinks: the
-                            original DINOv2 with registers, and timm.
-        =================== ==========================================================
+        ====================== =======================================================
+        `corner_aligned`       linear at `i * (old - 1) / (new - 1)`: what VPT and
+                               vit_jax do (`scipy.ndimage.zoom`, order 1).
+        `half_pixel`           linear at `(i + 0.5) * old / new - 0.5`.
+        `half_pixel_antialias` the same, widened when the table shrinks: TIPSv2.
+        `bicubic`              cubic (a = -0.75) at the same places, no antialiasing:
+                               transformers' DINOv2.
+        `bicubic_offset`       the same with `new + 0.1` for `new` in the places only:
+                               the original DINOv2 without registers.
+        `bicubic_antialias`    cubic (a = -0.5), widened when the table shrinks: the
+                               original DINOv2 with registers, and timm.
+        ====================== =======================================================
       class_token: False for a table without the class token's row, `[1, n * n, d]`.
 
     Returns:
@@ -89,12 +91,13 @@ def _weights(method: str, old: int, new: int) -> np.ndarray:
     else:
         target = new + 0.1 if method == "bicubic_offset" else new
         where = (np.arange(new) + 0.5) * old / target - 0.5
-    if method == "bicubic_antialias":
+    if method.endswith("antialias"):
         # The kernel is stretched over the old rows that a new one covers, cut at the
         # border and normalised (as PIL does).
         stretch = max(1.0, old / new)
         distance = (np.arange(old)[None] - where[:, None]) / stretch
-        weights = _cubic(distance, -0.5)
+        linear = np.maximum(1 - abs(distance), 0)
+        weights = linear if method.startswith("half") else _cubic(distance, -0.5)
         return weights / weights.sum(axis=1, keepdims=True)
     # Taps around each place; those outside count for the row at the border.
     taps = np.arange(-1, 3) if method.startswith("bicubic") else np.arange(2)

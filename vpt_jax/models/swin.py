@@ -47,6 +47,7 @@ from vpt_jax.models.layers import (
 )
 from vpt_jax.models.variants import canonical
 from vpt_jax.models.windows import WindowAttention, from_windows, to_windows
+from vpt_jax.models.xla import REMATS, remat
 from vpt_jax.prompts import check_choice, per_example
 
 VARIANTS = {
@@ -173,6 +174,7 @@ class Swin(nn.Module):
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
+      remat: What training computes a second time, see `ViT`.
     """
 
     variant: str = ""
@@ -186,6 +188,7 @@ class Swin(nn.Module):
     readout: str = "mean"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         def put(**sizes: Any) -> None:
@@ -208,6 +211,7 @@ class Swin(nn.Module):
         if not self.image_size:
             put(image_size=self.patch * self.window * 2 ** max(self.num_stages - 1, 0))
         check_choice("readout", self.readout, READOUTS)
+        check_choice("remat", self.remat, tuple(REMATS))
         check_sizes(self)
         super().__post_init__()
 
@@ -322,10 +326,12 @@ class Swin(nn.Module):
                 if p is not None and (tokens or (reads_prompts and layer == last)):
                     if given.deep or layer == 0:
                         state = per_example(p, x)
-                    x, state, attention = block.as_tokens(x, state, weight)
+                    run = remat(Block.as_tokens, self.remat)
+                    x, state, attention = run(block, x, state, weight)
                     out["blocks"].append({"prompts": state})
                 else:
-                    x, attention = block(x, p, weight)
+                    run = remat(Block.__call__, self.remat)
+                    x, attention = run(block, x, p, weight)
                     out["blocks"].append({})
                 out["blocks"][-1] |= {"tokens": x, "prompt_attention": attention}
                 layer += 1

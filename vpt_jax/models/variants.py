@@ -5,10 +5,16 @@ import re
 
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 _LETTERS |= {short.lower(): short for short in _LETTERS.values()}
+_LETTERS["so400m"] = "So400m"
 _SIZE = "|".join(sorted(_LETTERS, key=len, reverse=True))
 _END = r"(?:[-_.].*)?"
 _VIT = re.compile(
-    rf"(?:dino[-_])?(?:vit|deit3?)?[-_]?(?P<size>{_SIZE})[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
+    rf"(?:dino[-_]|clip[-_])?(?:vit|deit3?|siglip2?)?[-_]?(?P<size>{_SIZE})"
+    rf"(?:[-_]distilled)?[-_/]?(?:patch|p)?[-_]?(?P<patch>\d\d?){_END}"
+)
+_DINOV3 = re.compile(
+    rf"(?:dinov3[-_])?vit_?(?P<size>{_SIZE}|7b)(?P<plus>_?plus)?(?:_patch)?16"
+    rf"(?P<after>plus)?(?:_dinov3|[-_]pretrain){_END}"
 )
 _DINOV2 = re.compile(
     r"dinov2(?:-with-registers)?[-_](?:vit)?(?P<size>s|b|l|g|small|base|large|giant)"
@@ -17,6 +23,7 @@ _DINOV2 = re.compile(
 _SWIN = re.compile(
     rf"swin[-_]?(?P<size>t|tiny|s|small|b|base|l|large){_END}", re.IGNORECASE
 )
+_OTHERS = re.compile(r"naflex|_rope_")
 
 EXAMPLES = [  # of other projects' names, for those who misspell one
     *(f"vit_{s}_patch{p}_224" for s in ("small", "base", "large") for p in (16, 32)),
@@ -40,12 +47,17 @@ def canonical(variant: str) -> str:
         return variant
     # Of timm/vit_base_patch16_224 or google/vit-base-patch16-224 the name alone.
     names = {variant, variant.rpartition("/")[2]}
+    if _OTHERS.search(variant.lower()):  # the sizes of a ViT, and another network
+        return variant
     for name in map(str.lower, sorted(names, key=len, reverse=True)):
         if match := _SWIN.fullmatch(name):
             return f"Swin-{match['size'][0].upper()}"
         if match := _DINOV2.fullmatch(name):
             size = (match["size"] or match["giant"])[0]
             return f"{size if size == 'g' else size.upper()}/14"
+        if match := _DINOV3.fullmatch(name):
+            plus = "+" * bool(match["plus"] or match["after"])
+            return f"{_LETTERS.get(match['size'], '7B')}{plus}/16"
         if match := _VIT.fullmatch(name):
             return f"{_LETTERS[match['size']]}/{match['patch']}"
     return variant

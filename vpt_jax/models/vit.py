@@ -10,8 +10,6 @@ computes of it is work without effect. That form, prompts as tokens through ever
 is `formulation="tokens"`: the oracle in tests, the peer in benchmarks, and what
 VPT-Shallow needs, where prompts evolve from layer to layer. A read-out that averages
 over the prompts' outputs needs it too, in the last block only.
-
-Tokens lie as class token, registers, prompts, patches.
 """
 
 from collections.abc import Sequence
@@ -24,18 +22,15 @@ import jax.numpy as jnp
 from vpt_jax.files.checks import expect
 from vpt_jax.files.messages import did_you_mean
 from vpt_jax.models.attention import ATTENTIONS
-from vpt_jax.models.inputs import Inputs, check_prompts, given_to
-from vpt_jax.models.layers import (
-    AddPositionEmbs,
-    Block,
-    LayerNorm,
-    PatchEmbedding,
-    mean_tokens,
-)
+from vpt_jax.models.encoder import Encoder, insert
+from vpt_jax.models.inputs import check_prompts, given_to
+from vpt_jax.models.layers import LayerNorm, PatchEmbedding
+from vpt_jax.models.pooling import MAPHead
 from vpt_jax.models.variants import EXAMPLES, canonical
-from vpt_jax.models.xla import ACTIVATIONS
-from vpt_jax.prompts import check_choice, per_example
+from vpt_jax.models.xla import ACTIVATIONS, REMATS
+from vpt_jax.prompts import check_choice
 
+_SIZES = ("width", "depth", "num_heads", "mlp_dim")
 VARIANTS = {
     # Dosovitskiy et al., table 1; Ti and S: Touvron et al., arXiv 2012.12877, table 1.
     "Ti": {"width": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768},
@@ -45,6 +40,17 @@ VARIANTS = {
     "H": {"width": 1280, "depth": 32, "num_heads": 16, "mlp_dim": 5120},
     # Oquab et al., arXiv 2304.07193 (DINOv2): SwiGLU, so `mlp_dim` is 8/3 of the width.
     "g": {"width": 1536, "depth": 40, "num_heads": 24, "mlp_dim": 4096, "swiglu": True},
+    # Alabdulmohsin et al., arXiv 2305.13035 (SigLIP's largest but one).
+    "So400m": {"width": 1152, "depth": 27, "num_heads": 16, "mlp_dim": 4304},
+    # Siméoni et al., arXiv 2508.10104 (DINOv3): those with a gated MLP.
+    **{
+        size: {**dict(zip(_SIZES, sizes, strict=True)), "swiglu": True}
+        for size, sizes in {
+            "S+": (384, 12, 6, 1536),
+            "H+": (1280, 32, 20, 5120),
+            "7B": (4096, 40, 32, 8192),
+        }.items()
+    },
     # The small backbone that ships with the package (32x32 pictures).
     "demo": {
         "width": 128,
@@ -55,16 +61,9 @@ VARIANTS = {
     },
 }
 NAMED_VARIANTS = ("Ti/16", "S/16", "B/16", "B/32", "L/16", "H/14", "g/14", "demo/4")
-READOUTS = ("cls", "mean", "mean_with_prompts")
+READOUTS = ("cls", "mean", "mean_with_prompts", "map")
 NORMS = ("before", "after")
-POSEMBS = ("learned", "sincos")
-# What the backward pass finds in memory; the rest it computes once more.
-REMATS: dict[str, Any] = {
-    "none": None,
-    # Outputs of projections and MLP; attention weights are the largest of the rest.
-    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,  # only the inputs of blocks
-}
+POSEMBS = ("learned", "sincos", "rotary")
 
 
 def decode_variant(variant: str) -> dict[str, Any]:
@@ -88,182 +87,13 @@ def decode_variant(variant: str) -> dict[str, Any]:
     return {"image_size": 224, **VARIANTS[size], "patch": int(patch)}
 
 
-class Encoder(nn.Module):
-    """Position table, registers, blocks, final norm; see `ViT` for the attributes."""
-
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    class_token: bool
-    registers: int
-    readout: str
-    norm: str
-    posemb: str
-    layer_scale: bool
-    swiglu: bool
-    remat: str = "none"
-    attention: str = "products"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    activation: str = "gelu"
-    epsilon: float = LayerNorm.epsilon
-
-    def setup(self) -> None:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.posembed_input = AddPositionEmbs(self.posemb, self.param_dtype)
-        self.encoderblock = [
-            Block(
-                self.num_heads,
-                self.mlp_dim,
-                self.layer_scale,
-                self.swiglu,
-                self.attention,
-                activation=self.activation,
-                epsilon=self.epsilon,
-                **kinds,
-            )
-            for _ in range(self.depth)
-        ]
-        self.encoder_norm = LayerNorm(**kinds, epsilon=self.epsilon)
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the prompts: class token and registers."""
-        return int(self.class_token) + self.registers
-
-    def prefill(self, prompts: Sequence[jax.Array]) -> tuple[Any, ...]:
-        ready: list[Any] = list(prompts)
-        # Where the read-out averages over prompts, those of the last layer are tokens.
-        for i in range(self.depth - (self.readout == "mean_with_prompts")):
-            ready[i] = self.encoderblock[i].prefill(prompts[i])
-        return tuple(ready)
-
-    def __call__(
-        self, x: jax.Array, registers: jax.Array | None, given: Inputs
-    ) -> tuple[jax.Array, dict[str, Any]]:
-        x = self.posembed_input(x, self.class_token)
-        if registers is not None:
-            x = insert(x, registers, int(self.class_token))
-        out: dict[str, Any] = {"embedded": x, "blocks": []}
-        run = self._as_tokens if given.formulation == "tokens" else self._as_keys
-        # `x` holds the tokens that the read-out averages, `num` of them prompts.
-        x, num = run(x, given, out["blocks"])
-        return self._read(x, num, given.weights[-1]), out
-
-    @property
-    def _last(self) -> slice:
-        """Tokens of the last block that are read."""
-        return slice(0, 1) if self.readout == "cls" else slice(self.prefix, None)
-
-    def _run(
-        self, block: Block, x: jax.Array, p: Any, w: Any, read: slice = slice(None)
-    ) -> tuple[jax.Array, jax.Array]:
-        """The block, of which the backward pass keeps what `remat` says."""
-        if self.remat == "none":
-            return block(x, p, w, read)
-
-        def call(block: Block, x: jax.Array, p: Any, w: Any) -> Any:
-            return block(x, p, w, read)
-
-        return nn.remat(call, policy=REMATS[self.remat])(block, x, p, w)
-
-    def _as_keys(
-        self, x: jax.Array, given: Inputs, out: list[Any]
-    ) -> tuple[jax.Array, int]:
-        t, num = x.shape[1], 0
-        for i, (block, p, w) in enumerate(
-            zip(self.encoderblock, given.prompts, given.weights, strict=True)
-        ):
-            last = i == self.depth - 1
-            read = self._last if last else slice(None)
-            if last and self.readout == "mean_with_prompts" and p is not None:
-                num = p.shape[-2]
-                x = insert(x, p, self.prefix)
-                w = _spread(w, self.prefix, t - self.prefix)
-                x, attention = self._run(block, x, None, w, read)
-                attention = attention[..., self.prefix : self.prefix + num]
-                out.append(
-                    {
-                        "tokens": x[:, num:],
-                        "prompts": x[:, :num],
-                        "prompt_attention": attention[:, :, num:],
-                    }
-                )
-            else:
-                x, attention = self._run(block, x, p, _spread(w, t, 0), read)
-                out.append({"tokens": x, "prompt_attention": attention[..., t:]})
-        return x, num
-
-    def _as_tokens(
-        self, x: jax.Array, given: Inputs, out: list[Any]
-    ) -> tuple[jax.Array, int]:
-        t, first, num = x.shape[1], self.prefix, 0
-        for i, (block, p, w) in enumerate(
-            zip(self.encoderblock, given.prompts, given.weights, strict=True)
-        ):
-            if given.deep and i:  # the previous layer's prompt outputs end here
-                x = drop(x, num, first)
-            if given.deep or i == 0:
-                num = p.shape[-2]
-                x = insert(x, p, first)
-            w = with_rows(w, num, first) if w is not None and w.ndim == 4 else w
-            w = _spread(w, first, t - first)
-            x, attention = self._run(block, x, None, w)
-            out.append(
-                {
-                    "tokens": drop(x, num, first),
-                    "prompts": x[:, first : first + num],
-                    # Rows: the model's own tokens, as in the other formulation.
-                    "prompt_attention": drop(attention, num, first, axis=2)[
-                        ..., first : first + num
-                    ],
-                }
-            )
-        if self.readout != "mean_with_prompts":
-            x, num = drop(x, num, first), 0
-        return x[:, self._last], num
-
-    def _read(self, x: jax.Array, num: int, weight: jax.Array | None) -> jax.Array:
-        """Features `[b, d]` of the tokens that are read; `num` prompts come first."""
-        if self.norm == "before":
-            x = self.encoder_norm(x)
-        x = x[:, 0] if self.readout == "cls" else mean_tokens(x, num, weight)
-        return self.encoder_norm(x) if self.norm == "after" else x
-
-
-def insert(x: jax.Array, tokens: jax.Array, at: int) -> jax.Array:
-    """Puts tokens `[n, d]` or `[b, n, d]` into `x [b, t, d]` before token `at`."""
-    new = per_example(tokens.astype(x.dtype), x)
-    return jnp.concatenate([x[:, :at], new, x[:, at:]], axis=1)
-
-
-def drop(x: jax.Array, num: int, at: int, axis: int = 1) -> jax.Array:
-    """Removes `num` tokens from place `at` on; the inverse of `insert`."""
-    parts = (slice(0, at), slice(at + num, None))
-    before = (slice(None),) * axis
-    return jnp.concatenate([x[(*before, part)] for part in parts], axis)
-
-
-def with_rows(weight: jax.Array, num: int, at: int) -> jax.Array:
-    """Puts `num` rows of ones into `weight [b, h, t, n]` before row `at`."""
-    ones = jnp.ones((*weight.shape[:2], num, weight.shape[3]), weight.dtype)
-    return jnp.concatenate([weight[:, :, :at], ones, weight[:, :, at:]], axis=2)
-
-
-def _spread(weight: jax.Array | None, before: int, after: int) -> jax.Array | None:
-    """The prompts' key weights `[..., n]` among those of other tokens, which are 1."""
-    if weight is None:
-        return None
-    ones = [jnp.ones((*weight.shape[:-1], n), weight.dtype) for n in (before, after)]
-    return jnp.concatenate([ones[0], weight, ones[1]], axis=-1)
-
-
 class ViT(nn.Module):
     """Vision transformer with pre-norm blocks that takes prompts as input.
 
     Attributes:
       variant: `"Ti/16" "S/16" "B/16" "B/32" "L/16" "H/14"` and other patch sizes,
-        `"g/14"` (DINOv2's giant), or `"demo/4"`, the small backbone of the package.
+        `"g/14"` (DINOv2's giant), `"So400m/14"` (SigLIP), `"S+/16" "H+/16" "7B/16"`
+        (DINOv3), or `"demo/4"`, the small backbone of the package.
         Empty for free sizes; a size given beside a variant overrides it.
       width: Token width `d`.
       depth: Number of blocks.
@@ -274,10 +104,12 @@ class ViT(nn.Module):
       class_token: Whether there is one; without it, `readout` must be a mean.
       registers: Learned tokens without position (Darcet et al., arXiv 2309.16588).
       readout: `"cls"` the class token; `"mean"` of the patches; `"mean_with_prompts"`
-        of prompts and patches, as the reference reads MAE.
+        of prompts and patches, as the reference reads MAE; `"map"`, attention pooling
+        of the patches (SigLIP; see `MAPHead`).
       norm: The final norm `"before"` or `"after"` the read-out; makes no difference to
         `"cls"`.
-      posemb: `"learned"`, or `"sincos"`, a fixed table (see `sincos_table`).
+      posemb: `"learned"`; `"sincos"`, a fixed table (see `sincos_table`); or
+        `"rotary"`, no table: every block turns the patches (DINOv3; see `rotation`).
       layer_scale: A learned factor per channel after attention and MLP (DINOv2).
       swiglu: SwiGLU instead of GELU in the MLP (DINOv2's giant).
       remat: What training computes a second time rather than keep in memory, with the
@@ -291,6 +123,7 @@ class ViT(nn.Module):
       param_dtype: Of the parameters that `init` makes.
       activation: Of the MLP: `"gelu"`, exact; `"gelu_tanh"`; or `"quick_gelu"`.
       epsilon: Of every LayerNorm.
+      pre_norm: A LayerNorm before the blocks (CLIP).
     """
 
     variant: str = ""
@@ -313,6 +146,7 @@ class ViT(nn.Module):
     param_dtype: Any = jnp.float32
     activation: str = "gelu"
     epsilon: float = LayerNorm.epsilon
+    pre_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variant", canonical(self.variant))
@@ -348,6 +182,16 @@ class ViT(nn.Module):
                 "readout 'cls' needs class_token=True; a model without a class token is"
                 " read by 'mean'."
             )
+        if self.readout == "map" and self.norm == "after":
+            raise ValueError(
+                "readout 'map' pools normalised patches; leave norm='after' out, there"
+                " is no other."
+            )
+        if self.posemb == "rotary" and self.width // self.num_heads % 4:
+            raise ValueError(
+                f"posemb 'rotary' has heads of width {self.width // self.num_heads};"
+                " expected a multiple of 4, sine and cosine on two axes."
+            )
         super().__post_init__()
 
     @property
@@ -374,6 +218,7 @@ class ViT(nn.Module):
             depth=self.depth,
             num_heads=self.num_heads,
             mlp_dim=self.mlp_dim,
+            patches=(self.image_size // self.patch) ** 2,
             class_token=self.class_token,
             registers=self.registers,
             readout=self.readout,
@@ -381,12 +226,17 @@ class ViT(nn.Module):
             posemb=self.posemb,
             layer_scale=self.layer_scale,
             swiglu=bool(self.swiglu),
+            pre_norm=self.pre_norm,
             remat=self.remat,
             attention=self.attention,
             activation=self.activation,
             epsilon=self.epsilon,
             **kinds,
         )
+        if self.readout == "map":
+            self.MAPHead_0 = MAPHead(
+                self.num_heads, self.mlp_dim, self.activation, self.epsilon, **kinds
+            )
 
     def prefill(self, prompts: Sequence[jax.Array]) -> tuple[Any, ...]:
         """Keys and values of deep prompts: one `KeyValue` of `[h, n_i, d/h]` a layer.
@@ -441,4 +291,5 @@ class ViT(nn.Module):
         x = self.embedding(images)
         if self.class_token:
             x = insert(x, self.cls, 0)
-        return self.Transformer(x, self.register_tokens, given)
+        features, out = self.Transformer(x, self.register_tokens, given)
+        return (self.MAPHead_0(features) if self.readout == "map" else features), out

@@ -9,10 +9,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+
+# What the backward pass finds in memory; the rest it computes once more.
+REMATS: dict[str, Any] = {
+    "none": None,
+    # Outputs of projections and MLP; attention weights are the largest of the rest.
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,  # only the inputs of blocks
+}
+
+
+def remat(call: Any, name: str) -> Any:
+    """`call(block, ...)`, of which the backward pass keeps what `name` says."""
+    return call if name == "none" else nn.remat(call, policy=REMATS[name])
 
 
 @jax.checkpoint

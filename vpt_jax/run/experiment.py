@@ -183,13 +183,13 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         dtype=jnp.dtype(settings.dtype),
         **load,
     )
-    choices = {"remat": settings.remat, "attention": settings.attention}
+    model = model.clone(remat=settings.remat)
     if isinstance(model, vpt_jax.ViT):
-        model = model.clone(remat=settings.remat, attention=settings.attention)
-    elif choices != {"remat": "none", "attention": "products"}:
+        model = model.clone(attention=settings.attention)
+    elif settings.attention != "products":
         raise ValueError(
-            f"config.backbone has {choices}, which only a ViT has; leave both out for"
-            " a Swin."
+            f"config.backbone.attention is {settings.attention!r}, which only a ViT"
+            " has; leave it out for a Swin."
         )
     card = vpt_jax.read_card(checkpoint)
     normalisation = settings.normalisation or card.get("normalisation")

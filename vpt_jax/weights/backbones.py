@@ -24,16 +24,19 @@ class Backbone(NamedTuple):
     normalisation: str  # see `models.inputs.NORMALISATIONS`
     readout: str = "cls"
     norm: str = "before"
-    resize: str = "corner_aligned"
+    resize: str = "corner_aligned"  # empty: there is no table
     md5: str = ""  # beginning, where it is known
     num_heads: int = 0  # where they are not the variant's
+    activation: str = ""
+    epsilon: float = 0.0
 
     def row(self) -> str:
         """The row of the table in `docs/backbones.md`."""
         read = self.readout + (", norm after" if self.norm == "after" else "")
         read += f", {self.num_heads} heads" if self.num_heads else ""
+        read += f", {self.activation}" if self.activation else ""
         cells = (self.name, self.variants, self.source, self.licence)
-        cells += (self.normalisation, read, self.resize, self.md5)
+        cells += (self.normalisation, read, self.resize or "none: rotary", self.md5)
         return f"| {' | '.join(cells)} |"
 
     def card(self) -> dict[str, Any]:
@@ -43,7 +46,7 @@ class Backbone(NamedTuple):
         return {name: row[name] for name in names if row[name]}
 
 
-_SETTINGS = ("readout", "norm", "resize", "num_heads")
+_SETTINGS = ("readout", "norm", "resize", "num_heads", "activation", "epsilon")
 _META = "https://dl.fbaipublicfiles.com"
 _GOOGLE = "gs://vit_models"
 _MEAN = "mean_with_prompts"
@@ -76,6 +79,14 @@ BACKBONES = (
         "Ti/16 S/16 B/16 (not distilled)",
         r"deit[-_](tiny|small|base)[-_]patch16",
         "hf://timm/deit_small_patch16_224.fb_in1k/model.safetensors",
+        "Apache-2.0",
+        "imagenet",
+    ),
+    Backbone(
+        "DeiT, ImageNet-1k, distilled",
+        "Ti/16 S/16 B/16",
+        r"deit[-_](tiny|small|base)[-_]distilled[-_]patch16",
+        "hf://timm/deit_small_distilled_patch16_224.fb_in1k/model.safetensors",
         "Apache-2.0",
         "imagenet",
     ),
@@ -142,6 +153,100 @@ BACKBONES = (
         resize="bicubic_antialias",
     ),
     Backbone(
+        "DINOv3, LVD-1689M",
+        "S/16 S+/16 B/16 L/16 H+/16 7B/16",
+        r"_patch16_dinov3(_qkvb)?\.lvd|dinov3-vit\w+-pretrain-lvd"
+        r"|dinov3_vit\w+_pretrain_lvd",
+        "hf://facebook/dinov3-vits16-pretrain-lvd1689m/model.safetensors or"
+        " hf://timm/vit_small_patch16_dinov3.lvd1689m/model.safetensors",
+        "DINOv3 License (Meta's is gated: its terms are accepted on its page)",
+        "imagenet",
+        resize="",
+        epsilon=1e-5,
+    ),
+    Backbone(
+        "SigLIP and SigLIP 2 (big_vision's file)",
+        "B/16 B/32 L/16 So400m/14 So400m/16",
+        r"(^|/)(siglip2?|webli_(en|i18n))_[^/]*\.npz$",
+        "gs://big_vision/siglip2/siglip2_b16_224.npz",
+        "Apache-2.0",
+        "half",
+        readout="map",
+        activation="gelu_tanh",
+    ),
+    Backbone(
+        "SigLIP and SigLIP 2 (transformers' file)",
+        "B/16 B/32 L/16 So400m/14 So400m/16",
+        r"siglip2?-(base|large|so400m|giant-opt)-patch\d+-\d",
+        "hf://google/siglip2-base-patch16-224/model.safetensors",
+        "Apache-2.0",
+        "half",
+        readout="map",
+        resize="bicubic",
+        activation="gelu_tanh",
+    ),
+    Backbone(
+        "SigLIP and SigLIP 2 (timm's file)",
+        "B/16 B/32 L/16 So400m/14 So400m/16",
+        r"_siglip_\d+\.(v2_)?webli(_i18n)?(?!\w)",
+        "hf://timm/vit_base_patch16_siglip_224.v2_webli/model.safetensors",
+        "Apache-2.0",
+        "half",
+        readout="map",
+        resize="bicubic_antialias",
+    ),
+    Backbone(
+        "CLIP of OpenAI (transformers' file)",
+        "B/16 B/32 L/14",
+        r"clip-vit-(base|large)-patch\d+",
+        "hf://openai/clip-vit-base-patch16/model.safetensors",
+        "none is stated",
+        "clip",
+        resize="bicubic",
+        activation="quick_gelu",
+        epsilon=1e-5,
+    ),
+    Backbone(
+        "CLIP of OpenAI (timm's file)",
+        "B/16 B/32 L/14",
+        r"_clip_(quickgelu_)?\d+\.openai(?!\w)",
+        "hf://timm/vit_base_patch16_clip_224.openai/model.safetensors",
+        "none is stated",
+        "clip",
+        resize="bicubic_antialias",
+        activation="quick_gelu",
+        epsilon=1e-5,
+    ),
+    Backbone(
+        "OpenCLIP, LAION-2B and DataComp (timm's file)",
+        "B/16 B/32 H/14",
+        r"_(base|huge|giant|gigantic)_patch\d+_clip_\d+\.(laion2b|datacompxl)(?!\w)",
+        "hf://timm/vit_base_patch16_clip_224.laion2b/model.safetensors",
+        "MIT",
+        "clip",
+        resize="bicubic_antialias",
+        activation="gelu",
+        epsilon=1e-5,
+    ),
+    Backbone(
+        "TIPSv2 (transformers' file)",
+        "B/14 L/14 So400m/14 g/14",
+        r"(^|/)tipsv2-\w+(@[^/]*)?/",
+        "hf://google/tipsv2-b14/model.safetensors",
+        "Apache-2.0",
+        "none",
+        resize="half_pixel_antialias",
+    ),
+    Backbone(
+        "TIPSv2 (timm's file)",
+        "B/14 L/14 So400m/14 g/14",
+        r"_patch14_reg1_tipsv2",
+        "hf://timm/vit_base_patch14_reg1_tipsv2.webli/model.safetensors",
+        "Apache-2.0",
+        "none",
+        resize="bicubic_antialias",
+    ),
+    Backbone(
         "DINO, ImageNet-1k",
         "S/8 S/16 B/8 B/16",
         r"dino_(vit|deit)[a-z]+\d+_pretrain|vit_[a-z]+_patch\d+_\d+\.dino(/|\.|$)"
@@ -174,10 +279,17 @@ _ARCHITECTURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (r"test_vit", {"num_heads": 2}),  # timm's smallest, for its tests
     (r"vit_base_patch16_gap_|vit_giantopt_patch16_siglip_", {"num_heads": 16}),
+    (r"siglip2[-_]g(iant)?-opt", {"num_heads": 16}),
     (
-        r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_gap_"
-        r"|vit_large_patch16_siglip_gap_512",
+        r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_"
+        r"|vit_large_patch16_siglip_(gap_)?512",
         {"activation": "gelu_tanh"},
+    ),
+    # timm's "natively QuickGELU", which its plain architectures do not compute.
+    (
+        r"_clip_quickgelu_|_clip_\d+\.(openai|metaclip\w*|dfn2b|dfn5b)(?!\w)"
+        r"|_base_patch32_clip_224\.laion400m",
+        {"activation": "quick_gelu"},
     ),
 )
 # Heads of published plain ViTs by their width, the usual number first.
@@ -206,7 +318,7 @@ AMBIGUOUS = (
     ),
     Question(
         "num_heads",
-        lambda vit: vit.width == 768 and not vit.class_token,
+        lambda vit: vit.width == 768 and not vit.class_token and vit.readout != "map",
         "12 (timm's siglip_gap and others) or 16 (timm's vit_base_patch16_gap_224)",
     ),
     Question(
@@ -217,7 +329,12 @@ AMBIGUOUS = (
     Question(
         "activation",
         lambda vit: not vit.class_token and not vit.layer_scale,
-        "'gelu' or 'gelu_tanh' (some of timm's siglip_gap)",
+        "'gelu' or 'gelu_tanh' (some of timm's siglip)",
+    ),
+    Question(
+        "activation",
+        lambda vit: vit.pre_norm,
+        "'quick_gelu' (CLIP of OpenAI, MetaCLIP, DFN) or 'gelu' (OpenCLIP)",
     ),
 )
 

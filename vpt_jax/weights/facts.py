@@ -16,11 +16,11 @@ from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.swin import EPSILON
 from vpt_jax.prompts import check_choice
 from vpt_jax.weights.backbones import AMBIGUOUS, architecture, known_backbone
-from vpt_jax.weights.matching import differing
 from vpt_jax.weights.naming import Named
 from vpt_jax.weights.readers import CheckpointError
 from vpt_jax.weights.remote import local_path
 from vpt_jax.weights.sidecar import config_facts
+from vpt_jax.weights.sizes import differing
 
 
 def card_of(path: str | os.PathLike, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def assumed(
         return ""
     names = ["num_heads", "activation", "epsilon", "readout", "norm"]
     told = {n: getattr(model, n) for n in names if hasattr(model, n)}
-    if resized:
+    if resized and model.posemb == "learned":
         told["resize"] = "corner_aligned"
     if "num_heads" in told and not isinstance(told["num_heads"], int):
         del told["num_heads"]  # a Swin's follow from its tables
@@ -117,7 +117,7 @@ def ask(
       ValueError: With the arguments to pass and their possible values.
     """
     fused = any(e.source.endswith("attn.qkv.weight") for e in named.entries)
-    if _is_whole(card) or named.kind != "vit" or not fused:
+    if _is_whole(card) or named.kind != "vit" or not (fused or model.pre_norm):
         return
     open_questions = [
         f"{q.fact}={q.answers}"

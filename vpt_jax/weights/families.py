@@ -15,6 +15,8 @@ from vpt_jax.weights.readers import CheckpointError
 
 _VIT = "hf://timm/vit_base_patch16_224.augreg_in21k/model.safetensors"
 _DINOV2 = "hf://timm/vit_small_patch14_reg4_dinov2.lvd142m/model.safetensors"
+_SIGLIP = "hf://timm/vit_base_patch16_siglip_224.v2_webli/model.safetensors"
+_DINOV3 = "hf://timm/vit_small_patch16_dinov3.lvd1689m/model.safetensors"
 _PLAIN = f"a plain ViT, such as {_VIT} or {_DINOV2}"
 # A block of PyTorch's ViTs, whatever it is called.
 _BLOCK = r"(^|\.)(blocks|layers?|resblocks)\.\d+\."
@@ -58,29 +60,18 @@ FAMILIES = (
         called=r"swin[-_]?v2",
     ),
     Family(
-        "a SigLIP, or another ViT with attention pooling",
-        r"(^|\.)attn_pool\.|(^|[./])(head\.)?probe$|maphead_\d|\.attnpool\.",
-        "a learned query that pools the patches",
-        "timm's file without the pooling, read by the mean, such as"
-        " hf://timm/vit_base_patch16_siglip_gap_224.webli/model.safetensors",
-        called=r"siglip(?!.*_gap)",
+        "a ViT with attention pooling of another kind",
+        r"\.attnpool\.|maphead_[1-9]"
+        r"|(^|\.)attn_pool\.(?!latent$|(q|kv|proj|norm|mlp\.fc[12])\.(weight|bias)$)",
+        "another pooling than one learned query (SigLIP's)",
+        _SIGLIP,
+        lacks=r"(^|\.)layer[1-4]\.\d+\.",
     ),
     Family(
-        "a CLIP, or another ViT with a LayerNorm before its blocks",
-        r"(^|\.)(norm_pre|pre_layr?norm|ln_pre)\.|(^|\.)resblocks\.\d|class_embedding$"
-        r"|(^|\.)text_model\.",
-        "a LayerNorm before the blocks, and QuickGELU in some files",
+        "a BLIP, or another ViT of transformers with fused projections",
+        r"self_attn\.(qkv|projection)\.",
+        "names that are not read here",
         _PLAIN,
-        lacks=rf"{_BLOCK}in_proj\.",
-        called=r"clip(?!_ft)",
-    ),
-    Family(
-        "a SigLIP of transformers",
-        r"(^|\.)embeddings\.patch_embedding\.",
-        "names that are not read here and, in most files, a learned query that pools"
-        " the patches",
-        "timm's file without the pooling, read by the mean, such as"
-        " hf://timm/vit_base_patch16_siglip_gap_224.webli/model.safetensors",
     ),
     Family(
         "a ViT of torchvision",
@@ -93,13 +84,6 @@ FAMILIES = (
         r"(^|\.)features\.\d+\.\d+\.(norm1|attn)\.",
         "names that are not read here",
         "hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",
-    ),
-    Family(
-        "a distilled DeiT",
-        r"(^|\.)(dist_token|distillation_token)$",
-        "a second class token",
-        "the DeiT that is not distilled:"
-        " hf://timm/deit_small_patch16_224.fb_in1k/model.safetensors",
     ),
     Family(
         "an XCiT",
@@ -132,18 +116,18 @@ FAMILIES = (
         _PLAIN,
     ),
     Family(
-        "a DINOv3, or another ViT with rotary positions and registers",
-        r"rope_embed|storage_tokens|(^|\.)rope\.",
-        "rotary positions in every block and no position table",
-        f"DINOv2 with registers: {_DINOV2}",
-        called="dinov3",
+        "a ViT with rotary positions that is no DINOv3",
+        r"(^|\.)rope\.(?!periods$)|attn\.w[qkv]\.",
+        "rotary positions of another kind in every block",
+        _DINOV3,
+        called=r"_rope_",
     ),
     Family(
-        "a DINOv3, or another ViT with rotary positions and registers",
-        r"(^|\.)(reg_token|register_tokens)$",
-        "rotary positions in every block and no position table",
-        f"DINOv2 with registers: {_DINOV2}",
-        lacks=r"pos_embed|position_embeddings|pos_embedding",
+        "a ViT with rotary positions that is no DINOv3",
+        r"(^|\.)reg_token$",
+        "registers, and neither a class token nor a position table",
+        _DINOV3,
+        lacks=r"pos_embed|cls_token",
     ),
     Family(
         "a CaiT",
@@ -173,7 +157,7 @@ FAMILIES = (
         r"|mlp\.w[123]\.|mlp\.ffn_ln)",
         "blocks of another kind (rotary positions, gates, no bias of the keys)",
         _PLAIN,
-        lacks=r"ls1\.gamma|blocks\.\d+\.mlp\.w12|stages\.\d",
+        lacks=r"ls1\.gamma|blocks\.\d+\.mlp\.w12|stages\.\d|(^|\.)reg_token$",
     ),
     Family(
         "a ViT with normalised queries and keys",
@@ -205,6 +189,7 @@ FAMILIES = (
         r"(^|\.)embeds\.(proj|pos_embed)",
         "positions for pictures of all proportions",
         f"timm's ViT of a fixed size, such as {_VIT}",
+        called=r"naflex",
     ),
 )
 # What every plain ViT has and these lack: (our name of it, once it was translated).
@@ -232,15 +217,36 @@ STRUCTURES = (
         lacks=r"Transformer/encoder_norm/(scale|bias)$",
     ),
 )
+# Their rotary positions are in no array: what tells them is what else they have.
+PERCEPTION = tuple(
+    Family(
+        "a Perception Encoder, or another ViT whose pooling reads more than patches",
+        has,
+        "attention pooling beside a class token, registers or a norm before its blocks,"
+        " or such a norm without a final one; and in most files rotary positions",
+        _SIGLIP,
+        lacks,
+        called,
+    )
+    for has, lacks, called in (
+        (
+            r"(?s)(^cls$|^registers$|input_norm/).*MAPHead_0/"
+            r"|MAPHead_0/.*(^cls$|^registers$|input_norm/)",
+            "",
+            r"(^|[-_/])pe[-_](core|lang|spatial)",
+        ),
+        (r"input_norm/", r"encoder_norm/", ""),
+    )
+)
 
 
 def refuse_name(variant: str) -> None:
-    """Raises if a variant's name is that of one of `FAMILIES`.
+    """Raises if a variant's name is that of a family which is not supported.
 
     Raises:
       ValueError: As `refuse_families`.
     """
-    for family in FAMILIES:
+    for family in (*FAMILIES, *PERCEPTION):
         if family.called and re.search(family.called, variant.lower()):
             raise ValueError(
                 f"{variant!r} is {family.name}, which is not supported: it has"
@@ -257,21 +263,27 @@ def refuse_families(names: Iterable[str], path: Any) -> None:
     _refuse(FAMILIES, [name.lower() for name in names], path)
 
 
-def refuse_structures(names: Iterable[str], path: Any, pooled: bool) -> None:
+def refuse_structures(
+    names: Iterable[str], path: Any, *, pooled: bool, rotary: bool
+) -> None:
     """Raises if a ViT, in our names, lacks what every plain ViT has.
 
     Args:
       names: Our names.
       path: For the message.
       pooled: The read-out has a norm of its own, so the file needs none.
+      rotary: It is a DINOv3, of which no bias of queries, keys and values is needed.
 
     Raises:
       CheckpointError: As `refuse_families`.
     """
-    _refuse(STRUCTURES[: len(STRUCTURES) - pooled], list(names), path)
+    _, no_bias, no_norm = STRUCTURES
+    waived = {no_bias: rotary, no_norm: pooled}
+    asked = [f for f in (*PERCEPTION, *STRUCTURES) if not waived.get(f)]
+    _refuse(asked, list(names), path)
 
 
-def _refuse(families: tuple[Family, ...], names: list[str], path: Any) -> None:
+def _refuse(families: Iterable[Family], names: list[str], path: Any) -> None:
     # One search over all names each: line by line.
     text = "\n".join(names)
     for family in families:

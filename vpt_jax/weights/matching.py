@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpt_jax.models import swin, vit
 from vpt_jax.models.posemb import grid_side
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
@@ -20,6 +19,8 @@ from vpt_jax.weights.backbones import HEADS
 from vpt_jax.weights.families import refuse_structures
 from vpt_jax.weights.naming import (
     FINAL_NORM,
+    INPUT_NORM,
+    POOLING,
     POSITIONS,
     Entry,
     Named,
@@ -29,6 +30,14 @@ from vpt_jax.weights.naming import (
     unflatten,
 )
 from vpt_jax.weights.readers import CheckpointError
+from vpt_jax.weights.sizes import (
+    describe,
+    is_rotary,
+    sizes_of,
+    swin_sizes,
+    variant_of,
+    vit_sizes,
+)
 
 _SHOWN = 6  # problems that a message lists
 _BIAS_TABLE = "/relative_position_bias_table"
@@ -43,8 +52,11 @@ def match_vit(
     """
     shapes = named.shapes
     found = vit_sizes(named) if named.kind == "vit" else {}
+    if posemb == "learned" and is_rotary(named):
+        posemb = "rotary"
     if found:
-        refuse_structures(shapes, path, pooled=norm == "after" and readout != "cls")
+        pooled = norm == "after" and readout != "cls"
+        refuse_structures(shapes, path, pooled=pooled, rotary=posemb == "rotary")
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (width"
@@ -56,14 +68,20 @@ def match_vit(
         side = _grid(shapes, class_token, path) * wanted.patch
     pooled = _final_norm(named).endswith("fc_norm.weight") and readout != "cls"
     registers = shapes.get("registers", ())
+    first = "map" if f"{POOLING}/probe" in shapes else "cls" if class_token else "mean"
+    epsilon, pre_norm = wanted.epsilon, f"{INPUT_NORM}/scale" in shapes
+    if epsilon == ViT.epsilon and (posemb == "rotary" or pre_norm):
+        epsilon = 1e-5  # of every DINOv3 and CLIP
     return wanted.clone(
         image_size=side,
         class_token=class_token,
         registers=registers[1] if len(registers) == 3 else 0,
         layer_scale=any("LayerScale_0" in name for name in shapes),
-        readout=readout or ("cls" if class_token and not pooled else "mean"),
+        readout=readout or ("mean" if pooled else first),
         norm=norm or ("after" if pooled else "before"),
         posemb=posemb,
+        pre_norm=pre_norm,
+        epsilon=epsilon,
     )
 
 
@@ -94,23 +112,27 @@ def match_swin(
     )
 
 
-def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
+def infer(named: Named, path: Any, num_heads: int | tuple[int, ...]) -> ViT | Swin:
     """The model of the file's sizes, where the caller names no variant.
 
-    Raises CheckpointError if sizes are absent, or are no variant's and the heads
-    unknown.
+    Of a Swin, of which a `config.json` tells a tuple, the file says the heads. Raises
+    CheckpointError if sizes are absent, or are no variant's and the heads unknown.
     """
-    swins, variant = named.kind == "swin", _variant(named)
+    swins, variant = named.kind == "swin", variant_of(named)
+    rotary = not swins and is_rotary(named)
     if not swins:
-        refuse_structures(named.shapes, path, pooled=True)
-    found = _sizes(named)
+        refuse_structures(named.shapes, path, pooled=True, rotary=rotary)
+    found = sizes_of(named)
     if variant:
         return Swin(variant) if swins else ViT(f"{variant}/{found['patch']}")
     if swins:
         found["window"] = max(found.pop("windows"), default=0)
     else:
         usual = HEADS.get(found.get("width", 0), (0,))[0]
-        found |= {"num_heads": num_heads or usual, "image_size": found.get("patch", 0)}
+        side = patch = found.get("patch", 0)  # the position table's, where there is one
+        if patch and rotary:
+            side = 224 // patch * patch
+        found |= {"num_heads": num_heads or usual, "image_size": side}
         if not all(found.get(n) for n in ("num_heads", "patch", "depth", "mlp_dim")):
             raise CheckpointError(
                 f"{path} holds {describe(named)}, and how many heads it has is not"
@@ -120,88 +142,6 @@ def infer(named: Named, path: Any, num_heads: int) -> ViT | Swin:
         return Swin(**found) if swins else ViT(**found)
     except ValueError as error:
         raise CheckpointError(f"{path} holds {describe(named)}: {error}") from error
-
-
-def _sizes(named: Named) -> dict[str, Any]:
-    return swin_sizes(named) if named.kind == "swin" else vit_sizes(named)
-
-
-def _variant(named: Named) -> str:
-    """Our name of the network's sizes, of a ViT without the patch; empty for none."""
-    found = {"swiglu": False, **_sizes(named)}
-    if named.kind == "swin":
-        known = {f"Swin-{letter}": sizes for letter, sizes in swin.VARIANTS.items()}
-    else:
-        names = ("width", "depth", "mlp_dim", "swiglu")
-        known = {
-            variant: {n: sizes.get(n, False) for n in names}
-            for variant, sizes in vit.VARIANTS.items()
-        }
-    fitting = [name for name, sizes in known.items() if sizes.items() <= found.items()]
-    return fitting[0] if fitting else ""
-
-
-def vit_sizes(named: Named) -> dict[str, int]:
-    """The sizes of the file's ViT; those whose arrays are absent are left out."""
-    shapes = named.shapes
-    kernel = shapes.get("embedding/kernel", ())
-    found = {}
-    if len(kernel) == 4:
-        found = {"width": kernel[3], "patch": kernel[0]}
-    blocks = {m[1] for n in shapes if (m := re.match(r".*/encoderblock_(\d+)/", n))}
-    found["depth"] = len(blocks)
-    dense = "Transformer/encoderblock_0/MlpBlock_0/Dense_{}/kernel"
-    first, second = (shapes.get(dense.format(i), ()) for i in (0, 1))
-    if len(first) == len(second) == 2:
-        found["mlp_dim"] = second[0]
-        found["swiglu"] = first[1] == 2 * second[0]
-    return found
-
-
-def swin_sizes(named: Named) -> dict[str, Any]:
-    """`embed_dim`, `depths`, `num_heads`, `windows` (of every stage) of a Swin."""
-    shapes = named.shapes
-    depths: dict[int, set[str]] = {}
-    heads: dict[int, int] = {}
-    sides: dict[int, int] = {}
-    for name, shape in shapes.items():
-        if not (m := re.match(r"blocks_(\d+)_(\d+)/", name)):
-            continue
-        depths.setdefault(int(m[1]), set()).add(m[2])
-        if name.endswith("bias_table") and len(shape) == 2:
-            heads[int(m[1])] = shape[1]
-            sides[int(m[1])] = (round(shape[0] ** 0.5) + 1) // 2
-    kernel = shapes.get("patch_embed/kernel", ())
-    return {
-        "embed_dim": kernel[3] if len(kernel) == 4 else 0,
-        "depths": tuple(len(depths[i]) for i in sorted(depths)),
-        "num_heads": tuple(heads[i] for i in sorted(heads)),
-        "windows": tuple(sides[i] for i in sorted(sides)),
-    }
-
-
-def describe(named: Named) -> str:
-    """Which network a file holds, in words; its variant if it is one of ours."""
-    found, variant = _sizes(named), _variant(named)
-    if variant and named.kind == "swin":
-        return f"a {variant!r} with window {max(found['windows'])}"
-    if variant:
-        return f"a '{variant}/{found.get('patch')}'"
-    sizes = ", ".join(f"{n} {v}" for n, v in found.items() if n != "swiglu")
-    kind = "Swin" if named.kind == "swin" else "ViT"
-    return f"a {kind} of {sizes}, which is none of our variants"
-
-
-def differing(named: Named, told: dict[str, Any]) -> list[str]:
-    """Sizes of a `config.json` that are not the file's, as a message shows them."""
-    found = _sizes(named)
-    if named.kind == "swin":
-        found = {"width": found["embed_dim"], "depth": found["depths"]}
-    return [
-        f"{n} {told[n]} (the file has {found.get(n)})"
-        for n in ("width", "depth")
-        if n in told and told[n] != found.get(n)
-    ]
 
 
 def parameters(
@@ -221,18 +161,29 @@ def parameters(
     absent: set[str] = set()
     refuse_skips(named, expected, path, skip)
     pools = isinstance(model, ViT) and model.readout != "cls"
+    if isinstance(model, ViT):
+        absent |= _without_bias(model, expected, entries)
+        if model.readout != "map":  # read otherwise: no part of the features
+            entries = [e for e in entries if not e.names[0].startswith(POOLING)]
     if pools and model.norm == "after" and _token_norm(named):
         # It was trained on tokens: after pooling the norm has no weights (MAE, VPT).
         entries = [e for e in entries if not e.names[0].startswith(FINAL_NORM)]
         absent |= {n for n in expected if n.startswith(FINAL_NORM)}
     _check(entries, expected, absent, named, model, path, skip)
     flat: dict[str, Any] = {}
+    rows: Any = 0  # of the position table, for registers
     for entry in entries:
         arrays = entry.make(entry.lazy.load())
         for name, array in zip(entry.names, arrays, strict=True):
             if name == POSITIONS and array.shape[1] == expected[name][1] - 1:
                 # The class token has no position: the same as a row of zeros.
                 array = np.pad(array, ((0, 0), (1, 0), (0, 0)))
+            elif name == POSITIONS and array.shape[1] > expected[name][1]:
+                # Registers that have positions: the same as registers with them added.
+                first = int(model.class_token)
+                last = first + model.registers
+                rows = finite(array[:, first:last], entry.source, path, param_dtype)
+                array = np.delete(array, slice(first, last), axis=1)
             if name.endswith(_BIAS_TABLE):
                 array = _centre(array, expected[name][0])
             flat[name] = jnp.asarray(
@@ -242,7 +193,32 @@ def parameters(
     if missing := sorted(set(expected) - set(flat)):
         first = jax.jit(lambda: {n: _init(model)[n] for n in missing})()
         flat |= {n: x.astype(param_dtype) for n, x in first.items()}
+    if not isinstance(rows, int):
+        flat["registers"] = flat["registers"] + jnp.asarray(rows, param_dtype)
     return unflatten(flat)
+
+
+# Biases that all blocks of a network may lack: none is the same as zeros.
+_NO_BIAS = {
+    "rotary": re.compile(r"/(query|key|value)/bias$"),
+    "pre_norm": re.compile(r"^embedding/bias$"),
+}
+
+
+def _without_bias(
+    model: ViT, expected: dict[str, Any], entries: list[Entry]
+) -> set[str]:
+    """Biases that DINOv3 (of keys, or all three) and CLIP (of patches) do not have."""
+    given = {name for entry in entries for name in entry.names}
+    absent: set[str] = set()
+    for kind, pattern in _NO_BIAS.items():
+        if kind not in (model.posemb, "pre_norm" if model.pre_norm else ""):
+            continue
+        kinds = {m[0] for name in given if (m := pattern.search(name))}
+        absent |= {
+            n for n in expected if (m := pattern.search(n)) and m[0] not in kinds
+        }
+    return absent
 
 
 def finite(array: np.ndarray, name: str, path: Any, dtype: Any) -> np.ndarray:
@@ -334,7 +310,7 @@ def _check(
     problems += [
         f"{found[n][1]} has shape {found[n][0]}, expected {expected[n]}"
         for n in sorted(set(found) & set(expected))
-        if not _fits(n, found[n][0], expected[n])
+        if not _fits(n, found[n][0], expected[n], getattr(model, "registers", 0))
     ]
     everything = [*expected, *named.unknown, *named.left_out, *named.skipped]
     everything += [n for e in named.entries for n in (e.source, *e.names)]
@@ -357,10 +333,12 @@ def _check(
         )
 
 
-def _fits(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _fits(
+    name: str, got: tuple[int, ...], expected: tuple[int, ...], registers: int
+) -> bool:
     if name == POSITIONS:
-        no_class_row = (1, expected[1] - 1, expected[2])
-        return got in (expected, no_class_row)
+        rows = {expected[1] - 1, expected[1], expected[1] + registers}
+        return len(got) == 3 and got[::2] == expected[::2] and got[1] in rows
     if name.endswith(_BIAS_TABLE) and len(got) == 2:
         return got[1] == expected[1] and got[0] in _odd_squares(expected[0])
     # PyTorch has one axis for all heads: the same numbers in the same order.
@@ -403,21 +381,17 @@ def _token_norm(named: Named) -> bool:
 
 
 def _grid(shapes: dict[str, tuple[int, ...]], class_token: bool, path: Any) -> int:
-    """Patches per side; a table without a row for the class token counts too."""
+    """Patches per side; the table may have rows for class token and registers, or not.
+
+    Registers have rows in distilled DeiTs and some of timm's ViTs.
+    """
     shape, registers = shapes[POSITIONS], shapes.get("registers", ())
     for with_row in (class_token, False):
         with contextlib.suppress(ValueError):
             return grid_side(shape, with_row)
-    extra = registers[1] if len(registers) == 3 else 0
-    first = int(class_token) + extra
-    patches = shape[1] - first if len(shape) == 3 else -1
-    if extra and patches > 0 and math.isqrt(patches) ** 2 == patches:
-        raise CheckpointError(
-            f"{path} holds a ViT whose registers have positions, which is not"
-            f" supported: its table has {first} rows more than patches. Take one whose"
-            " registers have none, such as"
-            " hf://timm/vit_small_patch14_reg4_dinov2.lvd142m/model.safetensors."
-        )
+    if len(registers) == len(shape) == 3:
+        with contextlib.suppress(ValueError):
+            return grid_side((shape[0], shape[1] - registers[1], shape[2]), class_token)
     raise CheckpointError(
         f"{path}: the position table has shape {shape} and the file has"
         f" {'a' if class_token else 'no'} class token (cls); expected [1, n * n, d]"

@@ -2,9 +2,10 @@
 """What pretrained files call their parameters, and what we call them.
 
 `read_names` looks at names and shapes only. Known are Google's names (original ViT,
-AugReg, big_vision), those of timm and the original PyTorch code (ViT, DeiT, MAE,
-MoCo v3, DINO, DINOv2, Swin), transformers (`ViTModel`, `Dinov2Model`, `SwinModel`) and
-VPT's own ViT.
+AugReg, big_vision, SigLIP), those of timm and the original PyTorch code (ViT, DeiT,
+MAE, MoCo v3, DINO, DINOv2, DINOv3, CLIP, SigLIP, TIPSv2, Swin), of OpenAI's and
+OpenCLIP's CLIP, transformers (`ViTModel`, `DeiTModel`, `Dinov2Model`, `DINOv3ViTModel`,
+`CLIPVisionModel`, `SiglipVisionModel`, `Tipsv2VisionModel`, `SwinModel`) and VPT's ViT.
 """
 
 import collections
@@ -19,19 +20,23 @@ from vpt_jax.weights.readers import CheckpointError, Lazy
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 FINAL_NORM = "Transformer/encoder_norm"
+INPUT_NORM = "Transformer/input_norm"
+POOLING = "MAPHead_0"
 MAX_DEPTH = 1000  # what a stacked encoder's first axis may claim
 
 # The patch embedding is in every network once; what stands before it is the prefix.
 _ANCHOR = re.compile(
     r"(?P<prefix>(?:.*[./])?)(?:embedding/kernel|patch_embed/kernel"
     r"|patch_embed\.proj\.weight"
-    r"|embeddings\.patch_embeddings\.(?:projection\.)?weight)"
+    r"|embeddings\.patch_embeddings?\.(?:projection\.)?weight|conv1\.weight)"
 )
 # No part of a backbone: heads, training-only tokens, prompts, buffers.
 _LEFT_OUT = re.compile(
     r"(head|head_dist|fc|classifier|pre_logits|pooler|decoder\w*|prompt_embeddings"
-    r"|deep_prompt_embeddings\w*|mask_token|embeddings[./]mask_token)([./]|$)"
-    r"|.*[./](relative_position_index|attn_mask)$"
+    r"|deep_prompt_embeddings\w*|mask_token|embeddings[./]mask_token"
+    r"|local_cls_norm)([./]|$)|proj$"
+    r"|.*[./](relative_position_index|attn_mask|bias_mask|position_ids)$"
+    r"|rope(_embed)?\.periods$"
     r"|(encoder\.)?(deep_)?prompt_\w+([./]|$)"
 )
 
@@ -40,41 +45,77 @@ _NORM = {"weight": ("scale", "same"), "bias": ("bias", "same")}
 _CONV = {"weight": ("kernel", "convolution"), "bias": ("bias", "same")}
 _SCALE = {n: ("gamma", "same") for n in ("gamma", "lambda1")}
 _QKV = {"weight": ("kernel", "split"), "bias": ("bias", "split")}
+_IN_PROJ = {f"in_proj_{n}": (ours, "split") for n, (ours, _) in _QKV.items()}
 _BARE = {"": ("", "same")}
+_ROWS = {"": ("", "rows")}
 _MHA = "MultiHeadDotProductAttention_0"
 _TABLE = "relative_position_bias_table"
 
 # (their name, our name, what becomes of the last part); `{}` in ours is the group.
 _PATCHES = r"patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?"
+_POOL = rf"{POOLING}/{_MHA}"
 _VIT = (
     (r"(?:embeddings\.)?cls_token", "cls", _BARE),
+    (r"(?:embeddings\.)?class_embedding", "cls", _ROWS),
     (r"pos_embed|embeddings\.position_embeddings", POSITIONS, _BARE),
-    (r"(?:embeddings\.)?(?:reg_token|register_tokens)", "registers", _BARE),
-    (_PATCHES, "embedding", _CONV),
-    (r"norm|fc_norm|layernorm|encoder\.encoder_norm", FINAL_NORM, _NORM),
+    (r"positional_embedding|embeddings\.position_embedding\.weight", POSITIONS, _ROWS),
+    (
+        r"(?:embeddings\.)?(?:reg_token|register_tokens|storage_tokens|dist_token"
+        r"|distillation_token)",
+        "registers",
+        _BARE,
+    ),
+    (rf"{_PATCHES}|embeddings\.patch_embedding|conv1", "embedding", _CONV),
+    (r"norm_pre|pre_layr?norm|ln_pre", INPUT_NORM, _NORM),
+    (
+        r"norm|fc_norm|layernorm|encoder\.encoder_norm|post_layernorm|ln_post",
+        FINAL_NORM,
+        _NORM,
+    ),
+    (r"attn_pool\.latent|head\.probe", f"{POOLING}/probe", _BARE),
+    (r"attn_pool\.q", f"{_POOL}/query", _DENSE),
+    (r"attn_pool\.kv", f"{_POOL}/{{kv}}", _QKV),
+    (r"head\.attention", f"{_POOL}/{{qkv}}", _IN_PROJ),
+    (r"attn_pool\.proj|head\.attention\.out_proj", f"{_POOL}/out", _DENSE),
+    (r"attn_pool\.norm|head\.layernorm", f"{POOLING}/LayerNorm_0", _NORM),
+    (r"(?:attn_pool|head)\.mlp\.fc1", f"{POOLING}/MlpBlock_0/Dense_0", _DENSE),
+    (r"(?:attn_pool|head)\.mlp\.fc2", f"{POOLING}/MlpBlock_0/Dense_1", _DENSE),
 )
 _VIT_BLOCK = re.compile(
-    r"(?:blocks|layers|encoder\.layers?)\.(?P<block>\d+)\.(?P<rest>.*)"
+    r"(?:blocks|layers|encoder\.layers?|(?:model\.)?layer|transformer\.resblocks)"
+    r"\.(?P<block>\d+)\.(?P<rest>.*)"
 )
 _IN_VIT_BLOCK = (
-    (r"norm1|layernorm_before|attention_norm", "LayerNorm_0", _NORM),
-    (r"norm2|layernorm_after|ffn_norm", "LayerNorm_1", _NORM),
+    (r"norm1|layernorm_before|attention_norm|layer_norm1|ln_1", "LayerNorm_0", _NORM),
+    (r"norm2|layernorm_after|ffn_norm|layer_norm2|ln_2", "LayerNorm_1", _NORM),
     (r"attn\.qkv", f"{_MHA}/{{qkv}}", _QKV),
+    (r"attn", f"{_MHA}/{{qkv}}", _IN_PROJ),
+    (r"attn\.([qv])_bias", f"{_MHA}/{{}}/bias", _BARE),
     (r"(?:attention\.attention|attn)\.(query|key|value)", f"{_MHA}/{{}}", _DENSE),
-    (r"attention\.([qkv])_proj", f"{_MHA}/{{}}", _DENSE),
-    (r"attn\.(?:proj|out)|attention\.(?:output\.dense|o_proj)", f"{_MHA}/out", _DENSE),
+    (r"(?:attention|self_attn)\.([qkv])_proj", f"{_MHA}/{{}}", _DENSE),
     (
-        r"mlp\.(?:fc1|w12|weights_in)|ffn\.fc1|intermediate\.dense",
+        r"attn\.(?:proj|out)|attention\.(?:output\.dense|o_proj)"
+        r"|(?:self_)?attn\.out_proj",
+        f"{_MHA}/out",
+        _DENSE,
+    ),
+    # Of gated MLPs in two arrays: the gate, which `_joined` puts before the other.
+    (r"mlp\.(?:fc1_g|w1|gate_proj)", "MlpBlock_0/gate", _DENSE),
+    (
+        r"mlp\.(?:fc1|w12|weights_in|c_fc|fc1_x|w2|up_proj)|ffn\.fc1"
+        r"|intermediate\.dense",
         "MlpBlock_0/Dense_0",
         _DENSE,
     ),
     (
-        r"mlp\.(?:fc2|w3|weights_out)|ffn\.fc2|output\.dense",
+        r"mlp\.(?:fc2|w3|weights_out|c_proj|down_proj)|ffn\.fc2|output\.dense",
         "MlpBlock_0/Dense_1",
         _DENSE,
     ),
     (r"ls1|layer_scale1", "LayerScale_0", _SCALE),
     (r"ls2|layer_scale2", "LayerScale_1", _SCALE),
+    (r"gamma_1", "LayerScale_0/gamma", _BARE),
+    (r"gamma_2", "LayerScale_1/gamma", _BARE),
 )
 _SWIN = (
     (_PATCHES, "patch_embed", _CONV),
@@ -165,10 +206,18 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
     prefix = _prefix(list(arrays), path)
     inside = {n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)}
     outside = [n for n in arrays if not n.startswith(prefix)]
-    aside = {n for n in inside if _LEFT_OUT.match(n)}
+    pooled = {n for n in inside if "head.probe" in inside and n.startswith("head.")}
+    aside = {n for n in inside if _LEFT_OUT.match(n) and n not in pooled}
     alone = {n for n in inside if n not in aside and skipped(n, skip)}
     every = inside
     inside = {n: a for n, a in inside.items() if n not in aside | alone}
+    anchors = (m for n in inside if (m := _ANCHOR.fullmatch(n)) and not m["prefix"])
+    if any(len(inside[m[0]].shape) == 2 for m in anchors):
+        raise CheckpointError(
+            f"{path} holds a ViT for pictures of all proportions (NaFlex), which is not"
+            " supported: its patches are rows. Take the model of a fixed size, such as"
+            " hf://google/siglip2-base-patch16-224/model.safetensors."
+        )
     if any(n.startswith("blocks_0_0/") for n in inside):
         kind, translate = "swin", _flax_entry
     elif "embedding/kernel" in inside:
@@ -183,7 +232,10 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
         if found is None:
             unknown.append(prefix + name)
         else:
+            if f"{name}_mask" in every:  # Meta's DINOv3: no bias of the keys
+                found = [entry._replace(make=_keyless(entry.make)) for entry in found]
             entries += [entry._replace(source=prefix + name) for entry in found]
+    entries = _joined(entries)
     names = collections.Counter(name for entry in entries for name in entry.names)
     if twice := sorted(name for name, count in names.items() if count > 1):
         both = [e.source for e in entries if twice[0] in e.names]
@@ -233,7 +285,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prefix(names: list[str], path: Any) -> str:
-    found = sorted({m["prefix"] for n in names if (m := _ANCHOR.fullmatch(n))})
+    anchors = [m for n in names if (m := _ANCHOR.fullmatch(n))]
+    # Many networks have a conv1; OpenAI's ViT has a class token beside it.
+    tokens = {n.removesuffix("class_embedding") for n in names}
+    found = sorted(
+        {m["prefix"] for m in anchors if "conv1" not in m[0] or m["prefix"] in tokens}
+    )
     # MoCo files hold the network that learns and its moving average.
     found = [p for p in found if "momentum" not in p] or found
     if len(found) == 1:
@@ -303,7 +360,8 @@ def _look_up(
             group = match[1] if match.lastindex else ""
             group = {"q": "query", "k": "key", "v": "value"}.get(group, group)
             if change == "split":
-                full = [ours.format(qkv=n) for n in _QKV_NAMES]
+                split = _QKV_NAMES["{kv}" in ours :]
+                full = [ours.format(qkv=n, kv=n) for n in split]
             else:
                 full = [ours.format(group)]
             names = tuple(f"{where}{n}/{our_leaf}".rstrip("/") for n in full)
@@ -324,8 +382,39 @@ def _changed(names: tuple[str, ...], change: str, lazy: Lazy) -> list[Entry] | N
         shape = (shape[2], shape[3], shape[1], shape[0])
         make = lambda x: [x.transpose(2, 3, 1, 0)]  # noqa: E731
     elif change == "split":  # query, key and value one below the other
-        if len(shape) not in (1, 2) or shape[0] % 3:
+        num = len(names)
+        if len(shape) not in (1, 2) or shape[0] % num:
             return None
-        shape = (shape[0] // 3, *shape[1:])[::-1]
-        make = lambda x: [part.T for part in np.split(x, 3)]  # noqa: E731
+        shape = (shape[0] // num, *shape[1:])[::-1]
+        make = lambda x: [part.T for part in np.split(x, num)]  # noqa: E731
+    elif change == "rows":  # without the axis of examples
+        shape = (1,) * (3 - len(shape)) + shape
+        make = lambda x: [x.reshape(shape)]  # noqa: E731
     return [Entry("", names, (shape,) * len(names), lazy, make)]
+
+
+def _keyless(make: Callable) -> Callable:
+    """`make` of a fused bias whose part for the keys does not count: zeros there."""
+    return lambda x: [part * (i != 1) for i, part in enumerate(make(x))]
+
+
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """Gate and value of a gated MLP, two arrays of a file, as halves of one layer."""
+    place = {name: entry for entry in entries for name in entry.names}
+    result = {id(entry): entry for entry in entries}
+    for name, gate in place.items():
+        own = name.replace("/gate/", "/Dense_0/")
+        value = place.get(own)
+        if own == name or value is None or value.shapes != gate.shapes:
+            continue
+        if not gate.shapes[0]:  # what does not fit is named later
+            continue
+        shape = (*gate.shapes[0][:-1], 2 * gate.shapes[0][-1])
+
+        def load(parts: tuple[Entry, Entry] = (gate, value)) -> np.ndarray:
+            return np.concatenate([p.make(p.lazy.load())[0] for p in parts], axis=-1)
+
+        lazy = gate.lazy._replace(shape=shape, load=load)
+        del result[id(gate)]
+        result[id(value)] = Entry(value.source, (own,), (shape,), lazy, lambda x: [x])
+    return list(result.values())
