@@ -18,18 +18,21 @@ from rich.table import Table
 from vpt_jax.weights.published import MEGABYTES, PUBLISHED, Published
 
 
-def show(rows: Sequence[Published], width: int | None = None) -> None:
-    """Prints the table, in `width` columns or the terminal's; 100 where it is piped."""
-    console = Console(width=width, highlight=False)
+def show(rows: Sequence[Published]) -> None:
+    """Prints the table, in the terminal's columns, or in 100 where it is piped."""
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = width or 100
+        console.width = 100
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for name in ("Name", "Variant", "MB", "Normalisation", "Read-out", "Licence"):
         table.add_column(name, justify="right" if name == "MB" else "left")
     for row in rows:
         known = row.family
         size = str(MEGABYTES[row.variant])
-        facts = known.normalisation, known.readout, known.licence
+        licence = known.licence
+        if "gated" in licence:
+            licence = f"{licence.split()[0]} (gated)"
+        facts = known.normalisation, known.readout, licence
         table.add_row(row.name, row.variant, size, *facts)
     console.print(table)
     console.print(
@@ -41,15 +44,9 @@ def show(rows: Sequence[Published], width: int | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, or 2 for a word in no name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vpt_jax.weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = "show the names, with variant, size, and what is known of each"
-    listing = commands.add_parser("list", help=about, description=about)
-    listing.add_argument("word", nargs="?", default="", help="only names with it")
+    parser = argparse.ArgumentParser("python -m vpt_jax.weights", description=__doc__)
+    parser.add_argument("command", choices=["list"], help="show the names")
+    parser.add_argument("word", nargs="?", default="", help="only names with it")
     word = parser.parse_args(argv).word
     rows = [row for row in PUBLISHED.values() if word.lower() in row.name.lower()]
     if not rows:
