@@ -263,7 +263,7 @@ class PromptedModel:
         module = nnx.merge(self.model, variables["params"])
         if given is None:
             return module(images, **(self.call or {}))
-        with _prompting(*given, module, received):
+        with _prompting(*given, model=module, received=received):
             return module(images, **(self.call or {})), received
 
 
