@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 gelu = functools.partial(nn.gelu, approximate=False)
 LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
@@ -229,3 +230,128 @@ def to_scan(params: Any) -> Any:
     blocks = [encoder.pop(name) for name in names]
     encoder["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
     return {**params, "Transformer": encoder}
+
+
+# --- NNX ----------------------------------------------------------------------------
+
+
+class NnxBlock(nnx.Module):
+    """As bonsai's and jimm's ViTs have it: Flax's own attention."""
+
+    def __init__(self, width, mlp_dim, num_heads, rngs):
+        norm = functools.partial(nnx.LayerNorm, use_fast_variance=False, rngs=rngs)
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attn = nnx.MultiHeadAttention(num_heads, width, decode=False, rngs=rngs)
+        self.up = nnx.Linear(width, mlp_dim, rngs=rngs)
+        self.down = nnx.Linear(mlp_dim, width, rngs=rngs)
+
+    def __call__(self, x, *, rngs=None):
+        x = x + self.attn(self.norm1(x), rngs=rngs)
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+
+class NnxVit(nnx.Module):
+    """Blocks in a list (bonsai) or in an `nnx.Sequential` (jimm)."""
+
+    def __init__(self, rngs, width=16, depth=3, num_heads=2, mlp_dim=24, nested=False):
+        self.patches = nnx.Conv(3, width, (4, 4), (4, 4), padding="VALID", rngs=rngs)
+        self.cls = nnx.Param(jnp.zeros((1, 1, width)))
+        self.positions = nnx.Param(jnp.zeros((1, 5, width)))
+        blocks = [NnxBlock(width, mlp_dim, num_heads, rngs) for _ in range(depth)]
+        self.layers = nnx.Sequential(*blocks) if nested else nnx.List(blocks)
+        self.norm = nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, images):
+        x = self.patches(images)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        cls = jnp.tile(self.cls[...], (x.shape[0], 1, 1))
+        x = jnp.concatenate([cls, x], axis=1) + self.positions[...]
+        if isinstance(self.layers, nnx.Sequential):
+            x = self.layers(x)
+        else:
+            for layer in self.layers:
+                x = layer(x, rngs=None)
+        return self.norm(x)[:, 0]
+
+
+def nnx_params(params, depth=3, nested=False):
+    """Those of `vpt_jax.ViT` in the places of `NnxVit`'s."""
+    encoder, blocks = params["Transformer"], {}
+    for i in range(depth):
+        block = encoder[f"encoderblock_{i}"]
+        dense = block["MlpBlock_0"]
+        blocks[i] = {
+            "norm1": block["LayerNorm_0"],
+            "norm2": block["LayerNorm_1"],
+            "attn": block["MultiHeadDotProductAttention_0"],
+            "up": dense["Dense_0"],
+            "down": dense["Dense_1"],
+        }
+    return {
+        "patches": params["embedding"],
+        "cls": params["cls"],
+        "positions": encoder["posembed_input"]["pos_embedding"],
+        "layers": {"layers": blocks} if nested else blocks,
+        "norm": encoder["encoder_norm"],
+    }
+
+
+class RotaryBlock(nnx.Module):
+    """As bonsai's DINOv3 has it: its own attention, and positions as an argument."""
+
+    def __init__(self, width, num_heads, rngs):
+        self.num_heads = num_heads
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        linear = functools.partial(nnx.Linear, width, width, rngs=rngs)
+        self.q, self.k, self.v, self.o = (
+            linear(),
+            linear(use_bias=False),
+            *(linear() for _ in range(2)),
+        )
+
+    def __call__(self, x, angles):
+        y = self.norm1(x)
+        b, t, d = y.shape
+        q, k, v = (
+            f(y).reshape(b, t, self.num_heads, -1).transpose(0, 2, 1, 3)
+            for f in (self.q, self.k, self.v)
+        )
+        q, k = rotated(q, angles), rotated(k, angles)
+        scale = jnp.asarray((d // self.num_heads) ** -0.5, q.dtype)
+        weights = nnx.softmax(jnp.matmul(q, k.transpose(0, 1, 3, 2)) * scale, axis=-1)
+        y = jnp.matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, t, d)
+        return x + nnx.silu(self.o(y))
+
+
+def rotated(x, angles):
+    """Patches only, which come last: class token, registers and prompts are not."""
+    first, rest = jnp.split(x, [x.shape[-2] - angles.shape[0]], axis=-2)
+    a, b = jnp.split(rest, 2, axis=-1)
+    cos, sin = jnp.cos(angles)[None, None], jnp.sin(angles)[None, None]
+    return jnp.concatenate([first, jnp.concatenate([-b, a], -1) * sin + rest * cos], -2)
+
+
+class RotaryVit(nnx.Module):
+    """Class token, two registers, patches with rotary positions; returns a dict."""
+
+    def __init__(self, rngs, width=16, depth=3, num_heads=2):
+        self.patches = nnx.Conv(3, width, (4, 4), (4, 4), padding="VALID", rngs=rngs)
+        self.prefix = nnx.Param(jnp.ones((1, 3, width)))
+        self.layer = nnx.List(
+            [RotaryBlock(width, num_heads, rngs) for _ in range(depth)]
+        )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+    def embedded(self, images):
+        x = self.patches(images)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        prefix = jnp.tile(self.prefix[...], (x.shape[0], 1, 1))
+        return jnp.concatenate([prefix, x], axis=1), jnp.outer(
+            jnp.arange(float(x.shape[1])), jnp.linspace(0.1, 1.0, 8)
+        )
+
+    def __call__(self, images):
+        x, angles = self.embedded(images)
+        for layer in self.layer:
+            x = layer(x, angles)
+        return {"pooled": self.norm(x)[:, 0]}

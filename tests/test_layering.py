@@ -42,7 +42,7 @@ ORDER = (
 # What `import vpt_jax` may load, of those rooms; above them is the command.
 LIBRARY = ORDER[ORDER.index("weights") :]
 # Of `files`, for commands: not loaded with the library.
-COMMANDS = ("files.cli", "files.states", "files.workdirs")
+COMMANDS = ("files.cli", "files.states", "files.workdirs", "weights.__main__")
 LIBRARY_MAY_IMPORT = {"jax", "flax", "numpy", "jaxtyping", "vpt_jax"}
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for Linen vision transformers that were not written for them.
+"""Prompts for Flax's vision transformers that were not written for them.
 
-`with prompted(prompts): model.apply(...)` puts each layer's prompts among the tokens of
+`with prompted(prompts): model.apply(...)`, of an NNX module `with prompted(prompts,
+model=module, block=...): module(...)`, puts each layer's prompts among the tokens of
 its encoder block, and takes them out of what the block returns. The model's code and
 parameters stay as they are. `PromptedModel` gives such a model the calls of
 `vpt_jax.ViT`, so that scoring and condensing work on it unchanged.
@@ -13,28 +14,29 @@ is not ours cannot be told to use them as keys and values only.
 import contextlib
 import dataclasses
 import functools
-import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from vpt_jax.files.checks import check_layers
-from vpt_jax.models.encoder import drop, insert
-from vpt_jax.models.foreign import ATTENTION, FIRST, weighted_attention
-from vpt_jax.models.inputs import Inputs, check_normalised, check_prompts, prepare
-
-BLOCK = r"encoderblock_(\d+)"
-"""How vit_jax, big_vision and scenic name their encoder blocks."""
+from vpt_jax.models.foreign import ATTENTION
+from vpt_jax.models.inputs import check_normalised, prepare
+from vpt_jax.models.passes import (
+    BLOCK,
+    Run,
+    compiled,
+    first,
+    no_attention,
+    under_jit,
+)
 
 # Part of the key under which JAX caches what it has traced: nothing that was traced
 # with prompts is used without them, or the other way round. The value is an object of
 # its own in a context within a compiled function. Around one it is the same for all, or
-# every operation would compile anew; `_Run` meets the model there and refuses it.
+# every operation would compile anew; `Run` meets the model there and refuses it.
 _traced_with = jax.make_user_context(default_value=None)
 _EAGER = "eager"
 
@@ -47,8 +49,9 @@ def prompted(
     deep: bool = True,
     *,
     block: str = BLOCK,
+    model: Any = None,
 ) -> Iterator[None]:
-    r"""Inside this context, Linen vision transformers run with prompts.
+    r"""Inside this context, vision transformers run with prompts.
 
     Deep prompts are inserted before each block and removed after it; shallow ones are
     inserted before the first block, evolve, and are removed after the last. They stand
@@ -61,11 +64,18 @@ def prompted(
     ever, so calling it inside the context is an error. (Not seen: other threads, and
     programs without Python left to run, `lower().compile()` or `export`.)
 
+    Of an NNX module, which is passed as `model`, the blocks are found by their paths.
+    Transformations of NNX (`nnx.jit`, `nnx.grad`) copy the module: write the context
+    inside the function that is transformed, with that function's own module.
+
     Masks and gates need blocks whose attention is a
-    `flax.linen.MultiHeadDotProductAttention` (or a subclass) with an `attention_fn`
-    that takes `bias` and `mask`. With `mutable=["prompt_attention"]`, `apply` also
-    returns the attention weights `[b, h, t, n_i]` that the model's own tokens give to
-    the prompts (softmax attention, no dropout).
+    `flax.linen.MultiHeadDotProductAttention` or, in NNX, a
+    `flax.nnx.MultiHeadAttention` (or a subclass) with an `attention_fn` that takes
+    `bias` and `mask`. An NNX block without one is traced, and the weight multiplies the
+    numerators of its softmax over `[b, h, t, t]`: it must not change its own state.
+    With `mutable=["prompt_attention"]`, Linen's `apply` also returns the attention
+    weights `[b, h, t, n_i]` that the model's own tokens give to the prompts (softmax
+    attention, no dropout).
 
     Args:
       prompts: One array per layer, `[n_i, d]` or (one set per example) `[b, n_i, d]`;
@@ -78,7 +88,9 @@ def prompted(
       deep: False runs VPT-Shallow: later layers have 0 prompts.
       block: Regular expression for the end of a block's path, with one group, the
         layer's number from 0. Narrow it when a model has several encoders:
-        `r"img/Transformer/encoderblock_(\d+)"`.
+        `r"img/Transformer/encoderblock_(\d+)"`. Of an NNX module a path consists of
+        attributes and numbers: `r"transformer/blocks/layers/(\d+)"`.
+      model: The NNX module that will run; None for Linen.
 
     Raises:
       ValueError: If a layer was not reached in some call of a transformer, a block has
@@ -98,42 +110,56 @@ def prompted(
       ...     Model().apply(variables, tokens).shape
       (1, 5, 8)
     """
+    with _prompting(prompts, prompt_mask, prompt_gate, deep, block, model):
+        yield
+
+
+@contextlib.contextmanager
+def _prompting(
+    prompts: Sequence[jax.Array],
+    mask: Any,
+    gate: Any,
+    deep: bool,
+    block: str,
+    model: Any = None,
+    received: dict[int, list[jax.Array]] | None = None,
+) -> Iterator[None]:
+    """`prompted`; the attention that an NNX module's prompts receive is collected."""
     check_layers("prompts", prompts, 2, 3, shape="[n_i, d]")
     given = prepare(
         prompts,
-        prompt_mask,
-        prompt_gate,
+        mask,
+        gate,
         widths=tuple(p.shape[-1] for p in prompts),
         deep=deep,
         formulation="tokens",
         dtype=jnp.result_type(float),
     )
-    run = _Run(given, _compiled(block), _under_jit())
+    run = Run(given, compiled(block), under_jit(), received=received)
     key = object() if run.traced else _EAGER
-    with _traced_with(key), nn.intercept_methods(run.intercept):
+    linen = model is None
+    calls = nn.intercept_methods(run.intercept) if linen else run.within(model)
+    with _traced_with(key), calls:
         yield
     run.finish()
 
 
-def first(result: Any) -> Any:
-    """The result itself, or the first entry of a tuple such as big_vision's."""
-    return result[0] if isinstance(result, tuple) else result
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptedModel:
-    """A Linen vision transformer with the calls of `vpt_jax.ViT`.
+    r"""A vision transformer of Linen or NNX with the calls of `vpt_jax.ViT`.
 
     Hashed by identity (static under jit, whatever the model's attributes): make it
     once, or everything compiles again.
 
     Attributes:
-      model: The module; its read-out must be features, not logits (in vit_jax and
-        big_vision: `num_classes=None`).
+      model: The Linen module, or the `GraphDef` of an NNX one, from `nnx.split`; its
+        read-out must be features, not logits (in vit_jax and big_vision:
+        `num_classes=None`).
       depth: Number of its encoder blocks.
       width: Token width `d`.
       patch: Side of a patch in pixels; `init_prompts` reads it.
-      call: Further arguments of the module's `__call__`.
+      call: Further arguments of the module's `__call__`; None is `train=False` in
+        Linen and nothing in NNX.
       read: Makes features `[b, d]` of what the module returns; by default that itself,
         or the first entry of a tuple. For a model with a head, e.g. (big_vision)
         `lambda result: result[1]["pre_logits"]`.
@@ -147,15 +173,20 @@ class PromptedModel:
         prompts = vpt_jax.init_prompts(key, model, num_prompts=50)
         trainable = {"prompts": prompts, "head": vpt_jax.init_head(key, 768, 100)}
         scores = vpt_jax.importance(model, params, trainable, batches)
+
+      With a module of NNX, `vit`::
+
+        graphdef, params = nnx.split(vit)
+        model = vpt_jax.PromptedModel(
+            graphdef, depth=12, width=768, block=r"layers/(\d+)"
+        )
     """
 
-    model: nn.Module
+    model: Any
     depth: int
     width: int
     patch: int = 16
-    call: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"train": False}
-    )
+    call: Mapping[str, Any] | None = None
     read: Callable[[Any], Any] = first
     block: str = BLOCK
 
@@ -177,7 +208,8 @@ class PromptedModel:
         """Features of a batch.
 
         Args:
-          variables: Of the module: `{"params": backbone}`.
+          variables: Of the module: `{"params": backbone}`; of NNX the state that was
+            split from the `GraphDef`.
           images: What the module takes, batch first, normalised: floats. (A module that
             normalises uint8 pictures itself runs in `prompted`.)
           prompts: None runs the model as it is; else see `prompted`.
@@ -195,18 +227,15 @@ class PromptedModel:
             (use `prompted` itself there); if the features have another shape.
         """
         check_normalised(images)
-        run = functools.partial(self.model.apply, variables, images, **self.call)
         if prompts is None:
             if prompt_mask is not None or prompt_gate is not None:
                 raise ValueError("prompt_mask and prompt_gate need prompts; got None.")
-            result, blocks = run(), []
+            result, found = self._ran(variables, images), []
         else:
-            with prompted(prompts, prompt_mask, prompt_gate, deep, block=self.block):
-                result, state = run(mutable=[ATTENTION])
-            blocks = [
-                {"prompt_attention": weights}
-                for weights in _received(state, len(prompts))
-            ]
+            given = prompts, prompt_mask, prompt_gate, deep, self.block
+            result, by_layer = self._ran(variables, images, given)
+            found = _received(by_layer, len(prompts))
+        blocks = [{"prompt_attention": weights} for weights in found]
         features = self.read(result)
         expected = (images.shape[0], self.width)
         if jnp.shape(features) != expected:
@@ -217,233 +246,39 @@ class PromptedModel:
             )
         return features, {"blocks": blocks, "result": result}
 
+    def _ran(self, variables: Any, images: Any, given: Any = None) -> Any:
+        """The module's result; with prompts, also their attention by layer."""
+        received: dict[int, list[jax.Array]] = {}
+        if isinstance(self.model, nn.Module):
+            call = {"train": False} if self.call is None else self.call
+            apply = functools.partial(self.model.apply, variables, images, **call)
+            if given is None:
+                return apply()
+            with _prompting(*given):
+                result, state = apply(mutable=[ATTENTION])
+            return result, _sown(state)
+        from flax import nnx
 
-def _received(state: Any, depth: int) -> list[jax.Array]:
-    """Sown attention weights per layer; heads of several attentions side by side."""
-    found: list[list[jax.Array]] = [[] for _ in range(depth)]
+        # A copy for this call alone, of whatever trace it is in.
+        module = nnx.merge(self.model, variables["params"])
+        if given is None:
+            return module(images, **(self.call or {}))
+        with _prompting(*given, model=module, received=received):
+            return module(images, **(self.call or {})), received
+
+
+def _sown(state: Any) -> dict[int, list[jax.Array]]:
+    """Attention weights by layer, of what a Linen module returned beside its result."""
+    found: dict[int, list[jax.Array]] = {}
     for path, weights in jax.tree_util.tree_leaves_with_path(state):
-        found[int(path[-2].key)].append(weights)  # path: ..., layer, position in tuple
-    for i, layer in enumerate(found):
-        if not layer:
-            raise ValueError(_no_attention(i))
-    return [jnp.concatenate(layer, axis=1) for layer in found]
+        # path: ..., layer, position in tuple
+        found.setdefault(int(path[-2].key), []).append(weights)
+    return found
 
 
-def _no_attention(layer: int) -> str:
-    return (
-        f"block {layer} called no flax.linen.MultiHeadDotProductAttention; expected one"
-        " for masks, gates and attention weights. With another attention, use `with"
-        " prompted(prompts)` and condensed prompts."
-    )
-
-
-def _compiled(block: str) -> re.Pattern[str]:
-    pattern = re.compile(rf"(?:^|/)(?:{block})$")
-    if pattern.groups != 1:
-        raise ValueError(
-            f"block={block!r} has {pattern.groups} groups; expected one, around the"
-            f" layer's number, as in {BLOCK!r}."
-        )
-    return pattern
-
-
-def _under_jit() -> bool:
-    """Whether new arrays are tracers: in jit, scan or remat, not in grad or vmap."""
-    return isinstance(jnp.zeros(()), Tracer)
-
-
-def _lifted(module: nn.Module) -> str:
-    """`"Scan"` for a module of a class made by `nn.scan`, `"Jit"` by `nn.jit`, ..."""
-    kind = type(module)
-    return kind.__name__.rpartition(kind.__bases__[0].__name__)[0]
-
-
-@dataclasses.dataclass(eq=False)
-class _Run:
-    """What one `with prompted(...)` knows while the model runs."""
-
-    given: Inputs
-    pattern: re.Pattern[str]
-    traced: bool  # the context stands inside a compiled function
-    running: bool = False  # inside `apply`
-    done: int = 0  # blocks of this pass that have run
-    complete: bool = False  # some pass has run all of them
-    reached: bool = False  # this pass has reached a block
-    attended: bool = False  # ... or an attention outside of one
-    layer: int | None = None  # the block that is running
-    num_tokens: int = 0  # ... and its tokens, prompts included
-    weighted: bool = False  # ... and whether its attention was reached
-    in_attention: bool = False
-    encoder: str | None = None  # path of the blocks' parent
-    scanned: set[str | None] = dataclasses.field(default_factory=set)
-    others: dict[str, None] = dataclasses.field(default_factory=dict)
-
-    def intercept(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        """The interceptor: `call` is the rest of the way to the module's method."""
-        if self.running:
-            return self._dispatch(call, args, kwargs, context)
-        if not self.traced and _under_jit():
-            raise ValueError(_around_compiled("The model"))
-        self.running, self.done, self.reached, self.attended = True, 0, False, False
-        try:
-            result = self._dispatch(call, args, kwargs, context)
-        finally:
-            self.running = False
-        # A head may run beside the model, another transformer may not: is it the one?
-        if self.done or (self.attended and not self.reached):
-            raise ValueError(self._missed())
-        return result
-
-    def _dispatch(self, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        lifted = _lifted(module)
-        if lifted in ("Scan", "Remat_scan"):
-            self.scanned.add(module.name)
-        if lifted == "Jit" and not self.traced:
-            raise ValueError(_around_compiled(f"{module.name!r}, made by nn.jit,"))
-        if context.method_name != "__call__" or module.scope is None:
-            return call(*args, **kwargs)
-        if self.layer is None:
-            layer = self._layer_of(module)
-            if layer is not None:
-                self.reached = True
-                return self._block(layer, module, call, args, kwargs)
-            self.attended |= isinstance(module, nn.MultiHeadDotProductAttention)
-        elif isinstance(module, nn.MultiHeadDotProductAttention):
-            return self._attention(module, call, args, kwargs)
-        return call(*args, **kwargs)
-
-    def _layer_of(self, module: nn.Module) -> int | None:
-        path = "/".join(module.path)
-        match = self.pattern.search(path)
-        if match:
-            scanned = bool(self.scanned.intersection((None, *module.path)))
-        else:  # a block's name without its number
-            scanned = any(self.pattern.search(path + n) for n in ("_0", "0") if path)
-        if scanned:
-            raise ValueError(
-                f"the encoder is scanned: one module, {path!r}, runs for many layers."
-                " Build the model with scan=False and unstack its parameters into one"
-                " tree per layer (big_vision: models.vit.scan_to_pyloop)."
-            )
-        if match is None:
-            self.others[path] = None
-            return None
-        parent = path[: match.start()]
-        if self.encoder not in (None, parent):
-            raise ValueError(
-                f"there are blocks below {self.encoder!r} and below {parent!r}; pass"
-                " block= with the path of the encoder that is meant, as in"
-                r' block=r"img/Transformer/encoderblock_(\d+)".'
-            )
-        self.encoder = parent
-        return int(match[1])
-
-    def _block(
-        self, layer: int, module: nn.Module, call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
-        """Runs a block with its prompts among the tokens."""
-        prompts, weights, deep, _ = self.given
-        depth = len(prompts)
-        if layer >= depth:
-            raise ValueError(
-                f"the model has a block {layer} but the prompts have {depth} layers;"
-                " pass one array per layer (an empty [0, d] array for none)."
-            )
-        if layer != self.done:
-            raise ValueError(
-                f"block {layer} was called where block {self.done} was due; each apply"
-                f" must run blocks 0 ... {depth - 1} once, in order."
-            )
-        if not args:  # by the name of the first parameter after self
-            name = list(inspect.signature(type(module).__call__).parameters)[1]
-            args, kwargs = (kwargs[name],), {k: kwargs[k] for k in kwargs if k != name}
-        x, args = args[0], args[1:]
-        if jnp.ndim(x) != 3:
-            raise ValueError(
-                f"block {layer} was given shape {jnp.shape(x)}; expected tokens"
-                " [b, t, d]. Give the model a batch."
-            )
-        check_prompts(prompts, (x.shape[-1],) * depth, x.shape[0])
-        if deep or layer == 0:
-            x = insert(x, prompts[layer], FIRST)
-        self.layer, self.num_tokens, self.weighted = layer, x.shape[1], False
-        try:
-            result = call(x, *args, **kwargs)
-        finally:
-            self.layer = None
-        if weights[layer] is not None and not self.weighted:
-            raise ValueError(_no_attention(layer))
-        tokens = first(result)
-        got = getattr(tokens, "shape", type(tokens).__name__)
-        if got != x.shape:
-            raise ValueError(
-                f"block {layer} was given tokens {x.shape} and returned {got}; expected"
-                " an array of the same shape, alone or as the first entry of a tuple."
-            )
-        self.done = (layer + 1) % depth
-        self.complete |= self.done == 0
-        if deep or self.done == 0:
-            tokens = drop(tokens, self._num_prompts(layer), FIRST)
-        return (tokens, *result[1:]) if isinstance(result, tuple) else tokens
-
-    def _num_prompts(self, layer: int) -> int:
-        return self.given.prompts[layer if self.given.deep else 0].shape[-2]
-
-    def _attention(
-        self, module: nn.Module, call: Callable, args: tuple, kwargs: dict
-    ) -> Any:
-        """Runs a block's attention with the weights of its prompts' keys."""
-        assert self.layer is not None
-        weight = self.given.weights[self.layer]
-        sow = module.is_mutable_collection(ATTENTION) and not module.is_initializing()
-        # A subclass that calls super().__call__ comes by twice.
-        if self.in_attention or (weight is None and not sow):
-            return call(*args, **kwargs)
-        attend: Callable = module.attention_fn  # pyright: ignore[reportAttributeAccessIssue]
-        weigh = weighted_attention(
-            attend,
-            weight,
-            module if sow else None,
-            self.layer,
-            self._num_prompts(self.layer),
-            self.num_tokens,
-        )
-
-        @functools.wraps(attend)
-        def weighted(*args: Any, **kwargs: Any) -> Any:
-            self.weighted = True
-            return weigh(*args, **kwargs)
-
-        # Modules are frozen; this one lives for a single apply and is put back.
-        object.__setattr__(module, "attention_fn", weighted)
-        self.in_attention = True
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self.in_attention = False
-            object.__setattr__(module, "attention_fn", attend)
-
-    def finish(self) -> None:
-        """Raises ValueError if the model has not run."""
-        if not self.complete:
-            raise ValueError(self._missed())
-
-    def _missed(self) -> str:
-        got = f"only blocks 0 ... {self.done - 1} were" if self.done else "no block was"
-        others = ", ".join(path or "(the model)" for path in list(self.others)[:8])
-        return (
-            f"the prompts have {len(self.given.prompts)} layers but {got} reached, by"
-            f" paths that end in {self.pattern.pattern!r}; other modules that ran:"
-            f" {others or 'none'}. Of blocks with other names pass block=; run another"
-            " transformer outside of the context. Blocks made by nn.jit are traced"
-            " once for all layers: build the model without."
-        )
-
-
-def _around_compiled(what: str) -> str:
-    return (
-        f"{what} is called by a compiled function inside `with prompted`, which would"
-        " keep these prompts, or has none. Write `with prompted` inside the function"
-        " that jax.jit compiles (jax.lax.map, scan and eval_shape likewise)."
-    )
+def _received(found: dict[int, list[jax.Array]], depth: int) -> list[jax.Array]:
+    """Attention weights per layer; heads of several attentions side by side."""
+    for i in range(depth):
+        if i not in found:
+            raise ValueError(no_attention(i))
+    return [jnp.concatenate(found[i], axis=1) for i in range(depth)]

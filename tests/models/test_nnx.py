@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model in Flax NNX, through Flax's own bridge."""
+"""The model in Flax NNX, through Flax's own bridge, and what docs/nnx.md prints."""
 
+import re
+from pathlib import Path
+
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +121,25 @@ def test_prompts_as_nnx_parameters(setting, bridged):
     expected = jax.jit(jax.grad(direct))(prompts)
     for a, b in zip(jax.tree.leaves(grads), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_what_the_docs_print_runs_as_printed(setting):
+    """Ours in three lines; then a module of NNX that is not ours."""
+    docs = Path(__file__).parents[2] / "docs" / "nnx.md"
+    ours, prompted, parts = re.findall(r"```py\n(.*?)```", docs.read_text(), re.DOTALL)
+    assert len(ours.splitlines()) == 3
+    model, backbone, images, prompts = setting
+    names = {"nnx": nnx, "vpt_jax": vpt_jax, "images": images, "prompts": prompts}
+    exec(ours, names | (own := {"model": model, "backbone": backbone}), own)
+    np.testing.assert_array_equal(own["features"], apply(setting, prompts)[0])
+    vit = foreign.NnxVit(nnx.Rngs(0))
+    exec(prompted, names)
+    features = names["features"](vit, prompts, images)
+    assert float(jnp.abs(features - vit(images)).max()) > 1e-3
+    names["trainable"] = {
+        "prompts": prompts,
+        "head": vpt_jax.init_head(jax.random.key(4), 16, 2),
+    }
+    names |= {"vit": vit, "batches": [{"image": images, "label": jnp.arange(2)}]}
+    exec(parts.replace("depth=12, width=768", "depth=3, width=16"), names)
+    assert sum(vpt_jax.counts(names["small"])) == 2

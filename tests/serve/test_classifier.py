@@ -2,15 +2,13 @@
 """A released file answers as the run that wrote it did, with its backbone alone."""
 
 import csv
-import hashlib
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import hub_server
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -326,49 +324,8 @@ def test_where_a_backbone_came_from():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A server on this machine that speaks the hub's protocol for one repository."""
-    from huggingface_hub import constants
-
-    files = {}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self, body):
-            prefix = "/org/name/resolve/main/"
-            data = files.get(self.path.removeprefix(prefix))
-            if data is None:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(200)
-            self.send_header("X-Repo-Commit", "1" * 40)
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data if body else b"")
-
-        def do_HEAD(self):
-            self.answer(False)
-
-        def do_GET(self):
-            self.answer(True)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        yield files
-        server.shutdown()
-        thread.join()
+    with hub_server.serve(monkeypatch, tmp_path / "hub") as hub:
+        yield hub
 
 
 def test_a_shared_folder_is_read_back_from_the_hub(finished, zoo, tmp_path, hub):
@@ -386,7 +343,8 @@ def test_a_shared_folder_is_read_back_from_the_hub(finished, zoo, tmp_path, hub)
     row = json.loads((folder / "config.json").read_text())["result"]
     assert f"{100 * row['test_accuracy']:.1f} % on test (95 % interval" in card
     assert str(workdir.parent) not in card  # nor where the backbone lay
-    hub |= {p.name: p.read_bytes() for p in folder.iterdir()}
+    for path in folder.iterdir():
+        hub.files[f"org/name/{path.name}"] = path.read_bytes()
     weights = config.backbone.checkpoint
     expected = vpt_jax.load_classifier(workdir).predict(zoo / "bee" / "4.png")
     for place in (folder, "hf://org/name", "hf://org/name/prompts.safetensors"):

@@ -22,6 +22,7 @@ from vpt_jax.models.vit import NORMS, READOUTS, REMATS
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import INITS, check_choice
 from vpt_jax.train import OPTIMIZERS, SCHEDULES
+from vpt_jax.weights.published import published
 
 MAX_PROMPTS = 10_000  # per layer; the papers have 200, and more only fill memory
 MAX_SIDE = 4096  # px; larger pictures only fill memory
@@ -86,8 +87,10 @@ class TaskConfig:
 class BackboneConfig:
     """Pretrained weights, see `load_backbone`.
 
-    Empty fields take what is known of the checkpoint. `remat` saves memory for time in
-    training, `attention` is the kernel, see `ViT`.
+    Empty fields take what is known of the checkpoint. The name of a published file is
+    replaced by its address and says which variant it is, whatever the config's file has
+    for others. `remat` saves memory for time in training, `attention` is the kernel,
+    see `ViT`.
     """
 
     variant: str
@@ -106,6 +109,9 @@ class BackboneConfig:
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
+        if named := published(self.checkpoint):
+            object.__setattr__(self, "checkpoint", named.address)
+            object.__setattr__(self, "variant", named.variant)
         check_choice("backbone.attention", self.attention, ATTENTIONS)
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(

@@ -29,7 +29,7 @@ from vpt_jax.report import document as report
 from vpt_jax.run import config as configs
 from vpt_jax.run import looks, parsing
 from vpt_jax.run.stages import Run, Unit, run_unit, scores_of
-from vpt_jax.weights.checkpoint import told_apart
+from vpt_jax.weights.published import told_apart
 from vpt_jax.weights.release import is_address
 
 
@@ -199,12 +199,14 @@ def load_model(settings: configs.BackboneConfig) -> Model:
             " --config.backbone.normalisation=half (Google's ViT), imagenet (most"
             " PyTorch models) or none. docs/backbones.md lists the files that we know."
         )
+    # On the hub the folder has the name, the file is called model.safetensors.
+    hub = checkpoint.startswith("hf://")
     # As they turned out: what is known of a file by its name, another name hides.
     if isinstance(model, vpt_jax.ViT):
         load = {name: getattr(model, name, value) for name, value in load.items()}
     load["resize"] = load["resize"] or card.get("resize", "corner_aligned")
     info = {
-        "name": Path(checkpoint).name or "demo",
+        "name": Path(checkpoint).parts[2 if hub else -1] if checkpoint else "demo",
         "variant": model.variant or f"{model.width} x {model.depth}",
         "hash": vpt_jax.backbone_hash(backbone),
         "parameters": sum(x.size for x in jax.tree.leaves(backbone)),

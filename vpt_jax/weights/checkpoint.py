@@ -30,7 +30,6 @@ from vpt_jax.models.attention import wide
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
-from vpt_jax.models.variants import canonical
 from vpt_jax.models.vit import ViT
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.prompts import Head, Prompts, check_choice, counts
@@ -39,6 +38,7 @@ from vpt_jax.weights.facts import ask, assumed, card_of, check_given, check_size
 from vpt_jax.weights.families import refuse_families, refuse_name
 from vpt_jax.weights.matching import infer, match_swin, match_vit, parameters
 from vpt_jax.weights.naming import Named, named_leaves, read_names
+from vpt_jax.weights.published import names_of, published, told_apart
 from vpt_jax.weights.readers import CheckpointError, read_arrays
 from vpt_jax.weights.release import (
     AGAIN,
@@ -56,7 +56,6 @@ from vpt_jax.weights.sidecar import NAMES, json_object
 DEMO_BACKBONE = Path(__file__).parent.parent / "assets" / "demo_vit.safetensors"
 FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)  # one line per file of which something was assumed
-_ENDS = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".json")
 _FACTS = ("num_heads", "activation", "epsilon")
 _CARD = {  # what a model card may say, and of the first four any text
     **dict.fromkeys(("normalisation", "readout", "norm", "resize"), is_text),
@@ -113,10 +112,13 @@ def load_backbone(
       variant: `"B/16"`, `"S/14"`, ... or `"Swin-T"` to `"Swin-L"`, or another project's
         name of one (`"vit_small_patch16_224"`); `"demo/4"` is the small backbone of the
         package. Or the path, alone: then the file says which variant it is, and a plain
-        ViT of any size is loaded.
+        ViT of any size is loaded. Or the name of a published file, alone:
+        `"ViT-B_16"`, `"timm/vit_small_patch14_dinov2.lvd142m"`,
+        `"facebook/dinov2-base"`; `python -m vpt_jax.weights list` shows them.
       path: `.npz`, `.safetensors` or a PyTorch file, local or remote (`hf://`, `gs://`;
-        see `remote.local_path`); of several shards one of them or their index. Empty
-        loads the shipped weights of `"demo/4"`. Heads in the file are ignored.
+        see `remote.local_path`), or such a name; of several shards one of them or their
+        index. Empty loads the shipped weights of `"demo/4"`. Heads in the file are
+        ignored.
       image_size: Side of the pictures in pixels; 0 takes the file's own. The position
         table is resized when it differs.
       readout: `"cls"`, `"mean"` or `"mean_with_prompts"`, see `ViT`. Default: the class
@@ -161,7 +163,8 @@ def load_backbone(
         raise ValueError(
             f"no checkpoint given for {variant!r}; pass the path of a .npz,"
             " .safetensors or PyTorch file (--config.backbone.checkpoint=PATH). Only"
-            f" 'demo/4' ships with the package. {where_to_get(variant)}."
+            f" 'demo/4' ships with the package. {where_to_get(variant)}"
+            f"{names_of(variant)}."
         )
     if not local_path(path, beside=NAMES).exists():
         raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
@@ -204,13 +207,6 @@ def load_backbone(
     return model, tree
 
 
-def told_apart(variant: str | os.PathLike, path: Any) -> tuple[str, Any]:
-    """Our name of the variant, and the path; the path alone may stand first."""
-    first = os.fspath(variant)
-    alone = first.lower().endswith(_ENDS) or "://" in first or os.path.isfile(first)
-    return ("", first) if alone and not path else (canonical(first), path)
-
-
 def _taken(named: Named, networks: str) -> str:
     """Which of several networks in a file was read; empty if there is one."""
     if any("momentum" in name for name in named.left_out):
@@ -233,7 +229,8 @@ def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
     Raises:
       ValueError: If the file, or the `config.json`, cannot be read.
     """
-    path = path or DEMO_BACKBONE
+    named = published(path)
+    path = named.address if named else path or DEMO_BACKBONE
     if known := known_backbone(path):
         return card_of(path, {}) if local_path(path).exists() else known.card()
     with open_weights(path) as file:
@@ -302,7 +299,7 @@ def save_prompts(
       class_names: One per row of logits.
       deep: False for VPT-Shallow.
       resize: How pictures become squares: one of `data.pictures.RULES`.
-      source: Path or address of the backbone's file; of a path, the name is kept.
+      source: Path, address or name of the backbone's file; of a path, its end is kept.
       load: Other arguments of `load_backbone` that made it, see `release.ARGUMENTS`.
 
     Raises:

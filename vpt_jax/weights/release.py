@@ -10,6 +10,7 @@ from typing import Any
 
 from vpt_jax.files.checks import check_path
 from vpt_jax.files.messages import shown
+from vpt_jax.weights.published import published
 from vpt_jax.weights.readers import CheckpointError
 from vpt_jax.weights.remote import local_path
 
@@ -100,10 +101,14 @@ def source_of(path: str | os.PathLike) -> str:
       'ViT-B_16.npz'
       >>> source_of("~/.cache/hub/models--timm--vit/snapshots/abc/model.safetensors")
       'hf://timm/vit@abc/model.safetensors'
+      >>> source_of("facebook/dinov2-base")
+      'hf://facebook/dinov2-base/model.safetensors'
     """
     text = os.fspath(path)
     if found := _HUB.search(text.replace(os.sep, "/")):
         return "hf://{}/{}@{}/{}".format(*found.groups())
+    if named := published(text):
+        return named.address
     return text if is_address(text) else Path(text).name
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints by address: a local path for `hf://`, `https://`, `gs://` and others.
 
-A file is downloaded once. The copy is then used without asking the network, so a job
-starts offline and always with the same bytes; to fetch a file anew, delete the copy or
-name another revision.
+A file is downloaded once, with a progress bar on a terminal, and held against the size
+and the hash that its server names. The copy is then used without asking the network, so
+a job starts offline and always with the same bytes; to fetch a file anew, delete the
+copy or name another revision. What a download leaves unfinished is not kept.
 """
 
+import base64
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import shutil
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpt_jax.files.durable import atomic_path
+from vpt_jax.files.durable import atomic_path, digest
 from vpt_jax.files.messages import reason
 from vpt_jax.weights.readers import CheckpointError
 
@@ -27,9 +31,8 @@ HF_FORM = "hf://ORG/NAME/FILE or hf://ORG/NAME@REVISION/FILE"
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>[^/].*)")
 _HF = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([^/@]+))?/([^@].*)")
-_ELSEWHERE = (
-    "download it elsewhere and pass its path (--config.backbone.checkpoint=PATH)"
-)
+_ELSEWHERE = "pass its path (--config.backbone.checkpoint=PATH)"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def local_path(path: str | os.PathLike, *, beside: Sequence[str] = ()) -> Path:
@@ -74,7 +77,8 @@ def _hugging_face(rest: str, beside: Sequence[str]) -> Path:
     org, name, revision, filename = match.groups()
     repo, revision = f"{org}/{name}", urllib.parse.unquote(revision or "main")
     browser = f"https://huggingface.co/{repo}/resolve/{revision}/{filename}"
-    with _explained(f"hf://{rest}", browser):
+    # The folder's name tells which network it is.
+    with _explained(f"hf://{rest}", browser, f"{name}/{filename}"):
         import huggingface_hub as hub
 
         try:
@@ -84,7 +88,7 @@ def _hugging_face(rest: str, beside: Sequence[str]) -> Path:
         except Exception:  # not in the cache, whatever that is called
             # Alone, hf_hub_download would try for minutes where there is no network.
             url = hub.hf_hub_url(repo, filename, revision=revision)
-            hub.get_hf_file_metadata(url, timeout=TIMEOUT_S)
+            told = hub.get_hf_file_metadata(url, timeout=TIMEOUT_S)
             for name in beside:
                 from huggingface_hub.errors import EntryNotFoundError
 
@@ -92,7 +96,23 @@ def _hugging_face(rest: str, beside: Sequence[str]) -> Path:
                     name = str(Path(filename).parent / name)
                     hub.hf_hub_download(repo, name, revision=revision)
             found = hub.hf_hub_download(repo, filename, revision=revision)
+            _check_hash(Path(found), told.etag or "")
         return Path(found)
+
+
+def _check_hash(path: Path, etag: str) -> None:
+    """Removes a download that is not what the hub announced: it does not look itself.
+
+    Raises OSError then. Large files are announced by their SHA-256.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", etag) or (got := digest(path)) == etag:
+        return
+    path.resolve().unlink()  # what the name in the cache points to
+    path.unlink(missing_ok=True)
+    raise OSError(
+        f"its SHA-256 is {got[:12]}..., the hub announced {etag[:12]}...; the copy was"
+        " removed"
+    )
 
 
 def _cached(url: str) -> Path:
@@ -102,7 +122,8 @@ def _cached(url: str) -> Path:
     path = Path(root).expanduser() / f"{digest}-{name}"
     if path.is_file():
         return path
-    with _explained(url, _public(url) or url), atomic_path(path) as temporary:
+    browser = _public(url) or url
+    with _explained(url, browser, name), atomic_path(path) as temporary:
         _download(url, temporary)
     return path
 
@@ -144,10 +165,26 @@ def _download_fsspec(url: str, to: Path) -> None:
 
 
 def _download_public(url: str, to: Path) -> None:
+    from rich import console, progress
+
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer, open(to, "wb") as f:
-        shutil.copyfileobj(answer, f, 1 << 20)
-        size = answer.headers.get("Content-Length")
-    _check_size(to, int(size) if size else None)
+        size = int(answer.headers.get("Content-Length") or 0)
+        bar = {"description": url.rpartition("/")[2], "total": size}
+        bar |= {"console": console.Console(stderr=True)}
+        quiet = not sys.stderr.isatty()
+        with progress.wrap_file(answer, disable=quiet, **bar) as read:
+            shutil.copyfileobj(read, f, 1 << 20)
+        hashes = answer.headers.get_all("x-goog-hash") or []
+    _check_size(to, size or None)
+    for told in hashes:  # of a bucket: crc32c=..., md5=...
+        kind, _, value = told.strip().partition("=")
+        if kind == "md5" and base64.b64decode(value).hex() != _md5(to):
+            raise OSError(f"its MD5 is {_md5(to)}, the bucket announced another")
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _check_size(path: Path, size: Any) -> None:
@@ -157,17 +194,24 @@ def _check_size(path: Path, size: Any) -> None:
 
 
 @contextlib.contextmanager
-def _explained(address: str, browser: str) -> Iterator[None]:
+def _explained(address: str, browser: str, kept_as: str) -> Iterator[None]:
     """Makes every error inside a `CheckpointError` that says what to do instead."""
+    by_hand = f"download {browser} elsewhere, keep it as {kept_as}, and {_ELSEWHERE}"
     try:
         yield
     except ImportError as error:
         raise CheckpointError(
             f"{address} needs a package that is not there ({error}): pip install"
-            f" 'vpt_jax[remote]'. Or {_ELSEWHERE}; it is at {browser} ."
+            f" 'vpt_jax[remote]'; or {by_hand}."
         ) from error
     except Exception as error:  # the hub's, the network's and the disk's have no root
+        first = "Check the name and the network"
+        if isinstance(error, OSError) and error.errno in _FULL:
+            first = "Free some room, or name another place (HF_HOME, VPT_JAX_CACHE)"
+        if type(error).__name__ == "GatedRepoError":
+            page = browser.partition("/resolve/")[0]
+            first = f"Its licence is yours to read and accept at {page} (then hf login)"
         raise CheckpointError(
             f"{address} cannot be fetched ({type(error).__name__}: {reason(error)})."
-            f" Check the name and the network, or {_ELSEWHERE}; it is at {browser} ."
+            f" {first}, or {by_hand}."
         ) from error
