@@ -202,7 +202,7 @@ def load_backbone(
         _LOG.warning("%s: %s.", path, "; ".join(filter(None, notes)))
     if resized:
         model = model.clone(image_size=image_size)
-        if posemb == "learned":
+        if model.posemb == "learned":
             _resize_table(tree, model, told.get("resize", "corner_aligned"))
     return model, tree
 

@@ -31,6 +31,11 @@ _KINDS = {  # transformers' model types that are plain ViTs or Swin, and what th
     "dinov2": {"resize": "bicubic"},
     "dinov2_with_registers": {"resize": "bicubic_antialias"},
     "swin": {"readout": "mean_with_prompts"},
+    "deit": {"resize": "bicubic"},
+    "dinov3_vit": {},
+    "siglip_vision_model": {"readout": "map", "resize": "bicubic"},
+    "clip_vision_model": {"resize": "bicubic"},
+    "tipsv2_vision_model": {"resize": "half_pixel_antialias"},
 }
 
 
@@ -100,7 +105,8 @@ def config_facts(path: str | os.PathLike) -> dict[str, Any]:
     parts = [part for part in parts if isinstance(part, dict)]
     for part in parts:
         if (kind := str(part.get("model_type"))) in _KINDS:
-            part = {**part, "hidden_act": None} if part.get("use_swiglu_ffn") else part
+            if part.get("use_swiglu_ffn") or part.get("use_gated_mlp"):
+                part = {**part, "hidden_act": None}
             facts = _read(part, _SWIN if kind == "swin" else _VIT, folder)
             facts |= _normalisation(_object(folder / NAMES[1]), "image_")
             return {"kind": kind, **_KINDS[kind], **facts}
