@@ -130,6 +130,8 @@ def _add_legend(figure: Any) -> None:
     for axes in figure.axes:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[text] = handle  # a name of many markers is listed once
+    if not handles:  # an empty one would take its place all the same
+        return
     place, columns = "outside lower center", 4 if len(handles) > 5 else 5
     columns = columns if figure.get_figwidth() > 6 else 2
     figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)

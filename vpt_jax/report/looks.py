@@ -96,7 +96,7 @@ def _card(example: Mapping[str, Any], ends: tuple[float, float]) -> str:
     shown = f'<img src="{source}" alt="{label}">'
     if example["attention"]:
         shown += f'<img src="{_map(example["attention"], *ends)}" alt="attention">'
-    chance = f"{100 * example['probability']:.0f} %"
+    chance = f"{100 * example['probability']:.0f}&nbsp;%"
     return (
         f'<figure class="card">{shown}<figcaption>Answer {answer}, {chance}{wrong}'
         "</figcaption></figure>"
