@@ -33,7 +33,8 @@ def require(row: vtab.Benchmark, data_dir: str = "") -> None:
         return
     lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
-        got, remedy = ", ".join(lacking), "pip install 'vpt_jax[prepare]'"
+        got = ", ".join(lacking)
+        remedy = "pip install tensorflow h5py opencv-python-headless"
         expected = "those that tfds prepares with"
         raise mismatch(row.name, f"no package {got}", expected, remedy)
 

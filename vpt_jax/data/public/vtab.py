@@ -353,7 +353,7 @@ def _missing(benchmark: Benchmark, data_dir: str, other: Sequence[str]) -> list[
         lines.append("Prepare it once:")
     else:
         lines.append("Prepare it once, in any environment; only this needs TensorFlow:")
-        lines.append("  pip install 'vpt_jax[prepare]'")
+        lines.append("  pip install tensorflow h5py opencv-python-headless")
     lines.append(f"  {prepare_command(benchmark, data_dir)}")
     return lines
 
