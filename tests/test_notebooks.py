@@ -5,7 +5,9 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -76,20 +78,50 @@ def test_git_holds_no_outputs(name):
 
 
 @every_notebook
-def test_a_notebook_is_short_and_starts_by_installing_this_version(name):
+def test_a_notebook_is_short_and_starts_by_installing(name):
     notebook = renderer.read(name)
     assert len(notebook.cells) < 25
     assert notebook.cells[0].cell_type == "markdown"
     trees = code(notebook)
     first = trees[0].body
-    # An import, the tag, and one `if` around the only magic of the notebook.
-    assert [type(node) for node in first] == [ast.Import, ast.Assign, ast.If]
-    assert ast.literal_eval(first[1].value) == f"v{vpt_jax.__version__}"
-    assert ast.unparse(first[2].test) == "'google.colab' in sys.modules"
+    # Imports, where from, and one `if` around the only magic of the notebook.
+    kinds = [type(node) for node in first]
+    assert kinds == [ast.Import, ast.Import, ast.Import, ast.Assign, ast.If]
+    assert ast.unparse(first[-1].test) == "'google.colab' in sys.modules"
     magics = [n for n in walk(trees) if is_call_of(n, "run_line_magic")]
     assert len(magics) == 1
-    assert magics[0] in ast.walk(first[2])
+    assert magics[0] in ast.walk(first[-1])
     assert "jax.devices()" in notebook.cells[2].source
+    assert notebook.cells[1].source == renderer.read("prompt_your_vit").cells[1].source
+
+
+@pytest.mark.parametrize(
+    ("driver", "extras"),
+    [
+        ("", "serve"),
+        ("| Driver Version: 550.1   CUDA Version: 12.4 |", "serve,cuda12"),
+        ("| Driver Version: 600.1   CUDA Version: 13.0 |", "serve,cuda13"),
+    ],
+)
+def test_on_colab_the_extra_is_that_of_the_driver(driver, extras, monkeypatch):
+    (install, *_) = code(renderer.read("prompt_your_vit"))
+    program = compile(install, "install", "exec")
+    said = subprocess.CompletedProcess((), 0, driver)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    called = []
+    shell = types.SimpleNamespace(run_line_magic=lambda *words: called.append(words))
+    names = {"get_ipython": lambda: shell}
+    with pytest.raises(ValueError, match="set SOURCE above to the repository"):
+        exec(program, names)
+    assert not called
+    install.body[-2].value = ast.Constant("git+https://x/y")
+    exec(compile(ast.fix_missing_locations(install), "install", "exec"), names)
+    ((magic, words),) = called
+    assert magic == "pip"
+    assert words.format(**names) == (
+        f'install --quiet "vpt_jax[{extras}] @ git+https://x/y"'
+    )
 
 
 def is_call_of(node, name):
