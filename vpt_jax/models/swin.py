@@ -173,6 +173,11 @@ class Swin(nn.Module):
       dtype: Of the computation. Softmax, normalisation statistics and the head stay in
         float32.
       param_dtype: Of the parameters that `init` makes.
+
+    Example:
+      >>> model = Swin("T")
+      >>> counts(init_prompts(jax.random.key(0), model, 5))
+      (5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)
     """
 
     variant: str = ""

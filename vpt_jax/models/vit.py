@@ -291,6 +291,12 @@ class ViT(nn.Module):
       param_dtype: Of the parameters that `init` makes.
       activation: Of the MLP: `"gelu"`, exact; `"gelu_tanh"`; or `"quick_gelu"`.
       epsilon: Of every LayerNorm.
+
+    Example:
+      >>> model = ViT("demo/4")
+      >>> features, out = model.apply({"params": backbone}, images, prompts=prompts)
+      >>> features.shape, len(out["blocks"])
+      ((4, 128), 6)
     """
 
     variant: str = ""
