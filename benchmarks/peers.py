@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Ours beside PyTorch, in one run: the same network, weights, pictures and prompts.
 
-pip install 'vpt_jax[peers]'
+pip install '.[peers]'
 python benchmarks/peers.py                    # ViT-B/16, batch 8, float32, five rounds
 
 - `PyTorch` is VPT-Deep as every published implementation has it: prompts are tokens of

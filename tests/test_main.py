@@ -115,7 +115,9 @@ def test_the_workdir_holds_what_the_readme_says(finished):
     _, workdir, report = finished
     html = (workdir / "report.html").read_text()
     assert "<svg" in html and html.count("src=") == html.count('src="data:')
-    assert list((workdir / "events").iterdir())
+    events = b"".join(p.read_bytes() for p in (workdir / "events").iterdir())
+    for name in (b"confusion", b"right_answers", b"seed0-tune/val_accuracy"):
+        assert name in events
     assert "epoch 3/3" in (workdir / "log.txt").read_text()
     left = sorted(p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir())
     assert left == ["50", "75", "training.json"]
@@ -278,7 +280,7 @@ DEMO, VTAB = "--config=configs/demo.py:smoke", "--config=configs/vtab.py"
             [
                 "svhn: got no prepared copy of 'svhn_cropped' in no where",
                 "Prepare it once, in any environment; only this needs TensorFlow:",
-                "  pip install 'vpt_jax[prepare]'",
+                "  pip install tensorflow h5py opencv-python-headless",
                 "  python -m vpt_jax.data prepare svhn --data_dir='no where'",
             ],
         ),

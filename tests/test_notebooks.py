@@ -5,7 +5,9 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -21,6 +23,7 @@ FIGURES = {
     "condense_and_look": 5,
     "prompt_a_foreign_model": 3,
     "prompt_your_vit": 4,
+    "your_pictures": 5,
 }
 ALLOWED = {
     "flax.linen",
@@ -30,6 +33,7 @@ ALLOWED = {
     "matplotlib.pyplot",
     "numpy",
     "optax",
+    "PIL",
     "vpt_jax",
     "vpt_jax.data.tasks",
     *sys.stdlib_module_names,
@@ -76,20 +80,50 @@ def test_git_holds_no_outputs(name):
 
 
 @every_notebook
-def test_a_notebook_is_short_and_starts_by_installing_this_version(name):
+def test_a_notebook_is_short_and_starts_by_installing(name):
     notebook = renderer.read(name)
     assert len(notebook.cells) < 25
     assert notebook.cells[0].cell_type == "markdown"
     trees = code(notebook)
     first = trees[0].body
-    # An import, the tag, and one `if` around the only magic of the notebook.
-    assert [type(node) for node in first] == [ast.Import, ast.Assign, ast.If]
-    assert ast.literal_eval(first[1].value) == f"v{vpt_jax.__version__}"
-    assert ast.unparse(first[2].test) == "'google.colab' in sys.modules"
+    # Imports, where from, and one `if` around the only magic of the notebook.
+    kinds = [type(node) for node in first]
+    assert kinds == [ast.Import, ast.Import, ast.Import, ast.Assign, ast.If]
+    assert ast.unparse(first[-1].test) == "'google.colab' in sys.modules"
     magics = [n for n in walk(trees) if is_call_of(n, "run_line_magic")]
     assert len(magics) == 1
-    assert magics[0] in ast.walk(first[2])
+    assert magics[0] in ast.walk(first[-1])
     assert "jax.devices()" in notebook.cells[2].source
+    assert notebook.cells[1].source == renderer.read("prompt_your_vit").cells[1].source
+
+
+@pytest.mark.parametrize(
+    ("driver", "extras"),
+    [
+        ("", "serve"),
+        ("| Driver Version: 550.1   CUDA Version: 12.4 |", "serve,cuda12"),
+        ("| Driver Version: 600.1   CUDA Version: 13.0 |", "serve,cuda13"),
+    ],
+)
+def test_on_colab_the_extra_is_that_of_the_driver(driver, extras, monkeypatch):
+    (install, *_) = code(renderer.read("prompt_your_vit"))
+    program = compile(install, "install", "exec")
+    said = subprocess.CompletedProcess((), 0, driver)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    called = []
+    shell = types.SimpleNamespace(run_line_magic=lambda *words: called.append(words))
+    names = {"get_ipython": lambda: shell}
+    with pytest.raises(ValueError, match="set SOURCE above to the repository"):
+        exec(program, names)
+    assert not called
+    install.body[-2].value = ast.Constant("git+https://x/y")
+    exec(compile(ast.fix_missing_locations(install), "install", "exec"), names)
+    ((magic, words),) = called
+    assert magic == "pip"
+    assert words.format(**names) == (
+        f'install --quiet "vpt_jax[{extras}] @ git+https://x/y"'
+    )
 
 
 def is_call_of(node, name):
@@ -149,6 +183,19 @@ FACTS = {
             for n in ("kernel", "bias")
         ),
     }""",
+    "your_pictures": """{
+        "accuracy": 100 * looks["accuracy"],
+        "classes": [len(paths) for paths in classes.values()],
+        "kept": [same, kept],
+        "answers": [classifier.class_names.index(label) for label in labels],
+        "sensitivity": [float(s.min()) for s in scores["sensitivity"]],
+    }""",
+}
+# Fewer pictures and epochs, where a notebook's commands would take minutes.
+SHORTER = {
+    "NUM_TRAIN = 400": "NUM_TRAIN = 200",
+    "tune.epochs=6": "tune.epochs=2",
+    "FLAGS = [": "FLAGS = ['--config.search.rates=(0.03,)',",
 }
 
 
@@ -197,23 +244,39 @@ def check_prompt_your_vit(facts, text):
     assert "same answers: True" in text
 
 
+def check_your_pictures(facts, text):
+    assert sum(facts["classes"]) == 600 and len(facts["classes"]) == 10
+    assert facts["accuracy"] > 3 * CHANCE
+    same, kept = facts["kept"]
+    assert 0 < same <= kept == 9  # 30 % of 6 x 5
+    assert min(facts["sensitivity"]) > 0
+    assert f"{facts['answers']} False" in text  # of JAX alone
+    assert "the same answers: True" in text
+    assert "['README.md', 'config.json', 'prompts.safetensors']" in text
+
+
 CHECKS = {
     "condense_and_look": check_condense_and_look,
     "prompt_a_foreign_model": check_prompt_a_foreign_model,
     "prompt_your_vit": check_prompt_your_vit,
+    "your_pictures": check_your_pictures,
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    [  # a minute and a half each: one at every push, the others weekly
+    [  # a minute and a half each: two at every push, the others weekly
         "prompt_your_vit",
+        "your_pictures",
         pytest.param("prompt_a_foreign_model", marks=pytest.mark.slow),
         pytest.param("condense_and_look", marks=pytest.mark.slow),
     ],
 )
 def test_a_notebook_runs_and_shows_what_it_says(name, tmp_path):
     notebook = renderer.read(name)
+    for cell in notebook.cells if name == "your_pictures" else ():
+        for long, short in SHORTER.items():
+            cell.source = cell.source.replace(long, short)
     ask = f"import json\nprint(json.dumps({FACTS[name]}))"
     notebook.cells.append(nbformat.v4.new_code_cell(ask))
     renderer.execute(notebook, tmp_path, TIMEOUT)

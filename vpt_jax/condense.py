@@ -109,10 +109,10 @@ def importance(
         that is no class, a score that is not finite, or something that does not fit.
 
     Example:
-      With a list of batches, or any generator of them::
-
-        batch = {"image": vpt_jax.normalise(pictures, "half"), "label": labels}
-        scores = vpt_jax.importance(model, backbone, trainable, [batch])
+      >>> batches = [{"image": images, "label": labels}]  # or any generator of them
+      >>> scores = importance(model, backbone, trainable, batches)
+      >>> len(scores), scores[0].shape
+      (6, (2,))
     """
     if not callable(score):
         check_choice("score", score, SCORES)

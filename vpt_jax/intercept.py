@@ -166,13 +166,13 @@ class PromptedModel:
       block: See `prompted`.
 
     Example:
-      With vit_jax and a checkpoint's parameters::
+      With vit_jax's `VisionTransformer(num_classes=None, ...)` and its parameters:
 
-        module = models_vit.VisionTransformer(num_classes=None, ...)
-        model = vpt_jax.PromptedModel(module, depth=12, width=768, patch=16)
-        prompts = vpt_jax.init_prompts(key, model, num_prompts=50)
-        trainable = {"prompts": prompts, "head": vpt_jax.init_head(key, 768, 100)}
-        scores = vpt_jax.importance(model, params, trainable, batches)
+      >>> other = PromptedModel(module, depth=2, width=16, patch=4)
+      >>> own = init_prompts(jax.random.key(0), other, num_prompts=3)
+      >>> features, out = other.apply({"params": params}, images, prompts=own)
+      >>> features.shape, out["blocks"][0]["prompt_attention"].shape
+      ((4, 16), (4, 2, 65, 3))
 
       With a module of NNX, `vit`::
 

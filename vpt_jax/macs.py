@@ -42,6 +42,13 @@ def macs(
     Raises:
       ValueError: If the model is neither, or `counts` does not fit its depth, is not
         of integers, or has prompts in later layers with `deep=False`.
+
+    Example:
+      >>> from vpt_jax import ViT
+      >>> counts = (100,) * 12
+      >>> [round(2e-9 * macs(ViT("B/16"), counts, formulation=f), 1)
+      ...  for f in ("tokens", "kv")]  # GFLOP
+      [53.9, 33.4]
     """
     check_choice("formulation", formulation, FORMULATIONS)
     expect(isinstance(model, ViT | Swin), "model", model, "a ViT or a Swin")

@@ -19,14 +19,15 @@ import csv
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 SHOWN = 10  # lines of the table, where all are written to a file
-_SAY_S = 30.0  # between lines of progress where there is no terminal
+_SAY_S = 25.0  # between lines of progress where there is no terminal
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,18 +95,19 @@ def _run(args: argparse.Namespace) -> int:
     from vpt_jax.serve import classifier
 
     cli.keep_compiled()
-    model = classifier.load_classifier(
-        args.model, backbone=args.backbone, resize=args.resize
-    )
-    print(model, file=sys.stderr)
-    if not args.out:
-        return _answer(args, model, lambda *_: None)
-    with durable.atomic_path(args.out) as temporary:
-        # Names that are not UTF-8 are written as the bytes they are.
-        with open(
-            temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""
-        ) as file:
-            code = _answer(args, model, _writer(args, file))
+    with _Progress() as progress:
+        model = classifier.load_classifier(
+            args.model, backbone=args.backbone, resize=args.resize
+        )
+        print(model, file=sys.stderr)
+        if not args.out:
+            return _answer(args, model, lambda *_: None, progress)
+        with durable.atomic_path(args.out) as temporary:
+            # Names that are not UTF-8 are written as the bytes they are.
+            with open(
+                temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""
+            ) as file:
+                code = _answer(args, model, _writer(args, file), progress)
     print(f"written: {args.out}", file=sys.stderr)
     return code
 
@@ -114,13 +116,15 @@ def _answer(
     args: argparse.Namespace,
     model: Any,
     write: Callable[[str, list[tuple[str, float]], str], None],
+    progress: "_Progress",
 ) -> int:
     """Goes through the pictures; the exit code."""
     from vpt_jax.files.messages import printable
 
     names = model.class_names
     top, width = min(args.top, len(names)), min(max(map(len, names)), 40)
-    counts, broken, progress = Counter(), 0, _Progress()
+    counts, broken = Counter(), 0
+    progress.begin()
     stream = model.stream(pictures_in(args.pictures), batch_size=args.batch_size)
     for number, (path, found) in enumerate(stream):
         if isinstance(found, ValueError):
@@ -180,8 +184,27 @@ class _Progress:
     """A line that replaces itself on a terminal; elsewhere one every half minute."""
 
     def __init__(self) -> None:
+        self._live, self._ended = sys.stderr.isatty(), threading.Event()
+        self._done = 0
+        self.begin()
+
+    def __enter__(self) -> Self:
+        if not self._live:
+            threading.Thread(target=self._remind, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _remind(self) -> None:
+        """Speaks while a first batch compiles and computes, which may take minutes."""
+        while not self._ended.wait(_SAY_S / 20):
+            if time.monotonic() - self._said >= _SAY_S:
+                self._say()
+
+    def begin(self) -> None:
+        """Starts the clock: of pictures, not of loading."""
         self._start = self._said = time.monotonic()
-        self._live = sys.stderr.isatty()
 
     def seconds(self) -> float:
         """Since it began."""
@@ -189,11 +212,13 @@ class _Progress:
 
     def show(self, done: int) -> None:
         """How many are done, and how fast."""
-        now = time.monotonic()
-        if now - self._said < (0.2 if self._live else _SAY_S):
-            return
-        self._said = now
-        text = f"{done:,} pictures, {done / self.seconds():.0f} a second"
+        self._done = done
+        if time.monotonic() - self._said >= (0.2 if self._live else _SAY_S):
+            self._say()
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        text = f"{self._done:,} pictures, {self._done / self.seconds():.1f} a second"
         begin, end = ("\r\x1b[2K", "") if self._live else ("", "\n")
         print(f"{begin}{text}", end=end, file=sys.stderr, flush=True)
 

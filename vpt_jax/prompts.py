@@ -208,6 +208,11 @@ def prompt_dropout(
 
     Raises:
       ValueError: If the rate is not in `[0, 1)`, or the prompts are not `[n_i, d]`.
+
+    Example:
+      >>> dropped = prompt_dropout(jax.random.key(0), prompts, 0.1, 4)
+      >>> dropped[0].shape
+      (4, 2, 128)
     """
     check_layers("prompts", prompts, 2, shape="[n_i, d]")
     if not 0 <= rate < 1:
@@ -271,6 +276,11 @@ def init_head(
     Raises:
       ValueError: If `num_classes` is below 2 or the width below 1, or no integer, or
         `init` unknown.
+
+    Example:
+      >>> head = init_head(jax.random.key(0), 128, 10, init="zeros")
+      >>> head["kernel"].shape, head["bias"].shape
+      ((128, 10), (10,))
     """
     check_choice("init", init, ("reference", "zeros"))
     check_key(key)
@@ -289,6 +299,11 @@ def apply_head(head: Head, features: Float[Array, "b d"]) -> Float[Array, "b k"]
 
     Raises:
       ValueError: If the head is none, or of another width than the features.
+
+    Example:
+      >>> features, _ = model.apply({"params": backbone}, images, prompts=prompts)
+      >>> apply_head(head, features).shape
+      (4, 10)
     """
     check_head(head)
     kernel, bias = head["kernel"], head["bias"]

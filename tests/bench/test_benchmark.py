@@ -405,7 +405,7 @@ def test_resources():
 
 def test_an_engine_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ValueError, match=r"pip install 'vpt_jax\[slurm\]'"):
+    with pytest.raises(ValueError, match=r"pip install submitit"):
         launch.make("slurm", tmp_path, "", "")
 
 

@@ -336,7 +336,9 @@ def test_a_missing_set_says_what_to_do(row, tmp_path):
     assert text.startswith(f"{row.name}: got no prepared copy of {row.source.name!r}")
     assert str(tmp_path / row.source.name) in text
     assert f"Download: {row.source.download}." in text
-    assert ("pip install 'vpt_jax[prepare]'" in text) == (row.name != "nabirds")
+    assert ("pip install tensorflow h5py opencv-python-headless" in text) == (
+        row.name != "nabirds"
+    )
     manual = row.name in ("resisc45", "diabetic_retinopathy", "nabirds", "cars")
     assert (f"These go to {tmp_path / 'downloads/manual'}." in text) == manual
     assert bool(row.source.files) == manual

@@ -138,6 +138,15 @@ def test_a_log_on_a_full_disk_says_so_and_does_not_wait(small_disk):
     log.close()
 
 
+def test_a_log_is_not_silent_for_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workdirs, "_REMINDS_AFTER_S", 0.1)
+    log, said = workdirs.Log(tmp_path / "log.txt", tmp_path / "events"), ""
+    log.progress("compiling")  # too early to be said
+    while "still at work; the last word: compiling" not in said:
+        said += capsys.readouterr().out
+    log.close()
+
+
 def test_a_place_that_cannot_be_written_is_one_line_of_the_command(tmp_path):
     (tmp_path / "file").write_text("")
     done = command(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: averages, sentences, table, figures and the HTML page."""
 
+import base64
 import io
 import json
 import xml.etree.ElementTree as ET
@@ -8,9 +9,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpt_jax.report import __main__ as command
-from vpt_jax.report import compare, figures
+from vpt_jax.report import compare, figures, looks
 from vpt_jax.report import document as rp
 from vpt_jax.report.rows import label, summarise
 
@@ -351,11 +353,11 @@ def runs(tmp_path):
 
 def test_runs_are_paired_by_seed(runs):
     reports = compare.read(runs)
-    assert list(reports) == ["a/run", "b/run"]  # as much as tells them apart
+    assert list(reports) == ["a", "b"]  # what tells them apart, and no more
     (line,) = compare.differing(reports).rows
     assert line == ["tune.base_lr", "0.01", "0.03"]
     table = compare.accuracies(reports)
-    assert table.header[-1] == "b/run\nminus a/run"
+    assert table.header[-1] == "b\nminus a"
     assert {row[-1] for row in table.rows} == {"\N{MINUS SIGN}2.00 ± 0.00"}
 
 
@@ -412,6 +414,21 @@ def test_answers_are_shown_as_pictures(attention):
     assert text.count("data:image/jpeg;base64,AAAA") == 2
     assert text.count('src="data:image/png') == (2 if attention else 0)
     assert "but is &lt;a&gt;" in text and "Confusion matrix" in text
+
+
+def test_tensorboard_has_the_same_pictures():
+    red, file = (200, 10, 10), io.BytesIO()
+    Image.new("RGB", (8, 8), red).save(file, "JPEG", quality=95)
+    shown = look_at()
+    for example in shown["examples"]:
+        example["picture"] = base64.b64encode(file.getvalue()).decode()
+    found = looks.pictures(shown, ["<a>", "b", "c"])
+    assert set(found) == {"confusion", "most_confident_mistakes", "right_answers"}
+    for name, picture in found.items():
+        assert picture.dtype == np.uint8 and picture.ndim == 3
+        near = np.abs(picture.astype(int) - red).max(-1) < 10
+        assert near.any() == (name != "confusion")
+    assert looks.pictures({}, []) == {}
 
 
 def test_many_classes_have_no_matrix():

@@ -458,3 +458,11 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "RUN_OR_FILE" in done.stdout
+
+
+def test_a_pipe_hears_of_a_first_batch_that_takes_long(monkeypatch, capsys):
+    monkeypatch.setattr(predict, "_SAY_S", 0.1)
+    said = ""
+    with predict._Progress():
+        while "0 pictures, 0.0 a second" not in said:
+            said += capsys.readouterr().err

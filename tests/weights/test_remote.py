@@ -155,8 +155,11 @@ def test_any_scheme_of_fsspec(cache):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for address in ("s3://bucket/x", "hf://org/name/x"):
-        with pytest.raises(CheckpointError, match=r"pip install 'vpt_jax\[remote\]'"):
+    for address, package in (
+        ("s3://bucket/x", "fsspec"),
+        ("hf://org/name/x", "huggingface_hub"),
+    ):
+        with pytest.raises(CheckpointError, match=f"pip install {package}"):
             local_path(address)
 
 

@@ -105,7 +105,7 @@ def check_data(bench: Benchmark) -> None:
             f"{len(missing)} of {len(bench.tasks)} data sets are not prepared:"
             f" {', '.join(missing)}.",
             "Prepare them once (only this needs TensorFlow), or run others: task=NAME.",
-            "  pip install 'vpt_jax[prepare]'",
+            "  pip install tensorflow h5py opencv-python-headless",
             f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}",
         )
 

@@ -73,8 +73,9 @@ def make(name: str, workdir: Path, address: str, resources: str) -> Launcher:
     try:
         return kind(workdir, address, parse_resources(resources))
     except ImportError as error:
+        package = {"ray": "'ray[client]'", "slurm": "submitit"}[name]
         raise ValueError(
-            f"--launcher={name} needs {error.name}; pip install 'vpt_jax[{name}]'."
+            f"--launcher={name} needs {error.name}; pip install {package}."
         ) from error
 
 

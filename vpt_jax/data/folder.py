@@ -30,6 +30,7 @@ from vpt_jax.prompts import check_choice
 
 VERSION = 3  # to be raised when the same files give other pixels
 
+_SPEAKS_EVERY_S = 20.0
 _BATCH = 256  # pictures in memory while reading
 _MAX_NOTES = 2000  # letters of what is shown with an error
 
@@ -140,7 +141,11 @@ def _pictures(
                 # Short, as many may follow each other.
                 return f"{example.name}: {str(e).partition('; expected')[0]}"
 
+        spoke = start
         for number, result in enumerate(pictures.mapped(read, examples, _BATCH)):
+            if time.perf_counter() - spoke > _SPEAKS_EVERY_S:
+                spoke = time.perf_counter()
+                report(f"read {number:,} of {len(examples):,}")
             if isinstance(result, str):
                 broken.append((number, result))
             elif skip_broken or not broken:  # else all is thrown away at the end

@@ -11,19 +11,22 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 import jax
+import numpy as np
 
 from vpt_jax import parallel
 from vpt_jax.files import durable
 from vpt_jax.files.durable import atomic_path as atomic_path
 
 _SPEAKS_EVERY_S = 20.0  # of progress, where there is no terminal to show it on
+_REMINDS_AFTER_S = 25.0  # without a word there
 
 
 def writes() -> bool:
@@ -157,6 +160,7 @@ class Log:
         self._start = self._spoke = time.perf_counter()
         self._quiet, self._echo = not writes(), echo
         self._path, self._folder = path, events
+        self._doing, self._closed = "", threading.Event()
         if self._quiet:
             return
         # Not SummaryWriter: its thread dies of a full disk, and the run waits for it.
@@ -166,11 +170,14 @@ class Log:
             durable.make_folder(folder)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._events = EventsWriter(str(events / "events"))
+        if not sys.stderr.isatty():
+            threading.Thread(target=self._remind, daemon=True).start()
 
     def line(self, text: str) -> None:
         """A line for the terminal and the file."""
         if self._quiet:
             return
+        self._doing = text
         if self._echo:
             self._clear()
             self._say(text)
@@ -185,6 +192,7 @@ class Log:
         """Replaces the terminal's progress line; elsewhere a line now and then."""
         if self._quiet:
             return
+        self._doing = text
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
@@ -194,6 +202,12 @@ class Log:
     def _say(self, text: str) -> None:
         self._spoke = time.perf_counter()
         print(f"{self._spoke - self._start:7.1f} s  {text}", flush=True)
+
+    def _remind(self) -> None:
+        """Speaks where what is done takes long and says nothing: compiling, say."""
+        while not self._closed.wait(_REMINDS_AFTER_S / 20):
+            if time.perf_counter() - self._spoke > _REMINDS_AFTER_S:
+                self._say(f"still at work; the last word: {self._doing}")
 
     def epoch(
         self,
@@ -215,13 +229,27 @@ class Log:
         )
         self.progress(f"{prefix} {text}, {left:.0f} s left")
         self._write(text)
-        from tensorboardX.proto import event_pb2 as proto
         from tensorboardX.summary import scalar
 
+        values = {f"{name}/{key}": value for key, value in metrics.items()}
+        self._show([scalar(key, value) for key, value in values.items()], epoch)
+
+    def pictures(self, found: Mapping[str, np.ndarray]) -> None:
+        """Pictures for TensorBoard by their names, uint8 `[h, w, 3]`."""
+        if self._quiet:
+            return
+        from tensorboardX.summary import image
+
+        named = found.items()
+        self._show([image(name, x, dataformats="HWC") for name, x in named], 0)
+
+    def _show(self, summaries: Sequence[Any], step: int) -> None:
+        """Writes what TensorBoard shows."""
+        from tensorboardX.proto import event_pb2 as proto
+
         with durable.named(self._folder):
-            for key, value in metrics.items():
-                summary = scalar(f"{name}/{key}", value)
-                fields = {"wall_time": time.time(), "step": epoch, "summary": summary}
+            for summary in summaries:
+                fields = {"wall_time": time.time(), "step": step, "summary": summary}
                 # Made when it is imported, where pyright cannot see it.
                 event = proto.Event(**fields)  # pyright: ignore[reportAttributeAccessIssue]
                 self._events.write_event(event)
@@ -229,6 +257,7 @@ class Log:
 
     def close(self) -> None:
         """Flushes; the log is not used after."""
+        self._closed.set()
         if not self._quiet:
             self._clear()
             with durable.named(self._path):

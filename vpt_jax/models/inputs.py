@@ -304,10 +304,10 @@ def prefill(model: Any, backbone: Any, prompts: Sequence[jax.Array]) -> Any:
         model is not of this package.
 
     Example:
-      Of prompts that are not trained any more::
-
-        ready = vpt_jax.prefill(model, backbone, small)
-        features, _ = model.apply({"params": backbone}, images, prompts=ready)
+      >>> ready = prefill(model, backbone, prompts)  # of trained ones, once
+      >>> features, _ = model.apply({"params": backbone}, images, prompts=ready)
+      >>> features.shape
+      (4, 128)
     """
     check_model(model, "prefill", "widths")
     check_backbone(backbone)

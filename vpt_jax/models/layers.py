@@ -21,7 +21,13 @@ from vpt_jax.prompts import per_example
 
 
 class KeyValue(NamedTuple):
-    """A layer's prompts after the key and value projections, ready for inference."""
+    """A layer's prompts after the key and value projections, ready for inference.
+
+    Example:
+      >>> ready = prefill(model, backbone, prompts)
+      >>> ready[0].key.shape
+      (4, 2, 32)
+    """
 
     key: jax.Array  # [h, n, d / h]
     value: jax.Array  # [h, n, d / h]

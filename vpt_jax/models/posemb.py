@@ -52,6 +52,10 @@ def resize_pos_embedding(
     Raises:
       ValueError: If the table is not a class token and a square, or the method is
         unknown.
+
+    Example:
+      >>> resize_pos_embedding(jnp.zeros((1, 1 + 14 * 14, 8)), grid=16).shape
+      (1, 257, 8)
     """
     check_choice("method", method, RESIZES)
     first = int(class_token)

@@ -175,6 +175,11 @@ class Swin(nn.Module):
         float32.
       param_dtype: Of the parameters that `init` makes.
       remat: What training computes a second time, see `ViT`.
+
+    Example:
+      >>> model = Swin("T")
+      >>> counts(init_prompts(jax.random.key(0), model, 5))
+      (5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)
     """
 
     variant: str = ""

@@ -124,6 +124,12 @@ class ViT(nn.Module):
       activation: Of the MLP: `"gelu"`, exact; `"gelu_tanh"`; or `"quick_gelu"`.
       epsilon: Of every LayerNorm.
       pre_norm: A LayerNorm before the blocks (CLIP).
+
+    Example:
+      >>> model = ViT("demo/4")
+      >>> features, out = model.apply({"params": backbone}, images, prompts=prompts)
+      >>> features.shape, len(out["blocks"])
+      ((4, 128), 6)
     """
 
     variant: str = ""

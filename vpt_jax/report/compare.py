@@ -63,10 +63,16 @@ def read(folders: Sequence[Path]) -> dict[str, Row]:
 
 
 def _short(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all of them apart."""
+    """The last parts of each path that tell all of them apart.
+
+    Without what all of them end with: `a/pets` and `b/pets` are `a` and `b`.
+    """
+    parts = [path.parts for path in paths]
+    while len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
     names: list[str] = []
-    for size in range(1, max(len(path.parts) for path in paths) + 1):
-        names = [os.path.join(*path.parts[-size:]) for path in paths]
+    for size in range(1, max(map(len, parts)) + 1):
+        names = [os.path.join(*own[-size:]) for own in parts]
         if len(set(names)) == len(names):
             break
     return names
@@ -81,7 +87,7 @@ def differing(reports: Mapping[str, Row]) -> tables.Table:
         texts = [values.get(key, NONE) for values in flat.values()]
         if len(set(texts)) > 1:
             rows.append([key, *texts])
-    return tables.Table(("What differs", *reports), rows)
+    return tables.Table(("Key", *reports), rows)
 
 
 def _flatten(report: Row) -> dict[str, str]:
@@ -92,7 +98,8 @@ def _flatten(report: Row) -> dict[str, str]:
             for key, part in value.items():
                 visit(f"{name}.{key}" if name else key, part)
         else:
-            found[name] = str(value)
+            several = isinstance(value, list)
+            found[name] = ", ".join(map(str, value)) if several else str(value)
 
     visit("", report["config"])
     visit("backbone", {k: report["backbone"].get(k) for k in ("hash", "load")})

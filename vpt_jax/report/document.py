@@ -195,8 +195,8 @@ def _list_differences(differences: dict[str, Difference]) -> str:
 
 def html(report: Row) -> str:
     """Renders the report as one HTML file that loads nothing."""
-    backbone = report["backbone"]
-    title = f"Prompts for {report['task']}: {backbone['name']} ({backbone['variant']})"
+    backbone, data = report["backbone"], report["data"]
+    title = f"{report['task']}: prompts for a frozen {backbone['variant']}"
     shown_above = ("task", "importance", "rows", "latency_batch", "search", "doubts")
     shown_above += ("looks", "classes")
     details = {k: v for k, v in report.items() if k not in shown_above}
@@ -204,7 +204,13 @@ def html(report: Row) -> str:
     notes = cautions.of(report)
     warned = f"<h2>Before you believe it</h2>{page.bullets(notes)}" if notes else ""
     svgs = [figures.draw(report, width) for width in figures.WIDTHS]
-    body = f"""{page.bullets(verdict(report))}
+    about = (
+        f"{data['train']:,} training, {data['val']:,} validation and {data['test']:,}"
+        f" test pictures of {data['classes']:,} classes, {data['image_size']} px;"
+        f" backbone {backbone['name']}."
+    )
+    body = f"""<p class="soft">{escape(about)}</p>
+{page.bullets(verdict(report))}
 {warned}
 <h2>Results</h2>{tables.html(_table(report))}
 <p class="soft">Accuracies are means over seeds, ± one sample standard deviation, or of

@@ -6,10 +6,11 @@ figure, the groups to show (`rows.summarise`) and the report; it returns False w
 data of its figure are missing.
 """
 
+import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,19 +110,38 @@ def render(
 
     `functions` draw into the empty figure that they get; False drops it.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     figures = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(STYLE)
+    with _style() as empty:
         for name, function in functions.items():
-            figure = Figure((width, 4.1), layout="constrained")
+            figure = empty(width)
             if function(figure):
                 _add_legend(figure)
                 figures[name] = _svg(figure, name if width > 6 else f"{name}-narrow")
     return figures
+
+
+def pixels(function: Callable[[Any], Any]) -> np.ndarray:
+    """A figure as uint8 `[h, w, 3]`, for what shows no SVG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with _style() as empty:
+        figure = empty(WIDTHS[0])
+        function(figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[Callable[[float], Any]]:
+    """Makes empty figures of a width, in one style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(STYLE)
+        yield lambda width: Figure((width, 4.1), layout="constrained")
 
 
 def _add_legend(figure: Any) -> None:
@@ -130,6 +150,8 @@ def _add_legend(figure: Any) -> None:
     for axes in figure.axes:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[text] = handle  # a name of many markers is listed once
+    if not handles:  # an empty one would take its place all the same
+        return
     place, columns = "outside lower center", 4 if len(handles) > 5 else 5
     columns = columns if figure.get_figwidth() > 6 else 2
     figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)

@@ -2,6 +2,7 @@
 """What is looked at rather than read: answers, mistakes, attention to prompts."""
 
 import base64
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -37,6 +38,48 @@ def html(looks: Mapping[str, Any], classes: Sequence[str]) -> str:
     return "".join(parts)
 
 
+def pictures(looks: Mapping[str, Any], classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """The same for TensorBoard, by name: uint8 `[h, w, 3]`; empty without any."""
+    found = {}
+    if looks.get("confusion"):
+        found["confusion"] = figures.pixels(
+            lambda figure: _draw(figure, looks["confusion"], classes)
+        )
+    for name, shown in _sections(looks.get("examples", ())).items():
+        if shown:
+            draw = functools.partial(_draw_examples, examples=shown)
+            found[name.lower().replace(" ", "_")] = figures.pixels(draw)
+    return found
+
+
+def _sections(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {
+        "Most confident mistakes": [e for e in examples if e["label"] != e["answer"]],
+        "Right answers": [e for e in examples if e["label"] == e["answer"]],
+    }
+
+
+def _draw_examples(figure: Any, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Pictures in rows of four, each beside its map of attention."""
+    from PIL import Image
+
+    figure.set_figheight(2.6 * -(-len(examples) // 4))
+    grid = figure.subplots(-(-len(examples) // 4), 8, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    shares = [value for e in examples for value in np.ravel(e["attention"])]
+    ends = (min(shares), max(shares)) if shares else (0.0, 1.0)
+    for (left, right), example in zip(grid.reshape(-1, 2), examples, strict=False):
+        left.imshow(Image.open(io.BytesIO(base64.b64decode(example["picture"]))))
+        chance = f"{100 * example['probability']:.0f} %"
+        said = f"{example['answer']}, {chance}"
+        if example["answer"] != example["label"]:
+            said += f"\nbut is {example['label']}"
+        left.set_title(said, fontsize=8, loc="left")
+        if example["attention"]:
+            right.imshow(example["attention"], "inferno", vmin=ends[0], vmax=ends[1])
+
+
 _CAPTIONS = {
     "confusion": (
         "Confusion matrix",
@@ -70,13 +113,10 @@ def _draw(figure: Any, confusion: Any, classes: Sequence[str]) -> bool:
 
 def _pictures(examples: Sequence[Mapping[str, Any]]) -> str:
     """Cards of pictures: the mistakes, then right answers."""
-    wrong = [e for e in examples if e["label"] != e["answer"]]
-    right = [e for e in examples if e["label"] == e["answer"]]
     shares = [value for e in examples for value in np.ravel(e["attention"])]
     ends = (min(shares), max(shares)) if shares else (0.0, 1.0)
     parts = []
-    sections = {"Most confident mistakes": wrong, "Right answers": right}
-    for heading, shown in sections.items():
+    for heading, shown in _sections(examples).items():
         if shown:
             cards = "".join(_card(example, ends) for example in shown)
             parts.append(f'<h2>{heading}</h2><div class="cards">{cards}</div>')
@@ -96,7 +136,7 @@ def _card(example: Mapping[str, Any], ends: tuple[float, float]) -> str:
     shown = f'<img src="{source}" alt="{label}">'
     if example["attention"]:
         shown += f'<img src="{_map(example["attention"], *ends)}" alt="attention">'
-    chance = f"{100 * example['probability']:.0f} %"
+    chance = f"{100 * example['probability']:.0f}&nbsp;%"
     return (
         f'<figure class="card">{shown}<figcaption>Answer {answer}, {chance}{wrong}'
         "</figcaption></figure>"

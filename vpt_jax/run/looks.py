@@ -22,6 +22,7 @@ from vpt_jax.data import strips
 from vpt_jax.data.tasks import Split
 from vpt_jax.files import workdirs
 from vpt_jax.models.inputs import normalise
+from vpt_jax.report import looks as report_looks
 from vpt_jax.run.stages import Run, Unit, prepared, trained
 
 WRONG, RIGHT = 8, 4  # pictures that are shown
@@ -37,6 +38,7 @@ def look(run: Run, unit: Unit) -> dict[str, Any]:
         found = {"unit": unit.name, **_look(run, unit)}
         if workdirs.writes():
             workdirs.write_record(path, found)
+            run.log.pictures(report_looks.pictures(found, run.task.class_names))
     return {key: value for key, value in found.items() if key != "unit"}
 
 

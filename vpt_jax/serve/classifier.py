@@ -48,6 +48,14 @@ class Classifier:
       header: What the released file says.
       resize: How a picture becomes a square, one of `data.pictures.RULES`.
       recipe, parameters: What `train.predict` takes.
+
+    Example:
+      >>> classifier = load_classifier("mine.safetensors")
+      >>> classifier
+      Classifier(demo/4, 10 classes, 12 prompts, 32 px, crop)
+      >>> labels, probabilities = classifier.predict(np.zeros((32, 32, 3), np.uint8))
+      >>> len(labels), probabilities.shape
+      (1, (1, 10))
     """
 
     def __init__(
@@ -86,7 +94,8 @@ class Classifier:
           ValueError: If one cannot be read; it names the first.
 
         Example:
-          >>> labels, probabilities = classifier.predict(["1.jpg", "2.jpg"])
+          >>> classifier.predict(["1.jpg", "2.jpg"]).probabilities.shape
+          (2, 10)
         """
         found = []
         for _, answer in self.stream(_several(images), batch_size=batch_size):
@@ -215,8 +224,10 @@ def load_classifier(
         is another one, or how to resize is not known.
 
     Example:
-      >>> classifier = load_classifier("out/demo")
-      >>> classifier.predict("picture.png").labels
+      >>> classifier = load_classifier("mine.safetensors")  # or a run: "out/demo"
+      >>> labels, probabilities = classifier.predict(["1.jpg", "2.jpg"])
+      >>> len(labels), probabilities.shape
+      (2, (2, 10))
     """
     file, local = find(path)
     header = checkpoint.load_prompts(file).header

@@ -41,8 +41,9 @@ def export(
       ValueError: If `flatbuffers` is not installed.
 
     Example:
-      >>> export(load_classifier("out/demo"), "demo.stablehlo")
-      >>> program = jax.export.deserialize(open("demo.stablehlo", "rb").read())
+      >>> export(load_classifier("mine.safetensors"), "mine.stablehlo")
+      >>> data = Path("mine.stablehlo").read_bytes()
+      >>> program = jax.export.deserialize(bytearray(data))
       >>> program.call(jnp.zeros((5, 32, 32, 3), jnp.uint8)).shape  # any batch
       (5, 10)
     """

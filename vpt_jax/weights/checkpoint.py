@@ -66,7 +66,13 @@ _CARD = {  # what a model card may say, and of the first four any text
 
 
 class PromptFile(NamedTuple):
-    """What `load_prompts` returns: `prompts`, `head`, and the file's header."""
+    """What `load_prompts` returns: `prompts`, `head`, and the file's header.
+
+    Example:
+      >>> prompts, head, header = load_prompts("mine.safetensors")
+      >>> header["variant"], header["counts"]
+      ('demo/4', [2, 2, 2, 2, 2, 2])
+    """
 
     prompts: Prompts
     head: Head
@@ -79,7 +85,12 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def backbone_hash(backbone: Any) -> str:
-    """SHA-256 over the names, shapes and float32 values of a backbone's parameters."""
+    """SHA-256 over the names, shapes and float32 values of a backbone's parameters.
+
+    Example:
+      >>> backbone_hash(backbone)[:8]
+      '9fe268c3'
+    """
     digest = hashlib.sha256()
     for name, leaf in sorted(flatten(backbone).items()):
         digest.update(f"{name} {leaf.shape}\n".encode())
@@ -228,6 +239,10 @@ def read_card(path: str | os.PathLike = "") -> dict[str, Any]:
 
     Raises:
       ValueError: If the file, or the `config.json`, cannot be read.
+
+    Example:
+      >>> read_card("")["normalisation"]  # of the package's own
+      'half'
     """
     named = published(path)
     path = named.address if named else path or DEMO_BACKBONE
@@ -305,6 +320,11 @@ def save_prompts(
     Raises:
       ValueError: If prompts, head, model and class names do not fit together, a value
         is not finite, or the normalisation is unknown.
+
+    Example:
+      >>> about = {"model": model, "backbone": backbone, "backbone_name": "demo"}
+      >>> about |= {"normalisation": "half", "class_names": list("0123456789")}
+      >>> save_prompts("new.safetensors", prompts, head, **about)
     """
     check_choice("normalisation", normalisation, tuple(NORMALISATIONS))
     _check_released(prompts, head, model, class_names, deep)
@@ -374,6 +394,11 @@ def load_prompts(path: str | os.PathLike, *, backbone: Any = None) -> PromptFile
     Raises:
       CheckpointError: If the file is damaged, of another kind or version, has values
         that are not finite, or belongs to another backbone (both hashes are shown).
+
+    Example:
+      >>> prompts, head, header = load_prompts("mine.safetensors", backbone=backbone)
+      >>> counts(prompts), header["normalisation"]
+      ((2, 2, 2, 2, 2, 2), 'half')
     """
     path = file_of(path)
     arrays, metadata = read_arrays(path)

@@ -55,7 +55,15 @@ _SAFETENSORS = {
 
 
 class CheckpointError(ValueError):
-    """A file of weights is absent, damaged, or holds what must not be trusted."""
+    """A file of weights is absent, damaged, or holds what must not be trusted.
+
+    Example:
+      >>> try:
+      ...     load_backbone("B/16", "missing.npz")
+      ... except CheckpointError as error:
+      ...     print(error)
+      no such file: missing.npz...
+    """
 
 
 class Lazy(NamedTuple):

@@ -150,7 +150,7 @@ def _download(url: str, to: Path) -> None:
         except ImportError:
             raise PermissionError(
                 f"{error}: it does not exist or is not public; private files need"
-                " pip install 'vpt_jax[remote]' and a login with gcloud"
+                " pip install fsspec gcsfs and a login with gcloud"
             ) from error
 
 
@@ -200,9 +200,10 @@ def _explained(address: str, browser: str, kept_as: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        package = "huggingface_hub" if address.startswith("hf://") else "fsspec"
         raise CheckpointError(
             f"{address} needs a package that is not there ({error}): pip install"
-            f" 'vpt_jax[remote]'; or {by_hand}."
+            f" {package}; or {by_hand}."
         ) from error
     except Exception as error:  # the hub's, the network's and the disk's have no root
         first = "Check the name and the network"

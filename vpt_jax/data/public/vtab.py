@@ -30,7 +30,7 @@ from vpt_jax.files.messages import advised, mismatch
 
 NUM_TRAIN, NUM_VAL = 800, 200
 GROUPS = ("natural", "specialized", "structured", "fgvc")
-INSTALL = "pip install 'vpt_jax[prepare]'"
+INSTALL = "pip install tensorflow h5py opencv-python-headless"
 _WHOLE = "prepare the whole data set"
 
 
