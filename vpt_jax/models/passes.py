@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from vpt_jax.models.encoder import drop, insert
 from vpt_jax.models.foreign import (
     ATTENTION,
     FIRST,
@@ -31,7 +32,6 @@ from vpt_jax.models.foreign import (
     weighted_softmax,
 )
 from vpt_jax.models.inputs import Inputs, check_prompts
-from vpt_jax.models.encoder import drop, insert
 
 BLOCK = r"encoderblock_(\d+)"
 """How vit_jax, big_vision and scenic name their encoder blocks."""
