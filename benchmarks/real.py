@@ -7,7 +7,8 @@ python benchmarks/real.py --out=out/real --sets PETS FLOWERS --seeds 0 1 2 \
 Every run is `python -m vpt_jax.main --config=configs/folder.py:SET` with default
 settings but for more ratios and scopes; beside it one with the recipe of the VPT
 reference. Interrupt it whenever you like: runs go on where they stopped, and `--table`
-prints what is done. Nothing is chosen on test.
+prints what is done; `--json=docs/real.json` writes the accuracies that README's picture
+shows (docs/make_picture.py). Nothing is chosen on test.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=0)
     parser.add_argument("--set", nargs=2, action="append", default=[], dest="keys")
     parser.add_argument("--table", action="store_true", help="print what is done")
+    parser.add_argument("--json", type=Path, help="write accuracies of all seeds")
     return parser.parse_args()
 
 
@@ -111,6 +113,19 @@ def _line(about: str, group: Any, report: Any, tuned: dict[int, Any]) -> str:
     return f"| {about} | {names.label(group, default)} | {count} | {accuracy} | {gap} |"
 
 
+def accuracies(out: Path) -> dict[str, dict[str, list[float]]]:
+    """Test accuracies in per cent, by backbone and set, and model; one per seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(out.glob("*/report.json")):
+        report = json.loads(path.read_bytes())
+        models: dict[str, list[float]] = {}
+        for row in report["rows"]:
+            name = names.label(row, names.default_score(report))
+            models.setdefault(name, []).append(round(100 * row["test_accuracy"], 2))
+        found[f"{report['backbone']['variant']}, {report['task']}"] = models
+    return found
+
+
 def main() -> None:
     args = parse()
     for workdir, flags in () if args.table else runs(args):
@@ -121,6 +136,9 @@ def main() -> None:
         code = subprocess.run(command).returncode
         if code:
             sys.exit(code)
+    if args.json:
+        text = json.dumps(accuracies(args.out), indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
     print(table(args.out))
 
 

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_block_runs_as_it_stands(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {}
-    exec(block, names)
+def test_the_python_blocks_run_as_they_stand(capsys):
+    short, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(short, names := {})
+    assert names["features"].shape == (8, 128)
+    exec(block, names := {})
     printed = capsys.readouterr().out
     assert sum(map(int, re.findall(r"\d+", printed))) == 18  # 30 % of 6 x 10
     assert names["loss"] > 0
