@@ -285,7 +285,8 @@ def keep_mask(
             " for 30 %, and static under jit."
         )
     largest = sum(sizes) if scope == "global" else max(sizes)
-    if keep is not None and not 1 <= checks.check_integer("keep", keep, 0) <= largest:
+    keep = keep if keep is None else checks.check_integer("keep", keep, 0)
+    if keep is not None and not 1 <= keep <= largest:
         raise ValueError(f"keep is {keep}; it must be in 1..{largest} ({scope} scope).")
 
     def top(s: jax.Array) -> jax.Array:
