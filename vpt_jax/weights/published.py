@@ -120,7 +120,8 @@ def published(name: str | os.PathLike) -> Published | None:
         return row
     whole = text if "/" in text else f"timm/{text}" if _TIMM.fullmatch(text) else ""
     address = _hub(whole)
-    if not _NAME.fullmatch(whole) or known_backbone(address) is None:
+    a_file = text.lower().endswith(_ENDS)  # that is not there
+    if a_file or not _NAME.fullmatch(whole) or known_backbone(address) is None:
         return None
     return Published(text, "", address)
 
