@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 SHOWN = 10  # lines of the table, where all are written to a file
 _SAY_S = 25.0  # between lines of progress where there is no terminal
@@ -188,7 +188,7 @@ class _Progress:
         self._done = 0
         self.begin()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Progress":
         if not self._live:
             threading.Thread(target=self._remind, daemon=True).start()
         return self
