@@ -119,7 +119,7 @@ def attention_that_loses(factors, call, args, kwargs, context):
     module = context.module
     if not isinstance(module, Attention) or context.method_name != "__call__":
         return call(*args, **kwargs)
-    queries, x, extra, _ = args
+    queries, x, extra, *_ = args
     factor = factors.pop(0)  # [b, n]
     if extra is None:
         return call(*args, **kwargs)
