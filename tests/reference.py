@@ -49,7 +49,7 @@ ACTIVATIONS = {
 }
 
 
-def mlp(x, p, activation):
+def mlp(x, p, activation="gelu"):
     x = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
     hidden = p["Dense_1"]["kernel"].shape[0]
     if x.shape[-1] == 2 * hidden:  # SwiGLU
