@@ -83,5 +83,7 @@ def test_the_example_of_a_public_name_is_right(name, names, folder, monkeypatch)
     own, *methods = finder.find(getattr(vpt_jax, name), name, globs=dict(names))
     assert own.examples, f"{name} has no example"
     for found in (own, *methods):
-        doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(found, out=said.append)
+        doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(
+            found, out=said.append
+        )
     assert not said, "".join(said)

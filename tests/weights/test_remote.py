@@ -128,7 +128,9 @@ def test_private_buckets(tmp_path, monkeypatch):
 
     monkeypatch.setattr(remote, "_download_public", denied)
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(CheckpointError, match=r"403.*is not public.*pip install fsspec"):
+    with pytest.raises(
+        CheckpointError, match=r"403.*is not public.*pip install fsspec"
+    ):
         local_path("gs://bucket/x.npz")
     monkeypatch.setattr(
         remote, "_download_fsspec", lambda url, to: to.write_text(f"{url} by fsspec")
