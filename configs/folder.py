@@ -27,7 +27,7 @@ shows that all works, not how well. Its normalisation and most others' are known
 docs/backbones.md.
 
 The rate, and the epochs for so many pictures, are chosen by training on train and
-looking at val, for 1.3 times the price of one full training.
+looking at val, for 1.8 times the price of one full training.
 `--config.tune.base_lr=0.03` skips that; `--config.search.rates` tries others.
 
 What is not set here has its default from vpt_jax/run/config.py; any key can be set on

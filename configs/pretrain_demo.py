@@ -17,6 +17,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"unknown argument {arg!r}; use none, or 'smoke'.")
     c = ConfigDict()
     c.data = "cifar10_jpeg.zip"
+    c.teacher = ""  # a file of weights, such as DINOv2-S/14
+    c.teacher_variant, c.teacher_side = "S/14", 56
     c.variant = "demo/4"
     c.seed = 0
     c.stages = ((16, 20), (24, 8), (32, 7))  # (picture side in px, epochs)

@@ -4,8 +4,9 @@ r"""Trains the small demo backbone from scratch.
 python -m scripts.pretrain --config=configs/pretrain_demo.py --workdir=out/pretrain \
     --config.data=cifar10_jpeg.zip
 
-Supervised, AdamW, cosine, crop and flip, label smoothing, the picture side growing in
-stages. Saves a checkpoint per epoch and continues from the newest one; at the end it
+AdamW, cosine, crop and flip, label smoothing, the picture side growing in stages. With
+`--config.teacher=FILE` (DINOv2-S/14) the backbone learns to predict the teacher's
+features of every picture, and labels train the head alone. Saves a checkpoint per epoch and continues from the newest one; at the end it
 writes `backbone.safetensors` (float16) and `model_card.json` into the workdir.
 """
 
@@ -24,12 +25,12 @@ import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
 
-from vpt_jax.files import cli, preemption, states, workdirs
+from vpt_jax.files import cli, durable, preemption, states, workdirs
 from vpt_jax.models.inputs import normalise
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import apply_head, init_head
-from vpt_jax.weights.checkpoint import backbone_hash, save_backbone
+from vpt_jax.weights.checkpoint import backbone_hash, load_backbone, save_backbone
 
 
 class State(NamedTuple):
@@ -87,6 +88,31 @@ def read_zip(path: str | Path, split: str) -> tuple[np.ndarray, np.ndarray, list
     return np.stack(images), labels, classes
 
 
+def teacher_features(config: Any, images: np.ndarray, path: Path) -> np.ndarray:
+    """Features of the teacher, `[n, d]` float16, each of mean 0 and deviation 1.
+
+    They are computed once and kept at `path`: minutes.
+    """
+    if path.is_file():
+        return np.load(path)
+    model, params = load_backbone(
+        config.teacher_variant, config.teacher, image_size=config.teacher_side
+    )
+
+    @jax.jit
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+        batch = normalise(resize(images, config.teacher_side), "imagenet")
+        return model.apply({"params": params}, batch)[0]
+
+    found = np.concatenate(
+        [apply(params, images[i : i + 100]) for i in range(0, len(images), 100)]
+    )
+    found = ((found - found.mean(0)) / found.std(0)).astype(np.float16)
+    with durable.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, found)
+    return found
+
+
 def optimiser(config: Any, steps_per_epoch: int) -> optax.GradientTransformation:
     """AdamW, warm-up and cosine, clipped gradients; vectors do not decay."""
     epochs = sum(n for _, n in config.stages)
@@ -111,13 +137,17 @@ def train_steps(
     state: State,
     images: jax.Array,
     labels: jax.Array,
+    targets: jax.Array | None,
     order: jax.Array,
     *,
     model: ViT,
     tx: optax.GradientTransformation,
     config: Any,
 ) -> tuple[State, jax.Array]:
-    """Runs `order.shape[0]` steps on batches `order [steps, b]`; mean loss."""
+    """Runs `order.shape[0]` steps on batches `order [steps, b]`; mean loss.
+
+    `targets [n, d]` are a teacher's features of the pictures, if there is one.
+    """
 
     def step(state: State, index: jax.Array) -> tuple[State, jax.Array]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -126,11 +156,16 @@ def train_steps(
 
         def loss_fn(params: Any) -> jax.Array:
             features, _ = model.apply({"params": params["backbone"]}, batch)
+            distance = 0.0
+            if targets is not None:
+                error = apply_head(params["teacher"], features) - targets[index]
+                distance = jnp.square(error).mean()
+                features = jax.lax.stop_gradient(features)
             logits = apply_head(params["head"], features)
             target = optax.smooth_labels(
                 jax.nn.one_hot(labels[index], logits.shape[-1]), config.label_smoothing
             )
-            return optax.softmax_cross_entropy(logits, target).mean()
+            return distance + optax.softmax_cross_entropy(logits, target).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -191,6 +226,9 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
     sides = [side for side, epochs in config.stages for _ in range(epochs)]
     models = {s: ViT(config.variant, image_size=s) for s in sides}
     keys = jax.random.split(jax.random.key(config.seed))
+    targets = None
+    if config.teacher:
+        targets = teacher_features(config, train[0], workdir / "teacher.npy")
 
     def fresh(side: int) -> State:
         model = models[side]
@@ -199,6 +237,9 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
             "backbone": backbone,
             "head": init_head(keys[1], model.width, len(classes)),
         }
+        if targets is not None:
+            key = jax.random.fold_in(keys[1], 1)
+            params["teacher"] = init_head(key, model.width, targets.shape[1])
         return State(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     done, state = 0, jax.jit(fresh, static_argnums=0)(sides[0])
@@ -225,7 +266,14 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
             for first in range(0, per_epoch, config.steps_per_call):
                 part = order[first : first + config.steps_per_call]
                 state, loss = train_steps(
-                    state, images, labels, part, model=model, tx=tx, config=static
+                    state,
+                    images,
+                    labels,
+                    targets,
+                    part,
+                    model=model,
+                    tx=tx,
+                    config=static,
                 )
                 losses.append(float(loss))
                 if not np.isfinite(losses[-1]):
@@ -263,7 +311,8 @@ def export(
         "data": "CIFAR-10 (JPEG copy): 50,000 training pictures",
         "classes": test[2],
         # As JSON has it; where the zip lay is nobody's business.
-        "recipe": json.loads(config.to_json()) | {"data": Path(config.data).name},
+        "recipe": json.loads(config.to_json())
+        | {name: Path(config[name]).name for name in ("data", "teacher")},
         "test_accuracy": accuracy(params, test, model, config.normalisation),
         "parameters": sum(x.size for x in jax.tree.leaves(half)),
         "hash": backbone_hash(params["backbone"]),
