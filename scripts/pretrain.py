@@ -96,7 +96,10 @@ def teacher_features(config: Any, images: np.ndarray, path: Path) -> np.ndarray:
     if path.is_file():
         return np.load(path)
     model, params = load_backbone(
-        config.teacher_variant, config.teacher, image_size=config.teacher_side
+        config.teacher_variant,
+        config.teacher,
+        image_size=config.teacher_side,
+        resize="bicubic",  # DINOv2's rule for its position table
     )
 
     @jax.jit
