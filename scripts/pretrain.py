@@ -125,7 +125,7 @@ def optimiser(config: Any, steps_per_epoch: int) -> optax.GradientTransformation
         config.warmup_epochs * steps_per_epoch,
         epochs * steps_per_epoch,
     )
-    return optax.chain(
+    one = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
             schedule,
@@ -133,6 +133,11 @@ def optimiser(config: Any, steps_per_epoch: int) -> optax.GradientTransformation
             mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         ),
     )
+    if not config.teacher:
+        return one
+    # Apart, or the head's gradient would shorten the backbone's.
+    own = {"backbone": "backbone", "teacher": "backbone", "head": "head"}
+    return optax.partition({"backbone": one, "head": one}, own)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tx", "config"), donate_argnums=0)
@@ -236,13 +241,15 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
     def fresh(side: int) -> State:
         model = models[side]
         backbone = model.init(keys[0], jnp.zeros((1, side, side, 3)))["params"]
+        init = "zeros" if config.teacher else "reference"
         params = {
             "backbone": backbone,
-            "head": init_head(keys[1], model.width, len(classes)),
+            "head": init_head(keys[1], model.width, len(classes), init=init),
         }
         if targets is not None:
-            key = jax.random.fold_in(keys[1], 1)
-            params["teacher"] = init_head(key, model.width, targets.shape[1])
+            params["teacher"] = init_head(
+                keys[1], model.width, targets.shape[1], init=init
+            )
         return State(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     done, state = 0, jax.jit(fresh, static_argnums=0)(sides[0])

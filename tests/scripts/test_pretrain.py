@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from test_main import load_config
+from conftest import SMALL, load_config
 
 import vpt_jax
 from scripts import pretrain
+from vpt_jax.models.inputs import normalise
+
+DEMO = Path(vpt_jax.__file__).parent / "assets" / "demo_vit.safetensors"
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -53,6 +57,29 @@ def test_pretraining_writes_weights_that_load_and_resumes_exactly(archive, tmp_p
     source = tmp_path / "a" / "checkpoints" / "1"
     shutil.copytree(source, tmp_path / "b" / "checkpoints" / "1")
     assert pretrain.run(smoke(archive), tmp_path / "b")["hash"] == card["hash"]
+
+
+def test_a_teacher_trains_the_backbone_and_labels_the_head_alone(
+    archive, tmp_path, monkeypatch
+):
+    config = smoke(archive)
+    config.teacher, config.teacher_variant = str(DEMO), "demo/4"
+    config.variant, config.stages, config.teacher_side = SMALL, ((32, 2),), 32
+    first = pretrain.run(config, tmp_path / "a")
+    images, labels, classes = pretrain.read_zip(archive, "train")
+    swapped = (images, 1 - labels, classes)
+    monkeypatch.setattr(pretrain, "read_zip", lambda *_: swapped)
+    assert first["hash"] == pretrain.run(config, tmp_path / "b")["hash"]
+    targets = np.load(tmp_path / "a" / "teacher.npy").astype(np.float32)
+    assert targets.shape == (16, 128)
+    np.testing.assert_allclose(targets.mean(0), 0, atol=1e-3)  # float16
+    np.testing.assert_allclose(targets.std(0), 1, atol=1e-3)
+    model, params = vpt_jax.load_backbone("demo/4")
+    features, _ = model.apply(
+        {"params": params}, normalise(jnp.asarray(images), "imagenet")
+    )
+    features = (features - features.mean(0)) / features.std(0)
+    np.testing.assert_allclose(targets, features, atol=4e-3)  # float16, up to 4
 
 
 def test_the_state_is_resized_with_its_moments(archive):
