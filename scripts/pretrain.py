@@ -6,8 +6,9 @@ python -m scripts.pretrain --config=configs/pretrain_demo.py --workdir=out/pretr
 
 AdamW, cosine, crop and flip, label smoothing, the picture side growing in stages. With
 `--config.teacher=FILE` (DINOv2-S/14) the backbone learns to predict the teacher's
-features of every picture, and labels train the head alone. Saves a checkpoint per epoch and continues from the newest one; at the end it
-writes `backbone.safetensors` (float16) and `model_card.json` into the workdir.
+features of every picture, and labels train the head alone. Saves a checkpoint per epoch
+and continues from the newest one; at the end it writes `backbone.safetensors` (float16)
+and `model_card.json` into the workdir.
 """
 
 import contextlib
