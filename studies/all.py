@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""All studies, one illustrated page: each claim, what the numbers say of it, and why.
 
-python -m studies.all --config=configs/demo.py:seeds=3 --workdir=out/studies
+python -m studies.all --config=configs/demo.py:shapes_location,seeds=3 \
+    --workdir=out/studies
 
 Writes `studies.html` and every study's `NAME.json`; a study that is there for the same
 config is not measured again. Verdicts are made by the studies' code from their results.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""What prompts cost at inference, and what condensing them buys.
 
-python -m studies.cost --config=configs/demo.py --workdir=out/studies
+python -m studies.cost --config=configs/demo.py:shapes_location --workdir=out/studies
 
 Each number is there for prompts as tokens of every block (what papers count) and as
 keys and values (what this package computes): multiply-accumulates by formula, XLA's own

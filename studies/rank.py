@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Does attention stay low-rank with prompts, and how does its rank grow?
 
-python -m studies.rank --config=configs/demo.py:seeds=3 --workdir=out/studies
+python -m studies.rank --config=configs/demo.py:shapes_location,seeds=3 \
+    --workdir=out/studies
 
 Every number is the mean, over test pictures, of one picture's own matrix of one layer
 and head. What can be proved about these matrices is in docs/rank_bound.md.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""How should prompts be selected? Over all layers or in each, at once or step by step.
 
-python -m studies.selection --config=configs/demo.py:seeds=3
+python -m studies.selection --config=configs/demo.py:shapes_location,seeds=3
 
 - Global against layer-wise selection, by every score and ratio (the paper: global).
 - Iterative: score, drop a little, tune a little, with as many epochs as one shot.

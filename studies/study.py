@@ -5,7 +5,8 @@ A study is a module of this package with two functions. `run(lab)` measures and 
 a plain result that JSON can hold; `show(result)` makes its section of a page from it
 (sentences, tables, figures, verdicts), so a result can be drawn again.
 
-python -m studies.NAME --config=configs/demo.py:seeds=3 --workdir=out/studies
+python -m studies.NAME --config=configs/demo.py:shapes_location,seeds=3 \
+    --workdir=out/studies
 
 writes `NAME.json` and `NAME.html`. What a study trains it keeps in `trained/`, where
 other studies and a second start find it.

@@ -427,7 +427,11 @@ RECIPE = {
     "finetune": ("adamw", "step", 6, 0, 0.03, 0.0, 32, True),
 }
 STAGES = {
-    "demo": RECIPE,
+    "demo": {
+        "tune": ("adamw", "step", 12, 1.2, 0.01, 0.0, 32, True),
+        "linear": RECIPE["linear"],
+        "finetune": ("adamw", "step", 6, 0, 0.01, 0.0, 32, True),
+    },
     "folder": RECIPE,
     "vtab": {
         "tune": ("sgd", "epoch", 100, 10, 0.05, 0.0, 128, True),
@@ -442,7 +446,7 @@ STAGES["fgvc"] = {
     "finetune": ("sgd", "epoch", 20, 0, 0.01, 0.0, 64, False),
 }
 REST = {  # prompts, variant, side, resize, keep ratios, scopes, eval batch, diverged
-    "demo": (20, "demo/4", 0, "", (0.3, 0.1), ("global", "layer"), 100, "error"),
+    "demo": (10, "demo/4", 0, "", (0.3, 0.1), ("global",), 100, "error"),
     "folder": (10, "demo/4", 0, "", (0.3, 0.1), ("global",), 64, "error"),
 }
 VPT = (224, "corner", (0.5, 0.3, 0.2, 0.1), ("global",), 64, "last_finite")
