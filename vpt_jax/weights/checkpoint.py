@@ -183,6 +183,7 @@ def load_backbone(
             f"{names_of(variant)}."
         )
     if not local_path(path, beside=NAMES).exists():
+        refuse_name(os.fspath(path))  # of the hub
         raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
     given = {"readout": readout, "norm": norm, "resize": resize}
     given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}

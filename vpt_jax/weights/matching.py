@@ -57,7 +57,8 @@ def match_vit(
         posemb = "rotary"
     if found:
         pooled = norm == "after" and readout != "cls"
-        refuse_structures(shapes, path, pooled=pooled, rotary=posemb == "rotary")
+        names = [*shapes, *named.skipped]
+        refuse_structures(names, path, pooled=pooled, rotary=posemb == "rotary")
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (width"
@@ -122,7 +123,8 @@ def infer(named: Named, path: Any, num_heads: int | tuple[int, ...]) -> ViT | Sw
     swins, variant = named.kind == "swin", variant_of(named)
     rotary = not swins and is_rotary(named)
     if not swins:
-        refuse_structures(named.shapes, path, pooled=True, rotary=rotary)
+        names = [*named.shapes, *named.skipped]
+        refuse_structures(names, path, pooled=True, rotary=rotary)
     found = sizes_of(named)
     if variant:
         return Swin(variant) if swins else ViT(f"{variant}/{found['patch']}")
