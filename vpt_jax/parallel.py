@@ -212,8 +212,8 @@ def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     if shape[axis] % num:
         raise ValueError(
             f"{name} has shape {tuple(shape)}; its axis {axis} cannot be split over"
-            f" {num} devices. Make the mesh's {MODEL!r} axis a divisor of"
-            f" {shape[axis]}."
+            f" {num} devices. Make the mesh's {MODEL!r} axis (config.backbone.share) a"
+            f" divisor of {shape[axis]}."
         )
     return NamedSharding(mesh, P(*[None] * axis, MODEL))
 
