@@ -53,11 +53,11 @@ def what_a_module_has(request):
     costs = name in ("test_speed", "test_parallel")
     jax.config.update("jax_disable_most_optimizations", not costs)
     with pytest.MonkeyPatch.context() as patch:
-        parallel.all_devices.cache_clear()
+        parallel._mesh.cache_clear()
         if name != "test_parallel":
             patch.setattr(jax, "device_count", lambda: 1)
         yield
-    parallel.all_devices.cache_clear()
+    parallel._mesh.cache_clear()
     jax.clear_caches()
 
 

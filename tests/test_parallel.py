@@ -14,6 +14,9 @@ import vpt_jax
 from vpt_jax import parallel, train
 from vpt_jax.data import strips
 from vpt_jax.run import probe
+from vpt_jax.run.config import BackboneConfig
+from vpt_jax.run.experiment import load_model
+from vpt_jax.weights.checkpoint import save_backbone
 
 NUM = (3, 4)
 KEY = jax.random.key(3)
@@ -67,11 +70,11 @@ def small():
 # --- the stages -----------------------------------------------------------------------
 
 
-def trained(model, backbone, mesh):
+def trained(model, backbone, mesh, put=parallel.put_whole):
     """Two epochs, answers and features: 21 pictures in batches of 6."""
     trainable, images, labels = problem(model)
     recipe = train.Recipe(dropout=0.3)
-    backbone = parallel.put_whole(backbone, mesh)
+    backbone = put(backbone, mesh)
     resident = strips.put(images, mesh)
     settings = {"model": model, "batch_size": 6}
     with parallel.everywhere(lambda: mesh):
@@ -282,9 +285,16 @@ def test_a_split_backbone_computes_the_same(swiglu):
     assert kernel.addressable_shards[0].data.shape == (16, 1, 4)
 
 
-def test_a_giant_is_never_whole_on_a_device():
-    """ViT-g by shapes alone: what a device holds, and what it would hold whole."""
-    model = vpt_jax.ViT("g/14")
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("g/14", {}),
+        ("7B/16", {"posemb": "rotary", "registers": 4, "layer_scale": True}),
+    ],
+)
+def test_a_giant_is_never_whole_on_a_device(variant, options):
+    """By shapes alone: what a device holds, and what it would hold whole."""
+    model = vpt_jax.ViT(variant, **options)
     shape = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     backbone = jax.eval_shape(model.init, KEY, shape)["params"]
     shardings = parallel.backbone_shardings(parallel.all_devices(8), backbone)
@@ -292,6 +302,32 @@ def test_a_giant_is_never_whole_on_a_device():
     is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
     held = sum(np.prod(shape) for shape in jax.tree.leaves(parts, **is_shape))
     assert held < 0.13 * sum(x.size for x in jax.tree.leaves(backbone))
+
+
+def test_the_command_shares_a_backbone_between_devices(small, alone, tmp_path):
+    """`--config.backbone.share=2`: loaded in parts, trained on the same mesh."""
+    file = tmp_path / "mine.safetensors"
+    save_backbone(file, small[1], {"normalisation": "half", "num_heads": 2})
+    settings = {"variant": str(file), "num_heads": 2}
+    try:
+        loaded = load_model(BackboneConfig(**settings, share=2))
+        mesh = parallel.all_devices()
+    finally:
+        whole = load_model(BackboneConfig(**settings))
+    assert dict(mesh.shape) == {"batch": 4, "model": 2}
+    assert dict(parallel.all_devices().shape) == {"batch": 8}
+    assert whole.info == loaded.info
+    jax.tree.map(np.testing.assert_array_equal, loaded.backbone, small[1])
+    shardings = parallel.backbone_shardings(mesh, small[1])
+    got = [x.sharding for x in jax.tree.leaves(loaded.backbone)]
+    assert got == jax.tree.leaves(shardings)
+    exact, close = trained(small[0], loaded.backbone, mesh, put=lambda tree, _: tree)
+    jax.tree.map(np.testing.assert_array_equal, exact, alone[0][0])
+    assert_close(close, alone[0][1])
+    with pytest.raises(ValueError, match="cannot share the backbone by 3"):
+        load_model(BackboneConfig(**settings, share=3))
+    with pytest.raises(ValueError, match="backbone.share is 0; expected an integer"):
+        BackboneConfig(**settings, share=0)
 
 
 def test_what_cannot_be_split_is_an_error(small):

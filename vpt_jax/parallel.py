@@ -8,6 +8,7 @@ axes, of which arrays carry their shardings, `spread` changes nothing.
 """
 
 import contextlib
+import contextvars
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -35,12 +36,22 @@ _SPLIT = {
 }
 
 
-@functools.cache
-def all_devices(model: int = 1) -> Mesh | None:
+_SHARE = contextvars.ContextVar("share", default=1)
+
+
+def share(model: int) -> Mesh | None:
+    """Makes `all_devices(model)` the mesh of what runs from here on; returns it."""
+    mesh = all_devices(model)
+    _SHARE.set(model)
+    return mesh
+
+
+def all_devices(model: int = 0) -> Mesh | None:
     """The mesh of all devices of all processes, axes `batch` and, if asked, `model`.
 
     Args:
-      model: Devices that share one copy of the backbone, see `backbone_shardings`.
+      model: Devices that share one copy of the backbone, see `backbone_shardings`; 0 is
+        what `share` said last, else 1.
 
     Returns:
       None where there is one device: nothing is to be split.
@@ -48,6 +59,11 @@ def all_devices(model: int = 1) -> Mesh | None:
     Raises:
       ValueError: If the number of devices is not a multiple of `model`.
     """
+    return _mesh(model or _SHARE.get())
+
+
+@functools.cache
+def _mesh(model: int) -> Mesh | None:
     num = jax.device_count()
     if num % model:
         raise ValueError(
@@ -179,23 +195,34 @@ def backbone_shardings(mesh: Mesh, backbone: Any) -> Any:
     Raises:
       ValueError: If heads or MLP width are not multiples of the axis.
     """
-    num = mesh.shape[MODEL]
 
     def one(path: Any, x: Any) -> NamedSharding:
-        *_, module, name = ("", *(getattr(key, "key", "") for key in path))
-        axis = _SPLIT.get(module, {}).get(name)
-        if axis is None:
-            return NamedSharding(mesh, P())
-        if x.shape[axis] % num:
-            raise ValueError(
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')} has shape"
-                f" {tuple(x.shape)}; its axis {axis} cannot be split over {num}"
-                f" devices. Make the mesh's {MODEL!r} axis a divisor of"
-                f" {x.shape[axis]}."
-            )
-        return NamedSharding(mesh, P(*[None] * axis, MODEL))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return _sharding(mesh, name, x.shape)
 
     return jax.tree_util.tree_map_with_path(one, backbone)
+
+
+def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    num = mesh.shape[MODEL]
+    *_, module, last = ("", *name.split("/"))
+    axis = _SPLIT.get(module, {}).get(last)
+    if axis is None:
+        return NamedSharding(mesh, P())
+    if shape[axis] % num:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}; its axis {axis} cannot be split over"
+            f" {num} devices. Make the mesh's {MODEL!r} axis (config.backbone.share) a"
+            f" divisor of {shape[axis]}."
+        )
+    return NamedSharding(mesh, P(*[None] * axis, MODEL))
+
+
+def put_part(array: Any, name: str, mesh: Mesh | None) -> jax.Array:
+    """A backbone's parameter as `backbone_shardings` has it; None: default device."""
+    if mesh is None:
+        return jnp.asarray(array)
+    return _put(array, _sharding(mesh, name, array.shape))
 
 
 def pad_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:

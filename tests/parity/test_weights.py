@@ -124,10 +124,7 @@ def test_timms_config_says_heads_and_activation(act, tmp_path):
 @pytest.mark.parametrize(
     ("name", "variant", "family"),
     [
-        ("vit_base_patch16_clip_224", "B/16", "CLIP"),
-        ("vit_base_patch16_siglip_224", "B/16", "SigLIP"),
-        ("vit_small_patch16_dinov3", "S/16", "DINOv3"),
-        ("deit_small_distilled_patch16_224", "S/16", "distilled DeiT"),
+        ("vit_pe_core_tiny_patch16_384", "Ti/16", "Perception Encoder"),
         ("beit_base_patch16_224", "B/16", "BEiT"),
         ("vit_small_r26_s32_224", "S/16", "hybrid"),
         ("swinv2_tiny_window8_256", "Swin-T", "Swin V2"),
@@ -151,10 +148,6 @@ def test_timms_other_families(name, variant, family, tmp_path):
 
 SIZES = {**TINY, "num_attention_heads": 4}
 OTHERS = {
-    "CLIPVision": (SIZES, "CLIP"),
-    "SiglipVision": (SIZES, "SigLIP"),
-    "DINOv3ViT": (SIZES, "DINOv3"),
-    "DeiT": (SIZES, "distilled DeiT"),
     "Beit": (SIZES, "BEiT"),
     "Data2VecVision": (SIZES, "Data2Vec"),
     "Swinv2": ({"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4]}, "Swin V2"),

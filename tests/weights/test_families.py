@@ -152,8 +152,10 @@ def test_a_variant_of_another_family_is_named():
         ("vit_small_patch16_rope_224.naver_in1k", "a ViT with rotary positions"),
         ("microsoft/beit-base-patch16-224", "a BEiT"),
     ):
-        with pytest.raises(ValueError, match=rf"is {family}\b.* not supported.*Take "):
-            vpt_jax.load_backbone(name, "weights.safetensors")
+        message = rf"is {family}\b.* not supported.*Take "
+        for args in ((name,), (name, "weights.safetensors"), ("B/16", name)):
+            with pytest.raises(ValueError, match=message):
+                vpt_jax.load_backbone(*args)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 200_000])

@@ -300,6 +300,45 @@ def test_siglip(tmp_path, whose):
         load(tmp_path, arrays, activation="gelu")
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_tips(tmp_path, gated):
+    """The official Linen tree: two class tokens in one array, a grid as a table."""
+    flat = flat_vit(registers=1, swiglu=gated)
+    table = flat["Transformer/posembed_input/pos_embedding"]
+    table[:, 0] = 0  # the class token has no position there
+    tokens = "encoder/ToTokenSequence_0"
+    arrays = {
+        f"{tokens}/cls": np.concatenate([flat["cls"], flat["registers"]], axis=1),
+        f"{tokens}/posembed_input": table[:, 1:].reshape(1, 2, 2, 128),
+    }
+    for name, array in flat.items():
+        if name.startswith("embedding/"):
+            arrays[f"{tokens}/{name}"] = array
+        if name.startswith("Transformer/encoder_norm/"):
+            arrays[name.replace("Transformer", "encoder")] = array
+        if "encoderblock" not in name:
+            continue
+        name = name.replace("Transformer", "encoder/transformer")
+        if gated and "MlpBlock_0" in name:
+            own = name.replace("MlpBlock_0", "FFNSwiGluFused_0")
+            if "Dense_1" in name:
+                arrays[own.replace("Dense_1", "Dense_2")] = array
+                continue
+            first, second = np.split(array, 2, axis=-1)
+            arrays |= {own: first, own.replace("Dense_0", "Dense_1"): second}
+        else:
+            arrays[name] = array
+    file = tmp_path / "tips_v2_b14_vision.npz"
+    np.savez(file, **arrays)
+    model, backbone = vpt_jax.load_backbone(file, num_heads=4)
+    assert (model.registers, model.layer_scale, model.swiglu) == (1, False, gated)
+    assert (model.activation, model.readout) == ("gelu_tanh", "cls")
+    assert_same(backbone, flat)
+    np.savez(file, **arrays | {f"{tokens}/cls": flat["cls"][:, :, :5]})
+    with pytest.raises(vpt_jax.CheckpointError, match=r"/cls has shape \(1, 1, 5\)"):
+        vpt_jax.load_backbone(file, num_heads=4)
+
+
 @pytest.mark.parametrize(("token", "num"), [("dist_token", 1), ("reg_token", 3)])
 @pytest.mark.parametrize("class_token", [True, False])
 def test_registers_with_positions(tmp_path, token, num, class_token):
@@ -592,7 +631,7 @@ dinov3_vits16_pretrain_lvd1689m-08c60483.pth | DINOv3 | imagenet cls 1e-05
 hf://facebook/dinov3-vith16plus-pretrain-lvd1689m/model.safetensors | DINOv3 | cls 1e-05
 vit_small_patch16_dinov3.lvd1689m/model.safetensors | DINOv3 | imagenet cls 1e-05
 vit_7b_patch16_dinov3.sat493m/model.safetensors |  | gelu
-vit_base_patch16_clip_224.openai/model.safetensors | CLIP of OpenAI | clip quick_gelu
+vit_base_patch16_clip_224.openai/open_clip_model.safetensors | CLIP | clip quick_gelu
 vit_base_patch16_clip_224.openai_ft_in1k/model.safetensors |  | gelu
 vit_base_patch16_clip_224.metaclip_400m/model.safetensors |  | quick_gelu
 vit_large_patch14_clip_224.dfn2b_s39b/model.safetensors |  | gelu
@@ -601,6 +640,9 @@ vit_base_patch32_clip_224.laion2b/model.safetensors | OpenCLIP | clip gelu 1e-05
 vit_large_patch14_clip_224.laion2b/model.safetensors |  | gelu
 hf://google/tipsv2-b14/model.safetensors | TIPSv2 | none cls half_pixel_antialias
 vit_base_patch14_reg1_tipsv2.webli/model.safetensors | TIPSv2 | none bicubic_antialias
+gs://tips_data/v2_0/scenic/tips_v2_so14_vision.npz | TIPSv2 | none gelu_tanh
+tips_v2_oss_g14_vision.npz | TIPSv2 (Google's PyTorch | none half_pixel_antialias
+hf://microsoft/swin-tiny-patch4-window7-224/model.safetensors | Swin | Apache-2.0
 """
 
 

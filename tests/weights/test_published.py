@@ -8,6 +8,7 @@ needs a network.
 import errno
 import hashlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -72,11 +73,12 @@ def left(cache):
 
 @pytest.mark.parametrize("variant", sorted(MEGABYTES))
 def test_sizes_are_those_of_the_networks(variant):
-    side = {"14": 518, "8": 224}.get(variant.partition("/")[2], 224)
-    side = 224 if variant == "H/14" else side
+    side = 518 if variant.endswith("/14") and variant != "H/14" else 224
     kind = vpt_jax.Swin if variant.startswith("Swin") else vpt_jax.ViT
-    model = kind(variant, image_size=side)
-    if variant.endswith("/14") and variant != "H/14":
+    model = kind(variant.removesuffix(" map"), image_size=side)
+    if variant.endswith(" map"):
+        model = model.clone(class_token=False, readout="map")
+    if side == 518:
         model = model.clone(layer_scale=True)
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -85,11 +87,28 @@ def test_sizes_are_those_of_the_networks(variant):
 
 
 def test_every_name_has_its_family_and_its_variant():
-    assert {row.variant for row in PUBLISHED.values()} == set(MEGABYTES)
+    rows = PUBLISHED.values()
+    maps = [row for row in rows if row.family.readout == "map"]
+    used = {row.variant for row in rows if row not in maps}
+    assert used | {f"{row.variant} map" for row in maps} == set(MEGABYTES)
+    assert all(row.megabytes in MEGABYTES.values() for row in rows)
     for name, row in PUBLISHED.items():
         assert row.name == name and row.variant in row.family.variants.split()
         assert published(name) == published(name.removeprefix("timm/")) == row
         assert row.family.card()["licence"] == row.family.licence
+
+
+def test_clips_files_have_other_names():
+    """As the repositories' own pages list them: no `model.safetensors`."""
+    for name, file in (
+        ("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
+        ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors"),
+        ("openai/clip-vit-base-patch32", "pytorch_model.bin"),
+        ("timm/vit_base_patch16_clip_224.laion2b", "model.safetensors"),
+    ):
+        row = published(name)
+        assert row is not None and row.address == f"hf://{name}/{file}"
+        assert "CLIP" in row.family.name
 
 
 def test_what_is_no_name_keeps_its_meaning(tmp_path, monkeypatch):
@@ -111,11 +130,16 @@ def test_what_is_no_name_keeps_its_meaning(tmp_path, monkeypatch):
 def test_the_list_is_narrow_plain_and_in_the_docs(capsys):
     assert command.main(["list"]) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert max(map(len, printed)) <= 100 and "\x1b" not in "".join(printed)
+    assert max(map(len, printed)) <= 110 and "\x1b" not in "".join(printed)
     names = [line.split()[0] for line in printed[2 : 2 + len(PUBLISHED)]]
     assert names == list(PUBLISHED)
     docs = Path(__file__).parents[2] / "docs" / "backbones.md"
     assert "\n".join(printed).strip() in docs.read_text(encoding="utf-8")
+    assert command.main(["list", "dinov3-vits16-"]) == 0
+    meta = capsys.readouterr().out
+    assert "DINOv3 (gated)" in meta and "facebook/dinov3-vits16-pretrain" in meta
+    assert command.main(["list", "vit_small_patch16_dinov3"]) == 0
+    assert "DINOv3\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
     assert command.main(["list", "DINO_"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4 + 3
     with pytest.raises(SystemExit):

@@ -13,6 +13,7 @@ from typing import Any, cast
 from vpt_jax.condense import SCOPES
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
+from vpt_jax.files.checks import check_integer
 from vpt_jax.files.messages import shown
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.inputs import NORMALISATIONS
@@ -90,7 +91,7 @@ class BackboneConfig:
     Empty fields take what is known of the checkpoint. The name of a published file is
     replaced by its address and says which variant it is, whatever the config's file has
     for others. `remat` saves memory for time in training, `attention` is the kernel,
-    see `ViT`.
+    see `ViT`. `share` is how many devices hold one copy of the backbone between them.
     """
 
     variant: str
@@ -107,6 +108,7 @@ class BackboneConfig:
     num_heads: int = 0
     activation: str = ""
     epsilon: float = 0.0
+    share: int = 1
 
     def __post_init__(self) -> None:
         if named := published(self.checkpoint):
@@ -128,6 +130,7 @@ class BackboneConfig:
                 f" {shown(self.epsilon)}; expected 0 (the file's own), or a number of"
                 " heads and a small number."
             )
+        check_integer("backbone.share", self.share, 1)
         check_choice("backbone.resize", self.resize, ("", *RESIZES))
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)

@@ -176,11 +176,18 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "epsilon": settings.epsilon,
         "skip": list(settings.skip),
     }
+    mesh, split = parallel.share(settings.share), settings.share > 1
+    if split and jax.process_count() > 1:
+        raise ValueError(
+            f"config.backbone.share is {settings.share} with {jax.process_count()}"
+            " processes; expected one process, whose devices share the backbone."
+        )
     model, backbone = vpt_jax.load_backbone(
         variant or checkpoint,
         checkpoint if variant else "",
         image_size=settings.image_size,
         dtype=jnp.dtype(settings.dtype),
+        mesh=mesh if split else None,
         **load,
     )
     model = model.clone(remat=settings.remat)
@@ -214,7 +221,7 @@ def load_model(settings: configs.BackboneConfig) -> Model:
         "readout": model.readout,
         "load": load | {"dtype": settings.dtype},
     }
-    backbone = parallel.put_whole(backbone, parallel.all_devices())
+    backbone = backbone if split else parallel.put_whole(backbone, mesh)
     return Model(model, backbone, info)
 
 

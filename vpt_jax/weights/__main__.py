@@ -15,29 +15,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vpt_jax.weights.published import MEGABYTES, PUBLISHED, Published
+from vpt_jax.weights.published import PUBLISHED, Published
 
 
 def show(rows: Sequence[Published]) -> None:
-    """Prints the table, in the terminal's columns, or in 100 where it is piped."""
+    """Prints the table, in the terminal's columns, or in 110 where it is piped."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 100
+        console.width = 110
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for name in ("Name", "Variant", "MB", "Normalisation", "Read-out", "Licence"):
         table.add_column(name, justify="right" if name == "MB" else "left")
     for row in rows:
         known = row.family
-        size = str(MEGABYTES[row.variant])
         licence = known.licence
-        if "gated" in licence:
-            licence = f"{licence.split()[0]} (gated)"
+        if "gated" in licence:  # Meta's own
+            meta = row.name.startswith("facebook/")
+            licence = licence.split()[0] + " (gated)" * meta
         facts = known.normalisation, known.readout, licence
-        table.add_row(row.name, row.variant, size, *facts)
+        table.add_row(row.name, row.variant, str(row.megabytes), *facts)
     console.print(table)
     console.print(
-        "\nMB are the network's in float32; a file may hold a head besides. Others of"
-        " these families on\nthe hub load by ORG/NAME, timm's by their name alone.",
+        "\nMB are the network's in float32, to 1 %; a file may hold a head or a model"
+        " of texts besides."
+        "\nOthers of these families on the hub load by ORG/NAME, timm's by their name"
+        " alone.",
         soft_wrap=True,
     )
 

@@ -49,6 +49,7 @@ class Backbone(NamedTuple):
 _SETTINGS = ("readout", "norm", "resize", "num_heads", "activation", "epsilon")
 _META = "https://dl.fbaipublicfiles.com"
 _GOOGLE = "gs://vit_models"
+_TIPS = "gs://tips_data/v2_0/checkpoints"
 _MEAN = "mean_with_prompts"
 
 BACKBONES = (
@@ -199,7 +200,7 @@ BACKBONES = (
         "CLIP of OpenAI (transformers' file)",
         "B/16 B/32 L/14",
         r"clip-vit-(base|large)-patch\d+",
-        "hf://openai/clip-vit-base-patch16/model.safetensors",
+        "hf://openai/clip-vit-base-patch16/pytorch_model.bin",
         "none is stated",
         "clip",
         resize="bicubic",
@@ -210,8 +211,8 @@ BACKBONES = (
         "CLIP of OpenAI (timm's file)",
         "B/16 B/32 L/14",
         r"_clip_(quickgelu_)?\d+\.openai(?!\w)",
-        "hf://timm/vit_base_patch16_clip_224.openai/model.safetensors",
-        "none is stated",
+        "hf://timm/vit_base_patch16_clip_224.openai/open_clip_model.safetensors",
+        "Apache-2.0",
         "clip",
         resize="bicubic_antialias",
         activation="quick_gelu",
@@ -229,10 +230,21 @@ BACKBONES = (
         epsilon=1e-5,
     ),
     Backbone(
-        "TIPSv2 (transformers' file)",
+        "TIPSv2 (Google's Linen file)",
         "B/14 L/14 So400m/14 g/14",
-        r"(^|/)tipsv2-\w+(@[^/]*)?/",
-        "hf://google/tipsv2-b14/model.safetensors",
+        r"(^|/)tips_v2_(b|l|so|g)14_vision\.npz$",
+        f"{_TIPS}/scenic/tips_v2_b14_vision.npz",
+        "CC BY 4.0",
+        "none",
+        resize="half_pixel_antialias",
+        activation="gelu_tanh",
+    ),
+    Backbone(
+        "TIPSv2 (Google's PyTorch file, transformers' file)",
+        "B/14 L/14 So400m/14 g/14",
+        r"(^|/)tipsv2-\w+(@[^/]*)?/|tips_v2_oss_\w+_vision",
+        f"{_TIPS}/pytorch/tips_v2_oss_b14_vision.npz or"
+        " hf://google/tipsv2-b14/model.safetensors",
         "Apache-2.0",
         "none",
         resize="half_pixel_antialias",
@@ -257,9 +269,18 @@ BACKBONES = (
         "imagenet",
     ),
     Backbone(
+        "Swin, ImageNet-21k or -1k (transformers' file)",
+        "Swin-T Swin-S Swin-B Swin-L",
+        r"swin-(tiny|small|base|large)-patch4-window\d+-\d+",
+        "hf://microsoft/swin-base-patch4-window7-224-in22k/model.safetensors",
+        "Apache-2.0",
+        "imagenet",
+        readout=_MEAN,
+    ),
+    Backbone(
         "Swin, ImageNet-21k or -1k (Swin-B in the papers)",
         "Swin-T Swin-S Swin-B Swin-L",
-        r"swin[-_](tiny|small|base|large)[-_]patch4[-_]window\d+[-_]\d+",
+        r"swin_(tiny|small|base|large)_patch4_window\d+_\d+",
         "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
         "swin_base_patch4_window7_224_22k.pth or"
         " hf://timm/swin_base_patch4_window7_224.ms_in22k/model.safetensors",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vpt_jax.files.checks import (
     check_head,
@@ -92,7 +93,7 @@ def backbone_hash(backbone: Any) -> str:
       '9fe268c3'
     """
     digest = hashlib.sha256()
-    for name, leaf in sorted(flatten(backbone).items()):
+    for name, leaf in sorted(named_leaves(backbone).items()):  # one on the host
         digest.update(f"{name} {leaf.shape}\n".encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
     return digest.hexdigest()
@@ -113,6 +114,7 @@ def load_backbone(
     skip: Sequence[str] = (),
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[ViT | Swin, Any]:
     """Loads a pretrained ViT or Swin.
 
@@ -147,6 +149,9 @@ def load_backbone(
         file that are no part of the features.
       dtype: Of the computation.
       param_dtype: Of the loaded parameters.
+      mesh: With an axis `model`, as `parallel.all_devices(model)` makes: each parameter
+        goes to its devices (`parallel.backbone_shardings`) as it is read, so that a
+        backbone is loaded which no device holds whole.
 
     Returns:
       The model and its parameters.
@@ -178,6 +183,7 @@ def load_backbone(
             f"{names_of(variant)}."
         )
     if not local_path(path, beside=NAMES).exists():
+        refuse_name(os.fspath(path))  # of the hub
         raise CheckpointError(f"no such file: {path}. {where_to_get(variant, path)}.")
     given = {"readout": readout, "norm": norm, "resize": resize}
     given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
@@ -204,7 +210,7 @@ def load_backbone(
             model = _with_facts(model, told, path)
             read = {name: told.get(name, "") for name in ("readout", "norm")}
             model = match_vit(model, named, path, **read, posemb=posemb)
-        tree = parameters(named, model, path, skip, param_dtype)
+        tree = parameters(named, model, path, skip, param_dtype, mesh)
         ask(model, named, card, given, path)
         networks = file.metadata.get("networks", "")
     resized = bool(image_size and image_size != model.image_size)

@@ -230,8 +230,8 @@ PERCEPTION = tuple(
     )
     for has, lacks, called in (
         (
-            r"(?s)(^cls$|^registers$|input_norm/).*MAPHead_0/"
-            r"|MAPHead_0/.*(^cls$|^registers$|input_norm/)",
+            r"(?s)(^cls$|^registers$|input_norm/).*(MAPHead_0/|attn_pool\.)"
+            r"|(MAPHead_0/|attn_pool\.).*(^cls$|^registers$|input_norm/)",
             "",
             r"(^|[-_/])pe[-_](core|lang|spatial)",
         ),
@@ -269,7 +269,7 @@ def refuse_structures(
     """Raises if a ViT, in our names, lacks what every plain ViT has.
 
     Args:
-      names: Our names.
+      names: Our names, and the file's own of what `skip` leaves alone.
       path: For the message.
       pooled: The read-out has a norm of its own, so the file needs none.
       rotary: It is a DINOv3, of which no bias of queries, keys and values is needed.

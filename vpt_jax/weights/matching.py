@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpt_jax import parallel
 from vpt_jax.models.posemb import grid_side
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
@@ -56,7 +57,8 @@ def match_vit(
         posemb = "rotary"
     if found:
         pooled = norm == "after" and readout != "cls"
-        refuse_structures(shapes, path, pooled=pooled, rotary=posemb == "rotary")
+        names = [*shapes, *named.skipped]
+        refuse_structures(names, path, pooled=pooled, rotary=posemb == "rotary")
     if not found or any(size != getattr(wanted, n) for n, size in found.items()):
         raise CheckpointError(
             f"{path} holds {describe(named)}, not {wanted.variant!r} (width"
@@ -121,7 +123,8 @@ def infer(named: Named, path: Any, num_heads: int | tuple[int, ...]) -> ViT | Sw
     swins, variant = named.kind == "swin", variant_of(named)
     rotary = not swins and is_rotary(named)
     if not swins:
-        refuse_structures(named.shapes, path, pooled=True, rotary=rotary)
+        names = [*named.shapes, *named.skipped]
+        refuse_structures(names, path, pooled=True, rotary=rotary)
     found = sizes_of(named)
     if variant:
         return Swin(variant) if swins else ViT(f"{variant}/{found['patch']}")
@@ -145,9 +148,14 @@ def infer(named: Named, path: Any, num_heads: int | tuple[int, ...]) -> ViT | Sw
 
 
 def parameters(
-    named: Named, model: Any, path: Any, skip: Sequence[str], param_dtype: Any
+    named: Named,
+    model: Any,
+    path: Any,
+    skip: Sequence[str],
+    param_dtype: Any,
+    mesh: Any = None,
 ) -> dict[str, Any]:
-    """The model's parameters, read one array after the other.
+    """The model's parameters, read one array after the other, each put on the mesh.
 
     Raises CheckpointError if names and shapes are not exactly the model's, but for what
     `skip` names; or a value is NaN or infinite.
@@ -186,13 +194,14 @@ def parameters(
                 array = np.delete(array, slice(first, last), axis=1)
             if name.endswith(_BIAS_TABLE):
                 array = _centre(array, expected[name][0])
-            flat[name] = jnp.asarray(
-                finite(array.reshape(expected[name]), entry.source, path, param_dtype),
-                param_dtype,
+            array = finite(
+                array.reshape(expected[name]), entry.source, path, param_dtype
             )
+            flat[name] = parallel.put_part(array, name, mesh)
     if missing := sorted(set(expected) - set(flat)):
         first = jax.jit(lambda: {n: _init(model)[n] for n in missing})()
-        flat |= {n: x.astype(param_dtype) for n, x in first.items()}
+        for name, x in first.items():
+            flat[name] = parallel.put_part(x.astype(param_dtype), name, mesh)
     if not isinstance(rows, int):
         flat["registers"] = flat["registers"] + jnp.asarray(rows, param_dtype)
     return unflatten(flat)

@@ -5,10 +5,13 @@
 AugReg, big_vision, SigLIP), those of timm and the original PyTorch code (ViT, DeiT,
 MAE, MoCo v3, DINO, DINOv2, DINOv3, CLIP, SigLIP, TIPSv2, Swin), of OpenAI's and
 OpenCLIP's CLIP, transformers (`ViTModel`, `DeiTModel`, `Dinov2Model`, `DINOv3ViTModel`,
-`CLIPVisionModel`, `SiglipVisionModel`, `Tipsv2VisionModel`, `SwinModel`) and VPT's ViT.
+`CLIPVisionModel`, `SiglipVisionModel`, `Tipsv2VisionModel`, `SwinModel`), TIPS' Linen
+encoder and VPT's ViT.
 """
 
 import collections
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +29,8 @@ MAX_DEPTH = 1000  # what a stacked encoder's first axis may claim
 
 # The patch embedding is in every network once; what stands before it is the prefix.
 _ANCHOR = re.compile(
-    r"(?P<prefix>(?:.*[./])?)(?:embedding/kernel|patch_embed/kernel"
+    r"(?P<prefix>(?:.*?[./])??)(?:(?:ToTokenSequence_0/)?embedding/kernel"
+    r"|patch_embed/kernel"
     r"|patch_embed\.proj\.weight"
     r"|embeddings\.patch_embeddings?\.(?:projection\.)?weight|conv1\.weight)"
 )
@@ -156,6 +160,16 @@ _PRE_LINEN = (
     ("LayerNorm_2/", "LayerNorm_1/"),
     ("MlpBlock_3/", "MlpBlock_0/"),
 )
+# Of TIPS' official Linen encoder, with class token and register in one array.
+_TIPS = (
+    ("ToTokenSequence_0/posembed_input", POSITIONS),
+    ("ToTokenSequence_0/", ""),
+    ("encoder_norm/", f"{FINAL_NORM}/"),
+    ("transformer/", "Transformer/"),
+    ("FFNSwiGluFused_0/Dense_0/", "MlpBlock_0/gate/"),
+    ("FFNSwiGluFused_0/Dense_1/", "MlpBlock_0/Dense_0/"),
+    ("FFNSwiGluFused_0/Dense_2/", "MlpBlock_0/Dense_1/"),
+)
 
 
 class Entry(NamedTuple):
@@ -222,6 +236,8 @@ def read_names(arrays: Mapping[str, Lazy], path: Any, skip: Sequence[str]) -> Na
         kind, translate = "swin", _flax_entry
     elif "embedding/kernel" in inside:
         kind, translate = "vit", _flax_entry
+    elif "ToTokenSequence_0/embedding/kernel" in inside:
+        kind, translate = "vit", _tips_entry
     elif any(_SWIN_BLOCK.fullmatch(n) for n in inside):
         kind, translate = "swin", _swin_names(inside)
     else:
@@ -324,6 +340,16 @@ def _flax_entry(name: str, lazy: Lazy) -> list[Entry] | None:
     return _changed((name,), "same", lazy)
 
 
+def _tips_entry(name: str, lazy: Lazy) -> list[Entry] | None:
+    for theirs, ours in _TIPS:
+        name = name.replace(theirs, ours)
+    if name == "cls" and len(lazy.shape) == 3 and lazy.shape[1] == 2:
+        shape = (lazy.shape[0], 1, lazy.shape[2])
+        halves = functools.partial(np.split, indices_or_sections=2, axis=1)
+        return [Entry("", ("cls", "registers"), (shape,) * 2, lazy, halves)]
+    return _changed((name,), "rows" if name == POSITIONS else "same", lazy)
+
+
 def _vit_entry(name: str, lazy: Lazy) -> list[Entry] | None:
     if block := _VIT_BLOCK.fullmatch(name):
         where = f"Transformer/encoderblock_{block['block']}/"
@@ -387,8 +413,10 @@ def _changed(names: tuple[str, ...], change: str, lazy: Lazy) -> list[Entry] | N
             return None
         shape = (shape[0] // num, *shape[1:])[::-1]
         make = lambda x: [part.T for part in np.split(x, num)]  # noqa: E731
-    elif change == "rows":  # without the axis of examples
-        shape = (1,) * (3 - len(shape)) + shape
+    elif change == "rows":  # without the axis of examples, or as a grid
+        if not shape:
+            return None
+        shape = (1, math.prod(shape[:-1]), shape[-1])
         make = lambda x: [x.reshape(shape)]  # noqa: E731
     return [Entry("", names, (shape,) * len(names), lazy, make)]
 

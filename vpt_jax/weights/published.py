@@ -17,7 +17,7 @@ from vpt_jax.weights.backbones import Backbone, known_backbone
 _ENDS = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".json")
 _META = "https://dl.fbaipublicfiles.com"
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L"}
-_SIZES |= {"huge": "H", "giant": "g"}
+_SIZES |= {"huge": "H", "giant": "g", "so400m": "So400m"}
 _NAME = re.compile(r"(?P<org>[\w-][\w.-]*)/(?P<name>[\w-][\w.-]*)")
 _TIMM = re.compile(r"\w+_patch\w+\.\w+")  # an architecture and its tag
 # MB of the networks in float32; a file may hold a head besides.
@@ -25,6 +25,10 @@ MEGABYTES = {"Ti/16": 22, "S/8": 87, "S/14": 88, "S/16": 87, "S/32": 90}
 MEGABYTES |= {"B/8": 343, "B/14": 346, "B/16": 343, "B/32": 350, "L/14": 1217}
 MEGABYTES |= {"L/16": 1213, "L/32": 1222, "H/14": 2523, "g/14": 4546}
 MEGABYTES |= {"Swin-T": 110, "Swin-S": 195, "Swin-B": 347, "Swin-L": 780}
+MEGABYTES |= {"S+/16": 115, "H+/16": 3363, "7B/16": 26866, "So400m/14": 1654}
+# With SigLIP's pooling.
+MEGABYTES |= {"B/16 map": 372, "B/32 map": 378, "L/16 map": 1264}
+MEGABYTES |= {"So400m/14 map": 1711, "So400m/16 map": 1712}
 
 
 class Published(NamedTuple):
@@ -40,6 +44,12 @@ class Published(NamedTuple):
         row = known_backbone(self.address)
         assert row is not None
         return row
+
+    @property
+    def megabytes(self) -> int:
+        """Of the network in float32."""
+        pooled = f"{self.variant} map"
+        return MEGABYTES[pooled if self.family.readout == "map" else self.variant]
 
 
 def _rows() -> Iterator[tuple[str, str, str]]:
@@ -57,8 +67,10 @@ def _rows() -> Iterator[tuple[str, str, str]]:
     for size, patch in (("base", 16), ("base", 32), ("large", 16), ("large", 32)):
         variant = f"{_SIZES[size]}/{patch}"
         yield f"google/vit-{size}-patch{patch}-224-in21k", variant, ""
-    for size in ("tiny", "small", "base"):
-        yield f"deit_{size}_patch16_224.fb_in1k", f"{_SIZES[size]}/16", ""
+    for distilled in ("", "_distilled"):
+        for size in ("tiny", "small", "base"):
+            name = f"deit_{size}{distilled}_patch16_224.fb_in1k"
+            yield name, f"{_SIZES[size]}/16", ""
     for size, patch in (("base", 16), ("large", 16), ("huge", 14)):
         variant = f"{_SIZES[size]}/{patch}"
         file = f"mae_pretrain_vit_{size}"
@@ -82,14 +94,54 @@ def _rows() -> Iterator[tuple[str, str, str]]:
             yield f"vit_{size}_patch{patch}_224.dino", variant, ""
             address = f"{_META}/dino/{file}/{file}.pth"
             yield f"dino_vit{size[0]}{patch}", variant, address
+    yield from _of_2026()
     for size in ("tiny", "small", "base", "large"):
         name = f"swin_{size}_patch4_window7_224.ms_in22k"
         yield name, f"Swin-{_SIZES[size][0]}", ""
+    yield "microsoft/swin-tiny-patch4-window7-224", "Swin-T", ""
+    yield "microsoft/swin-base-patch4-window7-224-in22k", "Swin-B", ""
+
+
+def _of_2026() -> Iterator[tuple[str, str, str]]:
+    """SigLIP, DINOv3, CLIP, TIPSv2, as `_rows`."""
+    sides = ("base", 16, 224), ("base", 32, 256), ("large", 16, 256)
+    for size, patch, side in (*sides, ("so400m", 14, 224), ("so400m", 16, 256)):
+        variant = f"{_SIZES[size]}/{patch}"
+        yield f"vit_{size}_patch{patch}_siglip_{side}.v2_webli", variant, ""
+        yield f"google/siglip2-{size}-patch{patch}-{side}", variant, ""
+    yield "vit_base_patch16_siglip_224.webli", "B/16", ""
+    yield "google/siglip-base-patch16-224", "B/16", ""
+    file = "siglip2_b16_224"
+    yield file, "B/16", f"gs://big_vision/siglip2/{file}.npz"
+    for size in ("small", "small_plus", "base", "large", "huge_plus"):
+        letter, plus = size[0], "plus" * ("_" in size)
+        variant = f"{letter.upper()}{'+' * bool(plus)}/16"
+        yield f"vit_{size}_patch16_dinov3.lvd1689m", variant, ""
+        yield f"facebook/dinov3-vit{letter}16{plus}-pretrain-lvd1689m", variant, ""
+    yield "vit_7b_patch16_dinov3.lvd1689m", "7B/16", ""
+    for size, patch in (("base", 16), ("base", 32), ("large", 14)):
+        variant = f"{_SIZES[size]}/{patch}"
+        yield f"vit_{size}_patch{patch}_clip_224.openai", variant, ""
+        yield f"openai/clip-vit-{size}-patch{patch}", variant, ""
+    for size, patch in (("base", 16), ("base", 32), ("huge", 14)):
+        variant = f"{_SIZES[size]}/{patch}"
+        yield f"vit_{size}_patch{patch}_clip_224.laion2b", variant, ""
+    for size, code in (("base", "b"), ("large", "l"), ("so400m", "so"), ("giant", "g")):
+        variant, file = f"{_SIZES[size]}/14", f"tips_v2_{code}14_vision"
+        hub = "so400m" if code == "so" else code
+        yield f"vit_{size}_patch14_reg1_tipsv2.webli", variant, ""
+        yield f"google/tipsv2-{hub}14", variant, ""
+        yield file, variant, f"gs://tips_data/v2_0/checkpoints/scenic/{file}.npz"
 
 
 def _hub(name: str) -> str:
     """The address of a repository's file; without a slash the name is timm's."""
-    return f"hf://{name if '/' in name else f'timm/{name}'}/model.safetensors"
+    whole, file = name if "/" in name else f"timm/{name}", "model.safetensors"
+    if re.search(r"_clip_\d+\.openai$", whole):
+        file = "open_clip_model.safetensors"
+    if whole.startswith("openai/"):
+        file = "pytorch_model.bin"
+    return f"hf://{whole}/{file}"
 
 
 PUBLISHED = {
