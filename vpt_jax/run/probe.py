@@ -6,7 +6,7 @@ rates; this one is the optimum of a convex problem, found in seconds without a r
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from vpt_jax.models.inputs import normalise
 
 DECAYS = tuple(float(f"{10.0**-e:.3g}") for e in np.arange(-1.0, 5.1, 0.5))
 """Decays that are tried, 10 ... 1e-5, of features at unit scale."""
+PATIENCE = 3
+OPTIONS = {"maxiter": 500, "gtol": 1e-4}  # the largest gradient that it ends at
 
 
 class Probe(NamedTuple):
@@ -38,7 +40,7 @@ def fit_probes(
     labels: np.ndarray,
     num_classes: int,
     decays: Sequence[float] = DECAYS,
-) -> list[Probe]:
+) -> Iterator[Probe]:
     """Minimises mean cross entropy plus `decay / 2 * sum(kernel**2)`, once per decay.
 
     The kernel in that sum is of features that were centred and divided by
@@ -51,11 +53,11 @@ def fit_probes(
       num_classes: `k`.
       decays: Each above 0.
 
-    Returns:
-      One per decay, the largest first.
+    Yields:
+      One per decay, the largest first, fitted when it is asked for.
 
     Example:
-      >>> probes = fit_probes(np.eye(4), np.arange(4), 4, decays=(0.1, 0.01))
+      >>> probes = list(fit_probes(np.eye(4), np.arange(4), 4, decays=(0.1, 0.01)))
       >>> [p.decay for p in probes], np.argmax(probes[0].head["kernel"], 0).tolist()
       ([0.1, 0.01], [0, 1, 2, 3])
     """
@@ -76,22 +78,13 @@ def fit_probes(
         error = (np.exp(log_p) - target) / n
         return loss, np.append(x.T @ error + decay * kernel, error.sum(axis=0))
 
-    flat = np.zeros((d + 1) * num_classes)
-    probes = []
+    flat, given = np.zeros((d + 1) * num_classes), {"method": "L-BFGS-B", "jac": True}
     for decay in sorted(decays, reverse=True):
-        found: Any = minimize(
-            objective,
-            flat,
-            (decay,),
-            method="L-BFGS-B",
-            jac=True,
-            options={"maxiter": 500},
-        )
+        found: Any = minimize(objective, flat, (decay,), options=OPTIONS, **given)
         flat = found.x
         kernel = flat[:-num_classes].reshape(d, num_classes) / scale
         bias = flat[-num_classes:] - mean @ kernel
-        probes.append(Probe({"kernel": kernel, "bias": bias}, decay))
-    return probes
+        yield Probe({"kernel": kernel, "bias": bias}, decay)
 
 
 def accuracy(head: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> float:
@@ -101,11 +94,22 @@ def accuracy(head: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> 
 
 
 def best_probe(
-    probes: Sequence[Probe], features: np.ndarray, labels: np.ndarray
+    probes: Iterable[Probe], features: np.ndarray, labels: np.ndarray
 ) -> Probe:
-    """The probe with the highest accuracy on other features; of equals, more decay."""
-    ordered = sorted(probes, key=lambda p: -p.decay)
-    return max(ordered, key=lambda p: accuracy(p.head, features, labels))
+    """The probe with the highest accuracy on other features; of equals, the first.
+
+    No more are fitted when `PATIENCE` in a row were not better.
+    """
+    probes = iter(probes)
+    best = next(probes)
+    most, worse = accuracy(best.head, features, labels), 0
+    for found in probes:
+        right, worse = accuracy(found.head, features, labels), worse + 1
+        if right > most:
+            best, most, worse = found, right, 0
+        if worse == PATIENCE:
+            break
+    return best
 
 
 @functools.partial(jax.jit, static_argnames=("model", "normalisation"))

@@ -322,9 +322,10 @@ def fit_linear(
     probes = probe.fit_probes(
         features, labels[: len(features)], len(run.task.class_names), decays
     )
-    best = probes[0]
     if val:
         best = probe.best_probe(probes, _features(run, val.images), val.labels)
+    else:
+        best = next(probes)
     head = {k: jnp.asarray(v, jnp.float32) for k, v in best.head.items()}
     seconds = round(time.perf_counter() - start, 3)
     training = {"seconds": seconds, "epochs": 0, "planned_epochs": 0}
