@@ -56,8 +56,7 @@ def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
         raise ValueError(
-            f"another process works on {path.parent}; wait for it to end, or pass"
-            " another --workdir."
+            f"another process works on {path.parent}; wait, or pass another --workdir."
         ) from error
     try:
         yield
@@ -169,17 +168,17 @@ class Log:
 
     def line(self, text: str) -> None:
         """A line for the terminal and the file."""
-        if self._quiet:
-            return
-        if self._echo:
+        if self._echo and not self._quiet:
             self._clear()
             self._say(text)
-        self._write(text)
+        self.note(text)
 
     def note(self, text: str) -> None:
-        """Something long, for the file alone."""
+        """A line, or something long, for the file alone."""
         if not self._quiet:
-            self._write(text)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            with durable.named(self._path):
+                self._file.write(f"{stamp}  {text}\n")
 
     def progress(self, text: str) -> None:
         """Replaces the terminal's progress line; elsewhere a line now and then."""
@@ -187,7 +186,7 @@ class Log:
             return
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+            self._clear(text[:width])
         elif time.perf_counter() - self._spoke > _SPEAKS_EVERY_S:
             self._say(text)
 
@@ -214,7 +213,7 @@ class Log:
             " images/s"
         )
         self.progress(f"{prefix} {text}, {left:.0f} s left")
-        self._write(text)
+        self.note(text)
         from tensorboardX.proto import event_pb2 as proto
         from tensorboardX.summary import scalar
 
@@ -236,11 +235,6 @@ class Log:
             with durable.named(self._folder):
                 self._events.close()
 
-    def _clear(self) -> None:
+    def _clear(self, text: str = "") -> None:
         if sys.stderr.isatty():
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-    def _write(self, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with durable.named(self._path):
-            self._file.write(f"{stamp}  {text}\n")
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)

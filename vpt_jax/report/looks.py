@@ -23,15 +23,13 @@ def html(looks: Mapping[str, Any], classes: Sequence[str]) -> str:
         f" best on val: {right} % right on {where}.</p>"
     ]
     if looks["confused"]:
-        pairs = [
-            f"{label} taken for {answer}: {count}"
-            for label, answer, count in looks["confused"]
-        ]
+        pairs = (
+            f"{label} taken for {answer}: {n}" for label, answer, n in looks["confused"]
+        )
         parts.append(page.bullets([f"Most frequent mistakes: {'; '.join(pairs)}."]))
     if looks["confusion"]:
         functions = {"confusion": lambda f: _draw(f, looks["confusion"], classes)}
-        svgs = [figures.render(functions, width) for width in figures.WIDTHS]
-        parts.append(page.figures(*svgs, captions=_CAPTIONS))
+        parts.append(figures.html(functions, _CAPTIONS))
     if looks["examples"]:
         parts.append(_pictures(looks["examples"]))
     return "".join(parts)
@@ -49,8 +47,7 @@ _CAPTIONS = {
 def _draw(figure: Any, confusion: Any, classes: Sequence[str]) -> bool:
     counts = np.asarray(confusion)
     size = len(counts)
-    width = figure.get_figwidth()
-    figure.set_size_inches(width, min(0.85 * width, 2 + 0.42 * size))
+    figure.set_figheight(min(0.85 * figure.get_figwidth(), 2 + 0.42 * size))
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -70,13 +67,11 @@ def _draw(figure: Any, confusion: Any, classes: Sequence[str]) -> bool:
 
 def _pictures(examples: Sequence[Mapping[str, Any]]) -> str:
     """Cards of pictures: the mistakes, then right answers."""
-    wrong = [e for e in examples if e["label"] != e["answer"]]
-    right = [e for e in examples if e["label"] == e["answer"]]
     shares = [value for e in examples for value in np.ravel(e["attention"])]
     ends = (min(shares), max(shares)) if shares else (0.0, 1.0)
     parts = []
-    sections = {"Most confident mistakes": wrong, "Right answers": right}
-    for heading, shown in sections.items():
+    for heading, wrong in (("Most confident mistakes", True), ("Right answers", False)):
+        shown = [e for e in examples if (e["label"] != e["answer"]) == wrong]
         if shown:
             cards = "".join(_card(example, ends) for example in shown)
             parts.append(f'<h2>{heading}</h2><div class="cards">{cards}</div>')
