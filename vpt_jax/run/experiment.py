@@ -107,7 +107,7 @@ def best(rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
     judged = [row for row in rows if row["val_accuracy"] is not None]
     if not judged:
         tuned = [i for i, row in enumerate(rows) if row["stage"] == "tune"]
-        return (tuned or [0])[0], "all prompts, first seed: no val to choose on"
+        return (tuned or [0])[0], "all prompts, first seed: no validation set"
     top = max(row["val_accuracy"] for row in judged)
     equal = [i for i, row in enumerate(rows) if row["val_accuracy"] == top]
     number = min(equal, key=lambda i: sum(rows[i]["counts"]))
