@@ -92,10 +92,7 @@ def finetuned(
 @parallel.everywhere()
 def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
     """The outcome of prompts and head under a mask."""
-    recipe = train.Recipe(
-        deep=run.config.prompts.deep, normalisation=run.backbone_info["normalisation"]
-    )
-    right = {}
+    right, fixed = {}, stages.fixed_of(run)
     for name, split in (("val", run.task.val), ("test", run.task.test)):
         if split is None:
             raise ValueError(
@@ -105,8 +102,7 @@ def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
         given = trainable, run.backbone, split.images, split.labels
         right[name] = train.answers(
             *given,
-            model=run.model,
-            recipe=recipe,
+            **fixed,
             batch_size=run.config.eval_batch_size,
             prompt_mask=mask,
         )

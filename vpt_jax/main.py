@@ -52,8 +52,7 @@ def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
     """One task."""
     if LAUNCHER.value != "here" or ADDRESS.value or RESOURCES.value:
         raise ValueError(
-            "--launcher, --address and --resources are for benchmarks; this config is"
-            " one run. Leave them out."
+            "--launcher, --address and --resources are for benchmarks; leave them out."
         )
     from vpt_jax.bench import search  # after the flags: they are heavy
     from vpt_jax.files import workdirs

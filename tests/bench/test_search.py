@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vpt_jax.bench import jobs, protocol, search
 from vpt_jax.bench.benchmark_config import SearchConfig
 from vpt_jax.report import cautions
-from vpt_jax.run import experiment, stages
+from vpt_jax.run import stages
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -89,7 +89,7 @@ def test_the_best_of_the_longest_trials_is_chosen(short, long):
     assert config.tune.epochs == 20
 
 
-@pytest.mark.parametrize("epochs", [2, 3, 4, 5, 7, 12, 20, 33, 100])
+@pytest.mark.parametrize("epochs", [2, 3, 5, 12, 100])
 def test_a_search_costs_at_most_what_it_says(epochs):
     """Counted in pictures times epochs, with whole epochs: 2.2 full trainings."""
     known = bench()
@@ -147,13 +147,6 @@ def test_the_report_shows_every_trial(finished):
     assert tuned["watched"][-1] == [epochs, tuned["val_accuracy"]]
 
 
-def test_the_same_command_does_nothing_twice(finished, checkpoint, monkeypatch):
-    workdir, report = finished
-    monkeypatch.setattr(stages, "fit", lambda *args: 1 / 0)
-    again = search.run(whole(checkpoint), workdir, "a command")
-    assert again["search"] == report["search"] and again["rows"] == report["rows"]
-
-
 def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypatch):
     """Killed after two trials: what was done is not done again, the end is the same."""
     perform, done = jobs.perform, []
@@ -171,6 +164,9 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
     report = search.run(whole(checkpoint), tmp_path, "a command")
     expected = finished[1]
     assert report["search"] == expected["search"]
+    monkeypatch.setattr(stages, "fit", lambda *args: 1 / 0)
+    again = search.run(whole(checkpoint), tmp_path, "a command")
+    assert again["search"] == report["search"] and again["rows"] == report["rows"]
     timed = {"latency_ms": 0, "latency_spread": 0}
     same = [r | timed for r in report["rows"]]
     assert same == [r | timed for r in expected["rows"]]
@@ -217,10 +213,6 @@ def report_of(**changes):
     return {"rows": rows, "data": data, "doubts": [], "importance": about}
 
 
-def test_a_good_run_is_not_doubted():
-    assert cautions.of(report_of(losses=[1.4, 0.2])) == []
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -235,6 +227,7 @@ def test_what_did_not_learn_is_said(changes, says):
 
 
 def test_small_test_sets_and_odd_data_are_said():
+    assert cautions.of(report_of(losses=[1.4, 0.2])) == []
     report = report_of()
     report["data"]["test"] = 50
     report["doubts"] = ["3 of 9 val pictures are also in train"]
@@ -247,9 +240,3 @@ def test_the_interval_is_wilsons():
     """Newcombe, Statistics in Medicine 1998, table I: 81 of 263 and 0 of 20."""
     assert cautions.interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert cautions.interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-
-
-def test_a_fixed_rate_needs_no_search():
-    config = search.fixed(plain(tune__epochs=None))
-    assert config.tune.base_lr == config.finetune.base_lr == 0.03
-    assert config.tune.epochs == 12 and experiment.plan(config)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vpt_jax.bench import jobs, protocol
 from vpt_jax.bench.benchmark_config import OwnConfig, SearchConfig
 from vpt_jax.files import workdirs
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import expect
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment, parsing
 
@@ -24,15 +24,14 @@ STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
 
 
+_STAGES = ("tune", "finetune")
 Values = ConfigDict | Mapping[str, Any]
 
 
 def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
-    plain = parsing.plain_dict(values)
-    stages = [plain.get(name) for name in ("tune", "finetune")]
-    keys = ("base_lr", "epochs", "warmup_epochs")
-    groups = [stage for stage in stages if isinstance(stage, Mapping)]
+    plain, keys = parsing.plain_dict(values), ("base_lr", "epochs", "warmup_epochs")
+    groups = [g for n in _STAGES if isinstance(g := plain.get(n), Mapping)]
     return any(group.get(key, 0) is None for group in groups for key in keys)
 
 
@@ -69,7 +68,7 @@ def print_status(values: Values, workdir: Path) -> None:
     searched = wanted(plain)
     if searched:
         print("first, trials that choose the rate on val")
-        for name in ("tune", "finetune"):  # which units there are does not depend on it
+        for name in _STAGES:  # which units there are does not depend on it
             some = {"base_lr": 1.0, "epochs": 1, "warmup_epochs": 0}
             plain[name] |= {k: v for k, v in some.items() if plain[name].get(k) is None}
     config = parsing.parse(plain)
@@ -81,21 +80,6 @@ def print_status(values: Values, workdir: Path) -> None:
         done += there
         print(f"{'done' if there else 'left'}  {unit.name}")
     print(f"{done} of {len(units)} done in {workdir}")
-
-
-def fixed(values: Values, rate: float = 0.03) -> configs.Config:
-    """A checked config without a search: what is open gets a rate that mostly does.
-
-    For studies, which compare selections at one rate.
-    """
-    plain = parsing.plain_dict(values)
-    parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
-    if wanted(plain):
-        fill_lengths(plain)
-        for name in ("tune", "finetune"):
-            if plain[name].get("base_lr") is None:
-                plain[name]["base_lr"] = rate
-    return parsing.parse(plain)
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
@@ -110,10 +94,8 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         task = parsing.build(configs.TaskConfig, plain["task"], "config.task.")
         num = jobs.num_train(backbone, task)
         size = tune.get("batch_size")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"config.tune.batch_size is {shown(size)}; expected int from 1."
-            )
+        right = isinstance(size, int) and size > 0
+        expect(right, "config.tune.batch_size", size, "int from 1")
         steps = math.ceil(num / size)
         tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
     if tune.get("warmup_epochs") is None:
@@ -139,25 +121,24 @@ def perform_trials(bench: protocol.Benchmark, workdir: Path) -> dict[str, Any]:
     """Results of all trials; those that are done are read."""
     results: dict[str, Any] = {}
     total = sum(job.kind == "grid" for job in protocol.planned(bench))
-    while True:
-        ready = [
-            job
-            for job in protocol.jobs(bench, results)
-            if job.kind != "final" and job.name not in results
-        ]
-        if not ready:
-            return results
+
+    def left() -> list[protocol.Job]:
+        named = protocol.jobs(bench, results)
+        return [j for j in named if j.kind != "final" and j.name not in results]
+
+    while ready := left():
         for job in ready:
             prefix = f"search [{len(results) + 1}/{total}]"
             results[job.name] = jobs.perform(job, workdir, prefix)
-            row = results[job.name]["rows"][0]
+            row, tune = results[job.name]["rows"][0], job.config.tune
             if workdirs.writes():
-                tune, start = job.config.tune, job.config.prompts.head_init
                 print(
-                    f"{prefix} rate {tune.base_lr:g}, head from {start},"
-                    f" {tune.epochs} epochs: val {100 * row['val_accuracy']:.1f} %",
+                    f"{prefix} rate {tune.base_lr:g}, head from"
+                    f" {job.config.prompts.head_init}, {tune.epochs} epochs: val"
+                    f" {100 * row['val_accuracy']:.1f} %",
                     flush=True,
                 )
+    return results
 
 
 def summary(

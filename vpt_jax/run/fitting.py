@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains prompts and head over all epochs, so that any interruption changes nothing.
 
-The state of a training is its checkpoint and nothing else: the step number determines
-the data order, the random keys and the learning rate. An epoch is one compiled call,
-or several where it is long; where calls begin depends on its length alone, so that an
-interrupted training computes what an undisturbed one does. Between calls SIGTERM and
-the numbers are looked at.
+The state of a training is its checkpoint: the step number determines the data order,
+the random keys and the learning rate. An epoch is one compiled call, or several where
+it is long; where calls begin depends on its length alone.
 """
 
 import itertools
@@ -84,16 +82,9 @@ def calls(
 ) -> Iterator[Call]:
     """The training loop: from the state's step to the last, call by call.
 
-    Args:
-      state: Donated.
-      backbone: Frozen parameters.
-      images: The resident set, see `train.train_epoch`.
-      labels: int32 `[n]`.
-      settings: Epochs, batch size, rates.
-      seed: Of the order and the random keys.
-      head_rates: See `train.make_optimizer`.
-      mask_of: The mask of every epoch, from its number and `{'prompts', 'head'}`.
-      **static: `model`, `recipe` and `losses_of` of `train.train_epoch`.
+    `state` is donated; `seed` is of the order and the random keys; `head_rates` are as
+    in `train.make_optimizer`; `images` and `static` (`model`, `recipe`, `losses_of`) as
+    in `train.train_epoch`.
     """
     num, step = len(labels), int(state.step)
     rates = rates_of(settings, num)
@@ -109,21 +100,10 @@ def calls(
             mask = mask_of(epoch, state.trainable)
         order, real = train.epoch_order(seed, epoch, num, settings.batch_size)
         stop = next(end for end in ends if end > at)
+        steps_now = (x[at:stop] for x in (order, real, rates[epoch]))
         begin = time.perf_counter()
-        state, metrics = train.train_epoch(
-            state,
-            backbone,
-            images,
-            labels,
-            order[at:stop],
-            real[at:stop],
-            rates[epoch, at:stop],
-            decay,
-            key,
-            mask,
-            factors,
-            **static,
-        )
+        given = backbone, images, labels, *steps_now, decay, key, mask, factors
+        state, metrics = train.train_epoch(state, *given, **static)
         found = {name: float(value) for name, value in metrics.items()}
         seconds, seen = time.perf_counter() - begin, int(real[at:stop].sum())
         yield Call(epoch, at, stop, rates[epoch], mask, state, found, seen, seconds)
@@ -163,15 +143,8 @@ def fit(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains, from the newest sound checkpoint if there is one.
 
-    Args:
-      job: What it is called, and its recipe.
-      trainable: The start.
-      backbone: Frozen parameters.
-      images: See `calls`.
-      labels: int32 `[n]`.
-      log: Of the run.
-      model: None where `images` are features.
-      watch: Accuracy on val of `{'prompts', 'head'}`; asked ten times, evenly.
+    `trainable` is the start; `model` is None where `images` are features; `watch` says
+    the accuracy on val of `{'prompts', 'head'}` and is asked ten times, evenly.
 
     Returns:
       Prompts and head of the last epoch, or of the last one in which all was finite
@@ -192,17 +165,9 @@ def fit(
     watched = np.array(saved["watched"])
     sums, seconds = np.array(saved["sums"]), float(saved["seconds"])
     step, saved_at = int(state.step), time.perf_counter()
-    loop = calls(
-        state,
-        backbone,
-        images,
-        labels,
-        settings,
-        job.seed,
-        head_rates=job.head_rates,
-        model=model,
-        recipe=job.recipe,
-    )
+    given = state, backbone, images, labels, settings, job.seed
+    static = {"head_rates": job.head_rates, "model": model, "recipe": job.recipe}
+    loop = calls(*given, **static)
     with preemption.deferred():
         for call in loop:
             now = on_host(call.state)
@@ -242,15 +207,14 @@ def fit(
             if stopping:
                 log.line(f"{job.prefix} {job.name}: SIGTERM, saved after step {step}")
                 raise preemption.Preempted
+    losses, watched = losses.tolist(), watched.tolist()
     training = {
         "seconds": round(seconds, 3),
         "epochs": step // steps,
         "planned_epochs": settings.epochs,
-        "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
+        "losses": [round(x, 6) for x in losses if math.isfinite(x)],
         "watched": [
-            [epoch, round(float(x), 6)]
-            for epoch, x in enumerate(watched, start=1)
-            if math.isfinite(x)
+            [e, round(x, 6)] for e, x in enumerate(watched, 1) if math.isfinite(x)
         ],
     }
     return jax.tree.map(jnp.asarray, kept), training

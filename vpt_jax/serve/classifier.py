@@ -6,7 +6,6 @@
 and uint8 arrays, and `Classifier.stream` any number of them in bounded memory.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -156,21 +155,12 @@ class Classifier:
         size = parallel.round_up(1 << (len(good) - 1).bit_length())
         batch = np.zeros((size, *good[0].shape), np.uint8)
         batch[: len(good)] = good
-        return _probabilities(
+        return train.probabilities(
             *self.parameters,
             parallel.feed(batch),
             model=self.model,
             recipe=self.recipe,
         )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "recipe"))
-def _probabilities(
-    trainable: Any, backbone: Any, images: jax.Array, *, model: Any, recipe: Any
-) -> jax.Array:
-    images = parallel.spread(images)
-    logits = train.predict(trainable, backbone, images, model=model, recipe=recipe)
-    return parallel.whole(jax.nn.softmax(logits))
 
 
 def _together(
