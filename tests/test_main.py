@@ -549,7 +549,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
 
 def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
     weights = vpt_jax.load_backbone(SMALL, checkpoint)[1]
-    np.savez(tmp_path / "mine.npz", **vpt_jax.weights.checkpoint.flatten(weights))
+    np.savez(tmp_path / "mine.npz", **vpt_jax.weights.release.flatten(weights))
     config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
     with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):
         experiment.run(config, tmp_path / "run")

@@ -10,8 +10,9 @@ from conftest import randomised
 import vpt_jax
 from vpt_jax.files import states, workdirs
 from vpt_jax.weights import release
-from vpt_jax.weights.checkpoint import flatten, save_backbone
+from vpt_jax.weights.checkpoint import save_backbone
 from vpt_jax.weights.naming import unflatten
+from vpt_jax.weights.release import flatten
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from vpt_jax import parallel, train
 from vpt_jax.files import preemption, states, workdirs
 from vpt_jax.prompts import Mask
 from vpt_jax.run import config as configs
-from vpt_jax.weights.checkpoint import flatten
+from vpt_jax.weights.release import flatten
 
 # The mask of an epoch: `(epoch, {'prompts', 'head'} so far) -> mask`.
 MaskOf = Callable[[int, dict[str, Any]], Mask]
@@ -108,26 +108,6 @@ def calls(
         seconds, seen = time.perf_counter() - begin, int(real[at:stop].sum())
         yield Call(epoch, at, stop, rates[epoch], mask, state, found, seen, seconds)
         step += stop - at
-
-
-def train_in_memory(
-    trainable: dict[str, Any], *args: Any, recipe: train.Recipe, **kwargs: Any
-) -> tuple[dict[str, Any], Mask | None]:
-    """Prompts and head after `calls`, and the last mask; nothing is written.
-
-    Raises:
-      FloatingPointError: If the loss is not finite.
-    """
-    # A copy: the state is donated, and the caller's arrays must live on.
-    state, mask = train.init_state(jax.tree.map(jnp.array, trainable), recipe), None
-    for call in calls(state, *args, recipe=recipe, **kwargs):
-        state, mask = call.state, call.mask
-        if not math.isfinite(call.metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss is {call.metrics['loss']} in epoch {call.epoch + 1} at rate"
-                f" {call.rates.max():g}; lower base_lr."
-            )
-    return state.trainable, mask
 
 
 def fit(

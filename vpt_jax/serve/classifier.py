@@ -58,7 +58,7 @@ class Classifier:
     """
 
     def __init__(
-        self, model: ViT | Swin, backbone: Any, file: checkpoint.PromptFile, resize: str
+        self, model: ViT | Swin, backbone: Any, file: release.PromptFile, resize: str
     ):
         self.model, self.header = model, file.header
         self.class_names: tuple[str, ...] = tuple(file.header["class_names"])
@@ -220,7 +220,7 @@ def load_classifier(
       (2, (2, 10))
     """
     file, local = find(path)
-    header = checkpoint.load_prompts(file).header
+    header = release.load_prompts(file).header
     rule = resize or header.get("resize", "")
     if not rule:
         raise ValueError(
@@ -236,9 +236,7 @@ def load_classifier(
         header["variant"], source, image_size=header["image_size"], **load
     )
     model = release.with_fields(file, model, header.get("model", {}))
-    return Classifier(
-        model, params, checkpoint.load_prompts(file, backbone=params), rule
-    )
+    return Classifier(model, params, release.load_prompts(file, backbone=params), rule)
 
 
 def find(path: str | os.PathLike) -> tuple[Path, str]:

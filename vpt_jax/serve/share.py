@@ -23,7 +23,7 @@ from vpt_jax.files import workdirs
 from vpt_jax.files.messages import printable
 from vpt_jax.report.cautions import interval
 from vpt_jax.serve import classifier
-from vpt_jax.weights import checkpoint, release
+from vpt_jax.weights import release
 from vpt_jax.weights.backbones import known_backbone
 
 _MANY = 50  # classes; of more the card says how many
@@ -43,7 +43,7 @@ def share(
       >>> share("out/demo", "demo-prompts")
     """
     file, _ = classifier.find(path)
-    header, folder = checkpoint.load_prompts(file).header, Path(folder).expanduser()
+    header, folder = release.load_prompts(file).header, Path(folder).expanduser()
     run = _run_of(file)
     with workdirs.atomic_path(folder / release.FOLDER) as temporary:
         shutil.copyfile(file, temporary)
