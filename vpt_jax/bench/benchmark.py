@@ -246,13 +246,10 @@ def _work(job: Job) -> float:
         return train * _FORWARD
     work = 0.0
     for unit in experiment.plan(job.config):
-        epochs = {
-            "linear": _FORWARD,  # features once
-            "tune": job.config.tune.epochs,
-            "scratch": job.config.tune.epochs,
-            "condense": 0,
-            "finetune": job.config.finetune.epochs,
-        }[unit.stage]
+        if unit.stage in ("linear", "condense"):  # features once; nothing at all
+            epochs = _FORWARD if unit.stage == "linear" else 0
+        else:
+            epochs = getattr(job.config, unit.trains_as).epochs
         work += epochs * train + _FORWARD * test
     return work
 

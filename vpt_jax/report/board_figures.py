@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.report import figures, published
-from vpt_jax.report.rows import Row, kind
+from vpt_jax.report.rows import KINDS, Row, kind
 from vpt_jax.report.standings import (
     Board,
     Line,
@@ -124,7 +124,7 @@ def _looks(board: Board, lines: list[Line]) -> list[tuple[Line, dict[str, Any]]]
         "tune": {"marker": "o", "color": "black", "markersize": 5.5},
     }
     shown = [(line, looks[kind(line)]) for line in ours if kind(line) in looks]
-    colours = (figures.COLOURS["global"], "#56B4E9")
+    colours = (KINDS["global"][0], "#56B4E9")
     for line, colour in zip(cuts[:1] + cuts[1:][-1:], colours, strict=False):
         shown.append((line, {"marker": "o", "color": colour, "markersize": 5}))
     return shown

@@ -16,22 +16,17 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.report import page
-from vpt_jax.report.rows import Row, default_score, kind, label, summarise
+from vpt_jax.report.rows import (
+    KINDS,
+    REFERENCE_KINDS,
+    Row,
+    default_score,
+    kind,
+    label,
+    summarise,
+)
 
 WIDTHS = 9.2, 4.9  # inches: of a screen, and of a phone
-# Okabe and Ito's colours, distinct to colour-blind eyes.
-COLOURS = {
-    "linear": "black",
-    "tune": "black",
-    "global": "#0072B2",
-    "layer": "#E69F00",
-    "condense": "#D55E00",
-    "random": "#777777",
-    "scratch": "#009E73",
-}
-# What has no ratio of kept prompts is a line across all of them.
-LINE_STYLES = {"linear": "--", "tune": "-"}
-MARKERS = {"global": "o", "layer": "s", "condense": "X", "random": "^", "scratch": "D"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "vpt_jax",  # the same ids every time
@@ -173,14 +168,14 @@ def _draw_curves(figure: Any, groups: list[Row], report: Row) -> bool:
     """Loss by epoch of every training of the first seed, and accuracy on val."""
     seed, default = report["importance"]["seed"], default_score(report)
     rows = [r for r in report["rows"] if r["seed"] == seed and r.get("watched")]
-    rows = [r for r in rows if len(r.get("losses", ())) > 1 and kind(r) in COLOURS]
+    rows = [r for r in rows if len(r.get("losses", ())) > 1]
     if not rows:
         return False
     left, right = panels(figure, 2)
     for row in rows:
         ratios = sorted({r["keep_ratio"] for r in rows})
         style = ("-", "--", ":", "-.")[ratios[::-1].index(row["keep_ratio"]) % 4]
-        look = {"color": COLOURS[kind(row)], "linestyle": style, "linewidth": 1.4}
+        look = {"color": KINDS[kind(row)][0], "linestyle": style, "linewidth": 1.4}
         name = label(row, default)
         left.plot(range(1, len(row["losses"]) + 1), row["losses"], **look, label=name)
         epochs, values = zip(*row["watched"], strict=True)
@@ -207,7 +202,7 @@ def panels(figure: Any, num: int) -> list[Any]:
 
 def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     """Test accuracy against the ratio kept, with a close-up if that shows more."""
-    cut = [group for group in groups if kind(group) not in LINE_STYLES]
+    cut = [group for group in groups if kind(group) not in REFERENCE_KINDS]
     if not cut:
         return False
     default = default_score(report)
@@ -224,7 +219,7 @@ def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     for axes, shown in zip(all_axes, shown_groups, strict=True):
         for group in shown:
             name, x = label(group, default, ratio=False), None
-            if kind(group) not in LINE_STYLES:
+            if kind(group) not in REFERENCE_KINDS:
                 offset = 0.6 * (names.index(name) + 0.5) / len(names)
                 x = ratios.index(group["keep_ratio"]) + offset
             _draw_group(axes, group, name, x)
@@ -248,18 +243,20 @@ def _accuracy_limits(groups: list[Row]) -> tuple[float, float]:
 
 def _draw_group(axes: Any, group: Row, name: str, x: float | None) -> None:
     """A marker and bar at a ratio; a reference is a line and band across all."""
-    what, look = kind(group), {"color": COLOURS[kind(group)]}
+    what = kind(group)
+    colour, style = KINDS[what]
+    look = {"color": colour}
     y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
     if x is None:
-        axes.axhline(y, linestyle=LINE_STYLES[what], linewidth=1.3, label=name, **look)
+        axes.axhline(y, linestyle=style, linewidth=1.3, label=name, **look)
         axes.axhspan(y - deviation, y + deviation, alpha=0.08, linewidth=0, **look)
         return
     # Hollow: controls of the two kinds of cut must not look the same.
     if group["scope"] == "layer" and what != "layer":
         look["markerfacecolor"] = "white"
-    axes.plot(x, y, MARKERS[what], markersize=7, label=name, **look)
+    axes.plot(x, y, style, markersize=7, label=name, **look)
     if deviation:
-        _, _, bars = axes.errorbar(x, y, deviation, color=COLOURS[what], capsize=3)
+        _, _, bars = axes.errorbar(x, y, deviation, color=colour, capsize=3)
         bars[0].set_gid("spread")
 
 

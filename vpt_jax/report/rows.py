@@ -12,8 +12,17 @@ import numpy as np
 
 Row = dict[str, Any]
 
-# What a row is compared as, in the order of the table.
-KINDS = ("linear", "tune", "global", "layer", "condense", "random", "scratch")
+# What a row is compared as, in the order of the table: its colour (Okabe and Ito's,
+# distinct to colour-blind eyes), and its marker or the style of its line.
+KINDS = {
+    "linear": ("black", "--"),
+    "tune": ("black", "-"),
+    "global": ("#0072B2", "o"),
+    "layer": ("#E69F00", "s"),
+    "condense": ("#D55E00", "X"),
+    "random": ("#777777", "^"),
+    "scratch": ("#009E73", "D"),
+}
 # These kinds have no ratio of kept prompts: the others are measured against them.
 REFERENCE_KINDS = ("linear", "tune")
 
@@ -66,7 +75,7 @@ def place(row: Row, default: str) -> tuple:
     # The references come first: no ratio is above 1.
     ratio = 2.0 if row_kind in REFERENCE_KINDS else row["keep_ratio"]
     other_score = score not in ("", default)
-    return -ratio, KINDS.index(row_kind), row["scope"] or "", other_score, score
+    return -ratio, list(KINDS).index(row_kind), row["scope"] or "", other_score, score
 
 
 def summarise(rows: Sequence[Row], default: str) -> list[Row]:

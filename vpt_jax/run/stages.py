@@ -45,6 +45,11 @@ class Unit(NamedTuple):
             parts.append(f"{100 * self.keep_ratio:g}percent")
         return "-".join(p for p in parts if p)
 
+    @property
+    def trains_as(self) -> str:
+        """The group of the config that says how it is trained."""
+        return "tune" if self.stage == "scratch" else self.stage
+
 
 class Run(NamedTuple):
     """What every unit of a run shares."""
@@ -252,8 +257,7 @@ def fit(
     run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a unit, from its newest checkpoint if there is one; see `fitting.fit`."""
-    stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
-    settings: configs.TrainConfig = getattr(run.config, stage)
+    settings: configs.TrainConfig = getattr(run.config, unit.trains_as)
     model, images = run.model, run.images
     if settings.optimizer == "lbfgs":
         return fit_linear(run, trainable, settings.weight_decay)
@@ -262,7 +266,7 @@ def fit(
     job = fitting.Fit(
         name=unit.name,
         prefix=prefix,
-        config_key=f"config.{stage}.base_lr",
+        config_key=f"config.{unit.trains_as}.base_lr",
         settings=settings,
         recipe=make_recipe(run, settings, unit.stage),
         seed=unit.seed,
