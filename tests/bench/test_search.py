@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vpt_jax.bench import jobs, protocol, search
 from vpt_jax.bench.benchmark_config import SearchConfig
 from vpt_jax.report import cautions
-from vpt_jax.run import stages
+from vpt_jax.run import experiment, stages
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -124,10 +124,16 @@ def whole(checkpoint, **changes):
     return values
 
 
+def run(values, workdir, command=""):
+    """As the command does."""
+    config, found = search.choose(values, workdir)
+    return experiment.run(config, workdir, command, found)
+
+
 @pytest.fixture(scope="module")
 def finished(checkpoint, standard_promotion, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, search.run(whole(checkpoint), workdir, "a command")
+    return workdir, run(whole(checkpoint), workdir, "a command")
 
 
 def test_the_report_shows_every_trial(finished):
@@ -159,13 +165,13 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
 
     monkeypatch.setattr(jobs, "perform", stopped)
     with pytest.raises(KeyboardInterrupt):
-        search.run(whole(checkpoint), tmp_path, "a command")
+        run(whole(checkpoint), tmp_path, "a command")
     monkeypatch.undo()
-    report = search.run(whole(checkpoint), tmp_path, "a command")
+    report = run(whole(checkpoint), tmp_path, "a command")
     expected = finished[1]
     assert report["search"] == expected["search"]
     monkeypatch.setattr(stages, "fit", lambda *args: 1 / 0)
-    again = search.run(whole(checkpoint), tmp_path, "a command")
+    again = run(whole(checkpoint), tmp_path, "a command")
     assert again["search"] == report["search"] and again["rows"] == report["rows"]
     timed = {"latency_ms": 0, "latency_spread": 0}
     same = [r | timed for r in report["rows"]]
@@ -175,7 +181,7 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
 def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "perform_trials", lambda *args: 1 / 0)
     values = whole(checkpoint, tune__base_lr=0.01, baselines=())
-    report = search.run(values, tmp_path)
+    report = run(values, tmp_path)
     assert "search" not in report
     assert report["config"]["finetune"]["base_lr"] == 0.01
 
@@ -183,7 +189,7 @@ def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):
 def test_another_config_is_refused_before_a_trial(finished, checkpoint, monkeypatch):
     monkeypatch.setattr(search, "perform_trials", lambda *args: 1 / 0)
     with pytest.raises(ValueError, match="num_prompts: 2 -> 3"):
-        search.run(whole(checkpoint, prompts__num_prompts=3), finished[0])
+        run(whole(checkpoint, prompts__num_prompts=3), finished[0])
 
 
 def test_a_benchmark_can_be_run_with_the_recipe():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run that finds its rate by itself: a benchmark of one task, then the run.
+"""The rate of one run, which a benchmark of its task alone finds.
 
 A rate that is None is chosen on the validation set by `protocol.rungs`: the trials are
 jobs under `WORKDIR/runs`, so an interrupted search goes on. Lengths that are None are
@@ -35,8 +35,10 @@ def wanted(values: Values) -> bool:
     return any(group.get(key, 0) is None for group in groups for key in keys)
 
 
-def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
-    """Searches what is open, then runs; the content of report.json.
+def choose(
+    values: Values, workdir: Path
+) -> tuple[configs.Config, dict[str, Any] | None]:
+    """The config of a run with what was left open in it, and its `summary` if searched.
 
     Raises:
       ValueError: If the config or the workdir cannot work.
@@ -44,21 +46,20 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     plain = parsing.plain_dict(values)
     settings = parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if not wanted(plain):
-        return experiment.run(parsing.parse(plain), workdir, command)
+        return parsing.parse(plain), None
     fill_lengths(plain)
     rate = plain["tune"].get("base_lr")
     if rate is not None:
         if plain["finetune"].get("base_lr") is None:
             plain["finetune"]["base_lr"] = settings.finetune_rate * rate
-        return experiment.run(parsing.parse(plain), workdir, command)
+        return parsing.parse(plain), None
     bench = benchmark_of(settings, plain)
     (task,) = bench.tasks
     check_same(bench, task, workdir)
     results = perform_trials(bench, workdir)
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
-    config = protocol.single(bench, task, found["chosen"])
-    return experiment.run(config, workdir, command, found)
+    return protocol.single(bench, task, found["chosen"]), found
 
 
 def print_status(values: Values, workdir: Path) -> None:

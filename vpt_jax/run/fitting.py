@@ -157,8 +157,8 @@ def fit(
                     raise FloatingPointError(f"{text[0]}; {text[1]}")
                 log.line(f"{job.prefix} {text[0]}; ended with epoch {call.epoch}")
                 break
-            means = call.metrics["loss"], call.metrics["accuracy"]
-            sums += np.array([call.seconds, *(call.num * mean for mean in means)])
+            means = [call.num * call.metrics[name] for name in ("loss", "accuracy")]
+            sums += np.array([call.seconds, *means])
             step += call.stop - call.start
             if call.whole:
                 kept, shown = now.trainable, {"seconds": sums[0]}
@@ -187,17 +187,18 @@ def fit(
             if stopping:
                 log.line(f"{job.prefix} {job.name}: SIGTERM, saved after step {step}")
                 raise preemption.Preempted
-    losses, watched = losses.tolist(), watched.tolist()
-    training = {
-        "seconds": round(seconds, 3),
-        "epochs": step // steps,
-        "planned_epochs": settings.epochs,
-        "losses": [round(x, 6) for x in losses if math.isfinite(x)],
-        "watched": [
-            [e, round(x, 6)] for e, x in enumerate(watched, 1) if math.isfinite(x)
-        ],
+    training = {"seconds": round(seconds, 3), "epochs": step // steps}
+    training |= {"planned_epochs": settings.epochs}
+    return jax.tree.map(jnp.asarray, kept), training | _curves(losses, watched)
+
+
+def _curves(losses: np.ndarray, watched: np.ndarray) -> dict[str, list[Any]]:
+    """What is known of every epoch, without those that were not trained or watched."""
+    pairs = enumerate(watched.tolist(), 1)
+    return {
+        "losses": [round(x, 6) for x in losses.tolist() if math.isfinite(x)],
+        "watched": [[e, round(x, 6)] for e, x in pairs if math.isfinite(x)],
     }
-    return jax.tree.map(jnp.asarray, kept), training
 
 
 def _newest(
