@@ -180,11 +180,11 @@ class Killed(BaseException):
     """Nothing in the package may catch it."""
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize("at", [1, 7])
 def test_an_interrupted_run_ends_the_same_bit_for_bit(
     finished, tmp_path, monkeypatch, at
 ):
-    """Stopped in the linear probe, after tuning and in the last unit."""
+    """Stopped in the first epoch and in the last unit."""
     config, workdir, _ = finished
     log_epoch, seen = workdirs.Log.epoch, []
 
@@ -533,7 +533,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
         image_size=32,
         readout="mean_with_prompts",
     )
-    params = swin.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(swin.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     loaded = (swin, randomised(params, scale=0.05))
     monkeypatch.setattr(vpt_jax, "load_backbone", lambda *_, **__: loaded)
     config = smoke(checkpoint, baselines=(), condense__scopes=("global",))

@@ -19,7 +19,7 @@ from vpt_jax.weights.release import flatten
 def small():
     """The demo's architecture with a large patch: quick, and a named variant."""
     model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     return model, randomised(params)
 
 
