@@ -330,6 +330,19 @@ def fail(error: Any, code: int = 2) -> NoReturn:
     leave(code)
 
 
+def answer(run: Callable[[Any], int], args: Any) -> int:
+    """The exit code of `run(args)`, of argparse; its errors are said as `start` does."""
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        fail(error)
+
+
 def default_workdir(filename: str) -> str:
     """`configs/demo.py:digits,seeds=5` -> `out/demo-digits-seeds5`.
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpt_jax.files import workdirs
+from vpt_jax.files import cli, workdirs
 from vpt_jax.files.messages import printable
 from vpt_jax.report.cautions import interval
 from vpt_jax.serve import classifier
@@ -122,15 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--licence", default="", help="of the prompts: apache-2.0, ...")
     parser.add_argument("--traceback", action="store_true", help="show where it failed")
-    args = parser.parse_args(argv)
-    try:
-        folder = share(args.run, args.folder, licence=args.licence)
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        from vpt_jax.files import cli
+    return cli.answer(_run, parser.parse_args(argv))
 
-        cli.fail(error)
+
+def _run(args: argparse.Namespace) -> int:
+    folder = share(args.run, args.folder, licence=args.licence)
     print(f"written: {folder}; upload it: hf upload ORG/NAME {folder}")
     return 0
 
