@@ -331,7 +331,7 @@ def fail(error: Any, code: int = 2) -> NoReturn:
 
 
 def answer(run: Callable[[Any], int], args: Any) -> int:
-    """The exit code of `run(args)`, of argparse; its errors are said as `start` does."""
+    """The exit code of `run(args)`, of argparse; says errors as `start` does."""
     try:
         return run(args)
     except KeyboardInterrupt:
