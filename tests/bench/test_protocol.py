@@ -106,7 +106,7 @@ def test_swin_tries_prompts_too():
     assert bench.settings.name == "vtab"
     counts = {c["num_prompts"] for c in protocol.choices(bench, "svhn")}
     assert counts == {1, 5, 10, 50}
-    assert protocol.parse(load("swin", "fgvc,task=cub")).settings.name == "fgvc"
+    assert load("swin", "fgvc,task=cub").benchmark.name == "fgvc"
     grid = bench.trials["svhn"]["grid"]
     assert len(grid) == 160
     # The probe has no prompts: its grid is not repeated per count.
