@@ -85,6 +85,20 @@ def save_small_backbone(path, variant=SMALL):
     return path
 
 
+@pytest.fixture(scope="module")
+def few_pictures():
+    """A fifth of the tasks that are drawn: what is not optimised computes slowly."""
+    from vpt_jax.bench import jobs
+    from vpt_jax.data import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, num in (("NUM_TRAIN", 160), ("NUM_VAL", 40), ("MAX_TEST", 100)):
+            patch.setattr(tasks, name, num)
+        jobs._load_pictures.cache_clear()
+        yield
+    jobs._load_pictures.cache_clear()
+
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -19,7 +19,7 @@ from vpt_jax.files import cli, workdirs
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment, parsing
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def end_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, standard_promotion, tmp_path_factory):
+def finished(checkpoint, standard_promotion, few_pictures, tmp_path_factory):
     """A whole undisturbed run: `(config, workdir, report)`."""
     config = smoke(checkpoint)
     workdir = tmp_path_factory.mktemp("run")
@@ -114,7 +114,7 @@ def test_the_workdir_holds_what_the_readme_says(finished):
         assert name in events
     assert "epoch 3/3" in (workdir / "log.txt").read_text()
     left = sorted(p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir())
-    assert left == ["50", "75", "training.json"]
+    assert left == ["10", "15", "training.json"]
 
 
 def test_released_prompts_reproduce_their_row(finished, checkpoint):

@@ -14,7 +14,7 @@ from vpt_jax.bench.benchmark_config import SearchConfig
 from vpt_jax.report import cautions
 from vpt_jax.run import experiment, stages
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def run(values, workdir, command=""):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, standard_promotion, tmp_path_factory):
+def finished(checkpoint, standard_promotion, few_pictures, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     return workdir, run(whole(checkpoint), workdir, "a command")
 
