@@ -31,7 +31,8 @@ from vpt_jax.models.inputs import normalise
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.vit import ViT
 from vpt_jax.prompts import apply_head, init_head
-from vpt_jax.weights.checkpoint import backbone_hash, load_backbone, save_backbone
+from vpt_jax.weights.checkpoint import load_backbone, save_backbone
+from vpt_jax.weights.release import backbone_hash
 
 
 class State(NamedTuple):

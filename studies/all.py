@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from studies import study
 from studies.study import Result, Section
-from vpt_jax.bench import benchmark_config, search
+from vpt_jax.bench import benchmark_config
 from vpt_jax.files import cli, workdirs
 from vpt_jax.report import page
 
@@ -34,7 +34,7 @@ NAMES = (
 
 def main(values: ConfigDict, workdir: Path, command: str) -> None:
     """Measures what is missing and writes the page."""
-    lab = study.make_lab(search.fixed(values), workdir)
+    lab = study.make_lab(study.fixed(values), workdir)
     sections, result = [], {}
     for number, name in enumerate(NAMES, start=1):
         print(f"[{number}/{len(NAMES)}] {name}", flush=True)

@@ -11,7 +11,7 @@ from studies import study
 from studies.cost_result import Counted, Timed, arrange, share
 from studies.inference import HOW, KEPT, SPREAD, Counts, Ratio, kept, plain, ratio
 from studies.study import Result, Section, Table, Verdict, percent
-from vpt_jax.report.formats import three_digits, with_prefix
+from vpt_jax.report.tables import three_digits, with_prefix
 
 # The rules of the verdicts: what "expensive" and "much cheaper" are as ratios, and how
 # far from a printed number a reproduced one may be (in G).

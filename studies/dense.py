@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
+from studies.masked import train_in_memory
 from vpt_jax import parallel, train
 from vpt_jax.models.inputs import normalise
 from vpt_jax.models.layers import LayerNorm
 from vpt_jax.prompts import Mask
-from vpt_jax.run import fitting
 from vpt_jax.run.config import TrainConfig
 
 Data = tuple[Any, Any]  # images (or features) and labels, of all examples
@@ -146,7 +146,7 @@ def fit(
     given = trainable, backbone, *jax.tree.map(jnp.asarray, data), settings, seed
     mask_of = prompt_mask and (lambda epoch, trainable: prompt_mask)
     static = {"model": patches, "recipe": recipe, "losses_of": losses_of}
-    found, _ = fitting.train_in_memory(*given, mask_of=mask_of, **static)
+    found, _ = train_in_memory(*given, mask_of=mask_of, **static)
     return found
 
 

@@ -7,8 +7,11 @@ depend on the selection: a study of hundreds of selections compiles once.
 """
 
 import json
+import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vpt_jax import parallel, train
@@ -71,6 +74,26 @@ def outcome(
     return found
 
 
+def train_in_memory(
+    trainable: dict[str, Any], *args: Any, recipe: train.Recipe, **kwargs: Any
+) -> tuple[dict[str, Any], Mask | None]:
+    """Prompts and head after `calls`, and the last mask; nothing is written.
+
+    Raises:
+      FloatingPointError: If the loss is not finite.
+    """
+    # A copy: the state is donated, and the caller's arrays must live on.
+    state, mask = train.init_state(jax.tree.map(jnp.array, trainable), recipe), None
+    for call in fitting.calls(state, *args, recipe=recipe, **kwargs):
+        state, mask = call.state, call.mask
+        if not math.isfinite(call.metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss is {call.metrics['loss']} in epoch {call.epoch + 1} at rate"
+                f" {call.rates.max():g}; lower base_lr."
+            )
+    return state.trainable, mask
+
+
 @parallel.everywhere()
 def finetuned(
     run: Run, seed: int, trainable: dict[str, Any], mask_of: MaskOf
@@ -78,7 +101,7 @@ def finetuned(
     """Prompts and head after the config's fine-tuning, and the last epoch's mask."""
     settings = run.config.finetune
     given = trainable, run.backbone, run.images, run.labels, settings, seed
-    found, mask = fitting.train_in_memory(
+    found, mask = train_in_memory(
         *given,
         mask_of=mask_of,
         head_rates=stages.head_rates_of(run, settings),
@@ -92,10 +115,7 @@ def finetuned(
 @parallel.everywhere()
 def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
     """The outcome of prompts and head under a mask."""
-    recipe = train.Recipe(
-        deep=run.config.prompts.deep, normalisation=run.backbone_info["normalisation"]
-    )
-    right = {}
+    right, fixed = {}, stages.fixed_of(run)
     for name, split in (("val", run.task.val), ("test", run.task.test)):
         if split is None:
             raise ValueError(
@@ -105,8 +125,7 @@ def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
         given = trainable, run.backbone, split.images, split.labels
         right[name] = train.answers(
             *given,
-            model=run.model,
-            recipe=recipe,
+            **fixed,
             batch_size=run.config.eval_batch_size,
             prompt_mask=mask,
         )

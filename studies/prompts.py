@@ -25,7 +25,7 @@ from studies.study import (
     spread,
     with_margin,
 )
-from vpt_jax.report import figures
+from vpt_jax.report.rows import KINDS
 from vpt_jax.run import stages
 from vpt_jax.run.stages import Unit
 
@@ -195,7 +195,7 @@ def _draw_ratios(figure: Any, result: Result) -> None:
     axes = figure.subplots()
 
     def line(percent: Any, values: np.ndarray, style: str, label: str) -> None:
-        look = {"marker": figures.MARKERS[style], "color": figures.COLOURS[style]}
+        look = dict(zip(("color", "marker"), KINDS[style], strict=True))
         y, bars = values.mean(axis=1), deviation(values)
         axes.errorbar(percent, y, bars, label=label, **look)
 

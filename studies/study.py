@@ -82,6 +82,18 @@ class Lab(NamedTuple):
     pictures: experiment.Pictures
 
 
+def fixed(values: search.Values, rate: float = 0.03) -> configs.Config:
+    """A checked config; what is open gets a rate that mostly does."""
+    plain = parsing.plain_dict(values)
+    plain.pop("search", None)
+    if search.wanted(plain):
+        search.fill_lengths(plain)
+        for name in ("tune", "finetune"):
+            if plain[name].get("base_lr") is None:
+                plain[name]["base_lr"] = rate
+    return parsing.parse(plain)
+
+
 def make_lab(config: configs.Config, workdir: Path) -> Lab:
     """Loads what a config names; ValueError if it cannot be."""
     cli.alone("a study")
@@ -261,7 +273,7 @@ def start(name: str, study: ModuleType) -> None:
     """The command line of a study; does not return."""
 
     def main(values: ConfigDict, workdir: Path, command: str) -> None:
-        lab = make_lab(search.fixed(values), workdir)
+        lab = make_lab(fixed(values), workdir)
         section = study.show(measured(name, study, lab, command))
         text = page.page(section.title, html(section._replace(title="Result")))
         workdirs.write_text(workdir / f"{name}.html", text)

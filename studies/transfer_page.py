@@ -19,7 +19,7 @@ from studies.study import (
     verdict,
     with_margin,
 )
-from vpt_jax.report import figures
+from vpt_jax.report.rows import KINDS
 
 MODES = {
     "global": "global, fine-tuned",
@@ -184,8 +184,8 @@ def _draw_ratios(figure: Any, result: Result) -> None:
                 deviation(values),
                 linestyle="",
                 capsize=3,
-                marker=figures.MARKERS[mode],
-                color=figures.COLOURS[mode],
+                marker=KINDS[mode][1],
+                color=KINDS[mode][0],
                 label=label.capitalize(),
             )
         for mode, ratio, style in (("full", 1.0, "-"), ("none", 0.0, "--")):

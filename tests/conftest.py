@@ -14,11 +14,13 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 import hypothesis
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import vpt_jax
 from vpt_jax import parallel
 from vpt_jax.models import vit
+from vpt_jax.models.scores import example_values
 from vpt_jax.weights.checkpoint import save_backbone
 
 # Of this process alone: commands that tests start have one device, as users' CPUs do.
@@ -76,9 +78,25 @@ vit.VARIANTS["little"] = {
 def save_small_backbone(path, variant=SMALL):
     """A file of random weights, of a normalisation as the demo's."""
     model = vpt_jax.ViT(variant)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    save_backbone(path, randomised(params, scale=0.05), {"normalisation": "half"})
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    save_backbone(
+        path, randomised(params["params"], scale=0.05), {"normalisation": "half"}
+    )
     return path
+
+
+@pytest.fixture(scope="module")
+def few_pictures():
+    """A fifth of the tasks that are drawn: what is not optimised computes slowly."""
+    from vpt_jax.bench import jobs
+    from vpt_jax.data import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, num in (("NUM_TRAIN", 160), ("NUM_VAL", 40), ("MAX_TEST", 100)):
+            patch.setattr(tasks, name, num)
+        jobs._load_pictures.cache_clear()
+        yield
+    jobs._load_pictures.cache_clear()
 
 
 ROOT = Path(__file__).parent.parent
@@ -139,8 +157,36 @@ def make_tiny(dtype=jnp.float32, param_dtype=jnp.float32, **sizes):
     }
     model = vpt_jax.ViT(dtype=dtype, param_dtype=param_dtype, **sizes)
     side = model.image_size
-    params = model.init(jax.random.key(0), jnp.zeros((1, side, side, 3), dtype))
+    images = jnp.zeros((1, side, side, 3), dtype)
+    params = jax.jit(model.init)(jax.random.key(0), images)
     return model, randomised(params["params"])
+
+
+def check_gates(model, backbone, trainable, batch):
+    """The score `key_gate` is the central difference of a gate, in float64."""
+    prompts, num = trainable["prompts"], vpt_jax.counts(trainable["prompts"])
+
+    @jax.jit
+    def losses(prompts, prompt_gate=None, prompt_mask=None):
+        given = {"prompts": prompts, "prompt_gate": prompt_gate}
+        given["prompt_mask"] = prompt_mask
+        features, out = model.apply({"params": backbone}, batch["image"], **given)
+        logits = vpt_jax.apply_head(trainable["head"], features)
+        return vpt_jax.cross_entropy(logits, batch), out
+
+    values = jax.jit(lambda p: example_values("key_gate", losses, p))(prompts)
+    assert {v.dtype for v in values} == {jnp.dtype(jnp.float64)}
+    eps = 1e-5
+    for i, n in enumerate(num):
+        for j in range(n):
+            at = []
+            for sign in (1, -1):
+                gate = [jnp.ones(m) for m in num]
+                gate[i] = gate[i].at[j].add(sign * eps)
+                at.append(losses(prompts, prompt_gate=tuple(gate))[0])
+            numeric = -(at[0] - at[1]) / (2 * eps)
+            # Central differences: error of order eps**2 and rounding / eps.
+            np.testing.assert_allclose(values[i][:, j], numeric, atol=1e-9)
 
 
 @pytest.fixture(scope="session")

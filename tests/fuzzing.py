@@ -292,7 +292,7 @@ def _command_line(arguments):
     from vpt_jax.run import parsing
 
     def only_parse(values: Any, workdir: Path, command: str) -> None:
-        # What run_experiment does before it loads anything.
+        # What the command does before it loads anything.
         if main.LIST.value or main.LAUNCHER.value != "here" or main.ADDRESS.value:
             raise ValueError("--list is for benchmarks; leave it out.")
         parsing.parse(values)

@@ -17,7 +17,7 @@ def vit():
         width=8, depth=3, num_heads=2, mlp_dim=16, patch=4, image_size=12, registers=2
     )
     images = jax.random.normal(KEY, (4, 12, 12, 3))
-    return model, model.init(KEY, images)["params"], images
+    return model, jax.jit(model.init)(KEY, images)["params"], images
 
 
 def swin():
@@ -25,7 +25,7 @@ def swin():
         embed_dim=8, depths=(1, 2), num_heads=(2, 4), window=2, patch=2, image_size=8
     )
     images = jax.random.normal(KEY, (4, 8, 8, 3))
-    return model, model.init(KEY, images)["params"], images
+    return model, jax.jit(model.init)(KEY, images)["params"], images
 
 
 class Block(nn.Module):
@@ -45,7 +45,7 @@ class Foreign(nn.Module):
 
 def foreign():
     module, images = Foreign(), jax.random.normal(KEY, (4, 8, 8, 3))
-    params = module.init(KEY, images)["params"]
+    params = jax.jit(module.init)(KEY, images)["params"]
     return vpt_jax.PromptedModel(module, depth=2, width=8, patch=2), params, images
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of the library with what people give by mistake: right, or one sentence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -167,6 +169,7 @@ def test_normalise_is_what_training_does():
     )
 
 
+@functools.cache
 def adapter(**kwargs):
     module = VitJax()
     params = module.init(KEY, IMAGES, train=False)["params"]

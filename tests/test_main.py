@@ -9,24 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import (
-    ROOT,
-    SMALL,
-    command,
-    load_config,
-    randomised,
-    save_small_backbone,
-)
+from conftest import ROOT, SMALL, command, load_config, randomised, save_small_backbone
 
 import vpt_jax
 from vpt_jax import train
-from vpt_jax.bench import protocol, search
+from vpt_jax.bench import protocol
 from vpt_jax.data.tasks import load_task
 from vpt_jax.files import cli, workdirs
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment, parsing
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +46,8 @@ def open_run(values):
     for stage, epochs in zip(stages, (12, 6), strict=True):
         filled = {"epochs": epochs, "warmup_epochs": epochs / 10, "base_lr": 0.03}
         stage |= {k: v for k, v in filled.items() if stage[k] is None}
-    return search.fixed(values)
+    values.pop("search", None)
+    return parsing.parse(values)
 
 
 def config_of(path, arg):
@@ -75,7 +69,7 @@ def end_state(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, standard_promotion, tmp_path_factory):
+def finished(checkpoint, standard_promotion, few_pictures, tmp_path_factory):
     """A whole undisturbed run: `(config, workdir, report)`."""
     config = smoke(checkpoint)
     workdir = tmp_path_factory.mktemp("run")
@@ -120,7 +114,7 @@ def test_the_workdir_holds_what_the_readme_says(finished):
         assert name in events
     assert "epoch 3/3" in (workdir / "log.txt").read_text()
     left = sorted(p.name for p in (workdir / "checkpoints" / "seed0-tune").iterdir())
-    assert left == ["50", "75", "training.json"]
+    assert left == ["10", "15", "training.json"]
 
 
 def test_released_prompts_reproduce_their_row(finished, checkpoint):
@@ -186,11 +180,11 @@ class Killed(BaseException):
     """Nothing in the package may catch it."""
 
 
-@pytest.mark.parametrize("at", [1, 2, 5, 7])
+@pytest.mark.parametrize("at", [1, 7])
 def test_an_interrupted_run_ends_the_same_bit_for_bit(
     finished, tmp_path, monkeypatch, at
 ):
-    """Stopped in the linear probe, in tuning, between units and in the last one."""
+    """Stopped in the first epoch and in the last unit."""
     config, workdir, _ = finished
     log_epoch, seen = workdirs.Log.epoch, []
 
@@ -233,14 +227,14 @@ def test_two_seeds_differ_and_a_seed_does_not_depend_on_the_others(
     "changes",
     [
         {"prompts__deep": False, "prompts__dropout": 0.0, "prompts__num_prompts": 12},
-        {"backbone__dtype": "bfloat16", "prompts__dropout": 0.0},
-        {"score__score": "leave_one_out", "finetune__head": True},
+        {"backbone__dtype": "bfloat16", "score__score": "leave_one_out"},
         {"prompts__num_prompts": (0, 3, 1), "score__score": "random"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_configs_run_too(checkpoint, tmp_path, changes):
     changes = {"baselines": ("scratch",), "condense__scopes": ("global",), **changes}
+    changes = {"finetune__head": True, **changes}
     report = experiment.run(smoke(checkpoint, tune__base_lr=0.01, **changes), tmp_path)
     totals = [sum(r["counts"]) for r in report["rows"]]
     ratio = round(0.3 * totals[0] + 1e-9)
@@ -253,47 +247,69 @@ def test_other_configs_run_too(checkpoint, tmp_path, changes):
 DEMO, VTAB = "--config=configs/demo.py:smoke", "--config=configs/vtab.py"
 
 
-@pytest.mark.parametrize(
-    ("args", "lines"),
-    [
-        ([DEMO, "--config.backbone.variant=Q16"], ["unknown variant 'Q16'"]),
-        ([DEMO, "--config.backbone.variant=B/16"], ["no checkpoint given for 'B/16'"]),
-        ([DEMO, "--config.backbone.checkpoint=no.npz"], ["no such file: no.npz"]),
-        ([DEMO, "--config.score.score=magic"], ["unknown score.score 'magic'"]),
-        ([DEMO, "--workdir=gs://bucket/run"], ["--workdir is 'gs://bucket/run'"]),
-        ([DEMO, "--config.tune.epoch=3"], ["tune.epoch; did you mean 'epochs'?"]),
-        ([DEMO, "--config.tun.epochs=3"], ["config.tun; did you mean 'tune'? known"]),
-        ([VTAB + ":task=shvn"], ["argument 'task=shvn'; did you mean 'task=svhn'?"]),
-        ([VTAB + ":svhn"], ["argument 'svhn'; did you mean 'task=svhn'?"]),
-        (["--config=configs/demo.py:mnist"], ["unknown argument 'mnist'"]),
-        (["--config=configs/dmo.py"], ["did you mean 'configs/demo.py'? there are"]),
-        ([f"--config={ROOT}/README.md"], ["cannot read --config"]),
-        ([DEMO, "--unknown"], ["Unknown command line flag 'unknown'"]),
-        # Keys that cannot be sorted: found by fuzzing 2,000 command lines.
-        ([DEMO, "--config.linear={-35: 1, 'x': 2}"], ["keys are of several types"]),
-        ([VTAB, "--config.linear={-35: 1, 'x': 2}"], ["keys are of several types"]),
-        ([], ["no --config; pass --config=FILE: configs/demo.py, configs/fgvc.py"]),
-        ([DEMO, "--config.seeds=3"], ["write (3,) for the one value, or all of them"]),
-        ([DEMO, "--coordinator=127.0.0.1:1"], ["--process_id belong together; pass"]),
-        (
-            [VTAB + ":task=svhn", "--config.task.data_dir=no where"],
-            [
-                "svhn: got no prepared copy of 'svhn_cropped' in no where",
-                "Prepare it once, in any environment; only this needs TensorFlow:",
-                "  pip install tensorflow h5py opencv-python-headless",
-                "  python -m vpt_jax.data prepare svhn --data_dir='no where'",
-            ],
-        ),
-    ],
-    ids=lambda value: value[-1] if value and "--" in value[-1] else "",
-)
-def test_a_mistake_on_the_command_line_says_what_was_meant(tmp_path, args, lines):
-    done = command(*args, cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout
-    found = done.stderr.splitlines()
-    assert len(found) == len(lines), done.stderr
-    assert found[0].startswith("error: ") and lines[0] in found[0]
-    assert found[1:] == lines[1:]
+MISTAKES = [
+    ([DEMO, "--config.backbone.variant=Q16"], ["unknown variant 'Q16'"]),
+    ([DEMO, "--config.backbone.variant=B/16"], ["no checkpoint given for 'B/16'"]),
+    ([DEMO, "--config.backbone.checkpoint=no.npz"], ["no such file: no.npz"]),
+    ([DEMO, "--config.score.score=magic"], ["unknown score.score 'magic'"]),
+    ([DEMO, "--workdir=gs://bucket/run"], ["--workdir is 'gs://bucket/run'"]),
+    ([DEMO, "--workdir=/dev/null/out"], ["/dev/null/out: Not a directory; expected"]),
+    ([DEMO, "--config.tune.epoch=3"], ["tune.epoch; did you mean 'epochs'?"]),
+    ([DEMO, "--config.tun.epochs=3"], ["config.tun; did you mean 'tune'? known"]),
+    ([VTAB + ":task=shvn"], ["argument 'task=shvn'; did you mean 'task=svhn'?"]),
+    ([VTAB + ":svhn"], ["argument 'svhn'; did you mean 'task=svhn'?"]),
+    (["--config=configs/demo.py:mnist"], ["unknown argument 'mnist'"]),
+    (["--config=configs/dmo.py"], ["did you mean 'configs/demo.py'? there are"]),
+    ([f"--config={ROOT}/README.md"], ["cannot read --config"]),
+    ([DEMO, "--unknown"], ["Unknown command line flag 'unknown'"]),
+    # Keys that cannot be sorted: found by fuzzing 2,000 command lines.
+    ([DEMO, "--config.linear={-35: 1, 'x': 2}"], ["keys are of several types"]),
+    ([VTAB, "--config.linear={-35: 1, 'x': 2}"], ["keys are of several types"]),
+    ([], ["no --config; pass --config=FILE: configs/demo.py, configs/fgvc.py"]),
+    ([DEMO, "--config.seeds=3"], ["write (3,) for the one value, or all of them"]),
+    ([DEMO, "--coordinator=127.0.0.1:1"], ["--process_id belong together; pass"]),
+    (
+        [VTAB + ":task=svhn", "--config.task.data_dir=no where"],
+        [
+            "svhn: got no prepared copy of 'svhn_cropped' in no where",
+            "Prepare it once, in any environment; only this needs TensorFlow:",
+            "  pip install tensorflow h5py opencv-python-headless",
+            "  python -m vpt_jax.data prepare svhn --data_dir='no where'",
+        ],
+    ),
+]
+# One process that imports, and a fork of it for each command line.
+COMMANDS = """
+import json, os, sys, tempfile
+from vpt_jax import main
+from vpt_jax.bench import benchmark, launch, search
+
+found = []
+for args in json.loads(sys.argv[1]):
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    if not (child := os.fork()):
+        for number, file in enumerate(files, start=1):
+            os.dup2(file.fileno(), number)
+        sys.argv[1:] = args
+        main.start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for file in files:
+        file.seek(0)
+    found.append([code, *(file.read() for file in files)])
+print(json.dumps(found))
+"""
+
+
+def test_a_mistake_on_the_command_line_says_what_was_meant(tmp_path):
+    given = json.dumps([args for args, _ in MISTAKES])
+    done = command(given, python=("-c", COMMANDS), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout)
+    for (args, lines), (code, out, err) in zip(MISTAKES, ends, strict=True):
+        found = err.splitlines()
+        assert (code, out, len(found)) == (2, "", len(lines)), (args, out, err)
+        assert found[0].startswith("error: ") and lines[0] in found[0], args
+        assert found[1:] == lines[1:]
     assert not list(tmp_path.iterdir())  # no folder `gs:`, no out
 
 
@@ -321,7 +337,6 @@ def test_what_is_set_counts_and_list_shows_it(tmp_path):
     ("path", "arg"),
     [
         ("configs/demo.py", ""),
-        ("configs/demo.py", "digits"),
         ("configs/demo.py", "shapes_location,seeds=5"),
         ("configs/demo.py", "smoke"),
         ("configs/folder.py", "some/where"),
@@ -331,44 +346,15 @@ def test_what_is_set_counts_and_list_shows_it(tmp_path):
         ("configs/swin.py", "task=dmlab"),
     ],
 )
-def test_every_config_builds_its_model_and_step(path, arg):
+def test_every_config_fits_its_model(path, arg):
     config = config_of(path, arg)
-    settings = config.backbone
-    kind = vpt_jax.Swin if settings.variant.startswith("Swin") else vpt_jax.ViT
-    model = kind(settings.variant, dtype=jnp.dtype(settings.dtype))
-    side = model.image_size
-    key = jax.random.key(0)
-    backbone = jax.eval_shape(model.init, key, jnp.zeros((1, side, side, 3)))["params"]
-    trainable = {
-        "prompts": vpt_jax.init_prompts(
-            key, model, config.prompts.num_prompts, deep=config.prompts.deep
-        ),
-        "head": vpt_jax.init_head(key, model.width, 10),
-    }
-    for stage in (config.tune, config.finetune, config.linear):
-        if stage.optimizer == "lbfgs":  # takes no steps
-            continue
-        recipe = train.Recipe(optimizer=stage.optimizer, train_head=stage.head)
-        state = train.init_state(trainable, recipe)
-        b = stage.batch_size
-        batch = {
-            "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((b,), jnp.int32),
-            "mask": jax.ShapeDtypeStruct((b,), bool),
-        }
-
-        def step(state, backbone, batch, recipe=recipe):
-            rate = jnp.float32(0.1)
-            return train.train_step(
-                state, backbone, batch, rate, rate, key, model=model, recipe=recipe
-            )
-
-        after, sums = jax.eval_shape(step, state, backbone, batch)
-        assert jax.tree.structure(after) == jax.tree.structure(state)
-        assert set(sums) == {"loss", "correct", "count"}
-    assert len({unit.name for unit in experiment.plan(config)}) == len(
-        experiment.plan(config)
-    )
+    kind = vpt_jax.Swin if config.backbone.variant.startswith("Swin") else vpt_jax.ViT
+    model, deep = kind(config.backbone.variant), config.prompts.deep
+    num, key = config.prompts.num_prompts, jax.random.key(0)
+    prompts = jax.eval_shape(lambda: vpt_jax.init_prompts(key, model, num, deep=deep))
+    assert len(prompts) == len(model.widths) and vpt_jax.counts(prompts)[0] == num
+    units = experiment.plan(config)
+    assert len({unit.name for unit in units}) == len(units)
 
 
 @pytest.mark.parametrize(
@@ -377,38 +363,40 @@ def test_every_config_builds_its_model_and_step(path, arg):
         ({"unknown": 1}, r"unknown config key config.unknown; known keys there: task,"),
         ({"tune": {"epoch": 1}}, "unknown config key config.tune.epoch"),
         ({"tune": {"epochs": 1.5}}, "config.tune.epochs is 1.5; expected int"),
-        ({"tune": {"epochs": True}}, "config.tune.epochs is True; expected int"),
-        ({"tune": {"epochs": 2, "warmup_epochs": 2}}, "warmup_epochs is 2.0 of 2"),
-        ({"tune": {"weight_decay": -1.0}}, "weight_decay is -1.0"),
-        ({"tune": {"base_lr": 0}}, "base_lr is 0.0; it must be greater than 0"),
+        (
+            {"tune": {"epochs": 2, "warmup_epochs": 2}},
+            "warmup_epochs is 2.0; expected 0 to below epochs, 2",
+        ),
+        ({"tune": {"base_lr": 0}}, "base_lr is 0.0; expected a finite number gre"),
         ({"tune": {"optimizer": "lion"}}, "unknown optimizer 'lion'"),
         ({"tune": 3}, "config.tune is 3; expected a group"),
         ({"seeds": (0, 0)}, "no repeats"),
         ({"seeds": 0}, "config.seeds is 0; expected tuple"),
-        ({"seeds": ("a",)}, "expected tuple"),
         ({"baselines": ("none",)}, "unknown baselines 'none'"),
-        ({"condense": {"keep_ratios": (0.3, 1.0)}}, "keep_ratios has 1.0"),
+        (
+            {"condense": {"keep_ratios": (0.3, 1.0)}},
+            "keep_ratios is 1.0; expected each above 0",
+        ),
         ({"condense": {"scopes": ("local",)}}, "unknown condense.scopes 'local'"),
-        ({"condense": {"keep_ratios": (0.3, 0.3)}}, "keep_ratios has 0.3 twice"),
         ({"condense": {"keep_ratios": (0.3, 0.3000000001)}}, "keep_ratios has 0.3 twi"),
-        ({"condense": {"scopes": ("layer", "layer")}}, "scopes has layer twice"),
         ({"baselines": ("linear", "linear")}, "baselines has linear twice"),
         ({"prompts": {"dropout": 1.0}}, "dropout is 1.0"),
         ({"score": {"reduction": "sum"}}, "unknown score.reduction 'sum'"),
         ({"backbone": {"dtype": "float16"}}, "unknown backbone.dtype 'float16'"),
         ({"backbone": {"normalisation": "0.5"}}, "unknown backbone.normalisation"),
-        ({"tune": {"base_lr": math.inf}}, "base_lr is inf; it must be .* and finite"),
-        ({"tune": {"base_lr": 10**400}}, "base_lr is inf; it must be .* and finite"),
-        ({"tune": {"weight_decay": math.nan}}, "weight_decay is nan; it must be >= 0"),
-        ({"tune": [1]}, r"config.tune is \[1\]; expected a group of keys"),
-        ({"prompts": {"num_prompts": (4, -1)}}, "each must be from 0 to 10,000"),
-        ({"prompts": {"num_prompts": 10**9}}, "each must be from 0 to 10,000"),
+        ({"tune": {"base_lr": 10**400}}, "base_lr is inf; expected a finite number"),
+        (
+            {"tune": {"weight_decay": math.nan}},
+            "weight_decay is nan; expected 0 or more",
+        ),
+        ({"prompts": {"num_prompts": (4, -1)}}, "of each layer 0 to 10,000"),
         ({"prompts": {"num_prompts": 10**5000}}, "a number of thousands of digits"),
-        ({"seeds": (0, -1)}, r"seeds is \(0, -1\); each must be from 0"),
-        ({"seeds": (2**32,)}, "each must be from 0 to 4294967295"),
-        ({"backbone": {"image_size": -1}}, "image_size is -1; it must be from 0"),
-        ({"backbone": {"image_size": 10**6}}, "to 4,096 px"),
+        ({"seeds": (0, -1)}, r"seeds is \(0, -1\); expected each from 0"),
+        ({"seeds": (2**32,)}, "expected each from 0 to 4294967295"),
+        ({"backbone": {"image_size": -1}}, "image_size is -1; expected 0 "),
+        ({"backbone": {"image_size": 10**6}}, "expected 0 .* to 4,096"),
         ({3: 4}, r"unknown config key config\.3; known keys there"),
+        ({"tune": {"base_lr": None}}, "config.tune.base_lr is missing"),
     ],
 )
 def test_wrong_configs(changes, message):
@@ -524,14 +512,7 @@ def test_every_key_of_the_schema_can_be_set(tmp_path):
         assert group[place[-1]] == parsing.plain(value), name
 
 
-def test_missing_keys_are_named():
-    values = load_config("configs/demo.py", "smoke").to_dict()
-    del values["tune"]["base_lr"]
-    with pytest.raises(ValueError, match=r"config.tune.base_lr is missing"):
-        parsing.parse(values)
-
-
-def test_default_workdirs_are_told_apart():
+def test_places_in_commands():
     for given, expected in {
         "configs/demo.py": "out/demo",
         "configs/demo.py:digits,seeds=5": "out/demo-digits-seeds5",
@@ -539,6 +520,11 @@ def test_default_workdirs_are_told_apart():
         "configs/folder.py:/x/mnist.npz": "out/folder-mnist.npz",
     }.items():
         assert cli.default_workdir(given) == expected
+    kept = (
+        "python -m vpt_jax.main --config=configs/vtab.py:smoke --config.tune.epochs=3"
+    )
+    place = " --workdir=/a/b --launcher=ray -address ray://host:1"
+    assert cli.without_place(kept + place) == kept
 
 
 def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
@@ -551,7 +537,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
         image_size=32,
         readout="mean_with_prompts",
     )
-    params = swin.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(swin.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     loaded = (swin, randomised(params, scale=0.05))
     monkeypatch.setattr(vpt_jax, "load_backbone", lambda *_, **__: loaded)
     config = smoke(checkpoint, baselines=(), condense__scopes=("global",))
@@ -567,7 +553,7 @@ def test_a_swin_goes_through_all_stages(checkpoint, tmp_path, monkeypatch):
 
 def test_an_unknown_normalisation_is_asked_for(checkpoint, tmp_path):
     weights = vpt_jax.load_backbone(SMALL, checkpoint)[1]
-    np.savez(tmp_path / "mine.npz", **vpt_jax.weights.checkpoint.flatten(weights))
+    np.savez(tmp_path / "mine.npz", **vpt_jax.weights.release.flatten(weights))
     config = smoke(checkpoint, backbone__checkpoint=str(tmp_path / "mine.npz"))
     with pytest.raises(ValueError, match="--config.backbone.normalisation=half"):
         experiment.run(config, tmp_path / "run")

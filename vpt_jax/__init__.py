@@ -21,15 +21,14 @@ from vpt_jax.prompts import (
     init_prompts,
     prompt_dropout,
 )
-from vpt_jax.weights.checkpoint import (
+from vpt_jax.weights.checkpoint import load_backbone, read_card
+from vpt_jax.weights.readers import CheckpointError
+from vpt_jax.weights.release import (
     PromptFile,
     backbone_hash,
-    load_backbone,
     load_prompts,
-    read_card,
     save_prompts,
 )
-from vpt_jax.weights.readers import CheckpointError
 
 if TYPE_CHECKING:
     from vpt_jax.serve.classifier import Classifier, load_classifier

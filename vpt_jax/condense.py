@@ -278,12 +278,11 @@ def keep_mask(
         raise ValueError(
             f"got keep_ratio={keep_ratio} and keep={keep}; pass exactly one of them."
         )
-    number_like = isinstance(keep_ratio, int | float | np.floating)
-    if keep_ratio is not None and not (number_like and 0 < keep_ratio <= 1):
-        raise ValueError(
-            f"keep_ratio is {checks.said(keep_ratio)}; it must be in (0, 1], e.g. 0.3"
-            " for 30 %, and static under jit."
-        )
+    if keep_ratio is not None:
+        number_like = isinstance(keep_ratio, int | float | np.floating)
+        wanted = "a number in (0, 1], 0.3 for 30 %, static under jit"
+        right = number_like and 0 < keep_ratio <= 1
+        checks.expect(right, "keep_ratio", keep_ratio, wanted)
     largest = sum(sizes) if scope == "global" else max(sizes)
     keep = keep if keep is None else checks.check_integer("keep", keep, 0)
     if keep is not None and not 1 <= keep <= largest:

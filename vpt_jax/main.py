@@ -44,25 +44,21 @@ def main(values: ConfigDict, workdir: Path, command: str) -> None:
     """Runs what the config describes and says where the results lie."""
     if "benchmark" in values:
         run_benchmark(values, workdir, command)
-    else:
-        run_experiment(values, workdir, command)
-
-
-def run_experiment(values: ConfigDict, workdir: Path, command: str) -> None:
-    """One task."""
+        return
     if LAUNCHER.value != "here" or ADDRESS.value or RESOURCES.value:
         raise ValueError(
-            "--launcher, --address and --resources are for benchmarks; this config is"
-            " one run. Leave them out."
+            "--launcher, --address and --resources are for benchmarks; leave them out."
         )
     from vpt_jax.bench import search  # after the flags: they are heavy
     from vpt_jax.files import workdirs
     from vpt_jax.report import document as report
+    from vpt_jax.run import experiment
 
     if LIST.value:
         search.print_status(values, workdir)
         return
-    content = search.run(values, workdir, command)
+    config, found = search.choose(values, workdir)
+    content = experiment.run(config, workdir, command, found)
     if workdirs.writes():
         report.print_table(content)
         print(f"report: {workdir / 'report.html'}")

@@ -72,17 +72,9 @@ def pictures_in(paths: Sequence[str]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        from vpt_jax.files import cli
+    from vpt_jax.files import cli  # after the flags: --help need not wait for it
 
-        cli.fail(error)
+    return cli.answer(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:

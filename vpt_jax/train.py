@@ -373,9 +373,30 @@ def answers(
       ValueError: If labels are not one class of the head for each picture.
     """
     check_labels(labels, trainable["head"]["bias"].shape[-1], strips.count(images))
-    static = {"model": model, "recipe": recipe}
-    found = (
-        eval_step(trainable, backbone, x, labels[index], mask, prompt_mask, **static)
-        for x, index, mask in strips.batches(images, batch_size)
-    )
-    return np.concatenate(list(parallel.one_late(found)))[: len(labels)]
+
+    def step(batch: Any, index: np.ndarray, mask: np.ndarray) -> Any:
+        given = trainable, backbone, batch, labels[index], mask, prompt_mask
+        return eval_step(*given, model=model, recipe=recipe)
+
+    return by_batches(step, images, batch_size)
+
+
+def by_batches(step: Callable[..., jax.Array], images: Any, size: int) -> np.ndarray:
+    """What `step(batch, index, mask)` says of all pictures, see `strips.batches`."""
+    found = (step(*batch) for batch in strips.batches(images, size))
+    return np.concatenate(list(parallel.one_late(found)))[: strips.count(images)]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "recipe"))
+def probabilities(
+    trainable: dict[str, Any],
+    backbone: Any,
+    images: jax.Array,
+    *,
+    model: Any,
+    recipe: Recipe,
+) -> jax.Array:
+    """Of each class, float `[b, k]`: the softmax of `predict`."""
+    images = parallel.spread(images)
+    logits = predict(trainable, backbone, images, model=model, recipe=recipe)
+    return parallel.whole(jax.nn.softmax(logits))

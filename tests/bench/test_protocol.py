@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from vpt_jax.bench import protocol
 from vpt_jax.data.public.vtab import BENCHMARKS
-from vpt_jax.run import parsing
 
 VTAB = [name for name, row in BENCHMARKS.items() if row.group != "fgvc"]
 FGVC = [name for name, row in BENCHMARKS.items() if row.group == "fgvc"]
@@ -50,8 +49,10 @@ def results_of(bench, accuracy, kinds=("linear", "grid")):
 
 
 def test_vtab_is_the_published_protocol():
-    bench = protocol.parse(load("vtab"))
-    assert list(bench.tasks) == VTAB  # in VPT's order
+    assert set(load("vtab").tasks) == set(VTAB)
+    some = ["svhn", "sun397", "dmlab"]  # in VPT's order; all 19 take ten seconds
+    bench = protocol.parse(load("vtab", ",".join(f"task={name}" for name in some)))
+    assert list(bench.tasks) == some
     assert bench.seeds == (42, 44, 82, 100, 800)
     tried = protocol.choices(bench, "svhn")
     assert len(tried) == 40
@@ -62,7 +63,7 @@ def test_vtab_is_the_published_protocol():
         )
     )
     jobs = protocol.planned(bench)
-    assert len(jobs) == 19 * (40 + 40 + 5)
+    assert len(jobs) == 3 * (40 + 40 + 5)
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
         config = job.config
@@ -80,16 +81,21 @@ def test_vtab_is_the_published_protocol():
 
 
 def test_trial_runs_never_see_the_test_set():
-    for name in ("vtab", "fgvc", "swin:task=svhn", "vtab:search,task=dtd"):
-        for job in protocol.planned(protocol.parse(load(*name.split(":")))):
+    for name, arg in (
+        ("vtab", "task=dtd"),
+        ("fgvc", "task=cub"),
+        ("swin", "task=svhn"),
+        ("vtab", "search,task=dtd"),
+    ):
+        for job in protocol.planned(protocol.parse(load(name, arg))):
             if job.kind != "final":
                 assert job.config.task.splits == "select"
                 assert job.config.condense.keep_ratios == job.config.baselines == ()
 
 
 def test_fgvc_has_the_published_grid_and_trains_on_train():
-    bench = protocol.parse(load("fgvc"))
-    assert list(bench.tasks) == FGVC
+    assert set(load("fgvc").tasks) == set(FGVC)
+    bench = protocol.parse(load("fgvc", "task=cub"))
     assert len(protocol.choices(bench, "cub")) == 36  # without 0.05
     final = [job for job in protocol.planned(bench) if job.kind == "final"]
     assert {job.config.task.splits for job in final} == {"all"}
@@ -100,7 +106,7 @@ def test_swin_tries_prompts_too():
     assert bench.settings.name == "vtab"
     counts = {c["num_prompts"] for c in protocol.choices(bench, "svhn")}
     assert counts == {1, 5, 10, 50}
-    assert protocol.parse(load("swin", "fgvc,task=cub")).settings.name == "fgvc"
+    assert load("swin", "fgvc,task=cub").benchmark.name == "fgvc"
     grid = bench.trials["svhn"]["grid"]
     assert len(grid) == 160
     # The probe has no prompts: its grid is not repeated per count.
@@ -138,16 +144,9 @@ def test_published_rates_are_those_of_vpt():
     assert protocol.choices(bench, "svhn")[0]["base_lr"] == 5.0
 
 
-@pytest.mark.parametrize("word", ["svhn", "task=cub", "task=mnist", "seeds=3"])
-def test_unknown_arguments(word):
-    with pytest.raises(ValueError, match="use task=NAME"):
-        load("vtab", word)
-
-
-@pytest.mark.parametrize("name", ["vtab", "fgvc"])
-def test_smoke_is_small(name):
-    bench = protocol.parse(load(name, "smoke"))
-    assert len(protocol.planned(bench)) == (19 if name == "vtab" else 5) * (4 + 4 + 2)
+def test_smoke_is_small():
+    bench = protocol.parse(load("fgvc", "smoke"))
+    assert len(protocol.planned(bench)) == 5 * (4 + 4 + 2)
 
 
 # What is chosen.
@@ -174,14 +173,6 @@ def test_the_best_on_val_is_chosen_and_used():
     assert config.seeds == (42,)
     picked = protocol.chosen(bench, "svhn", "grid", results)
     assert (picked["how"], picked["val_accuracy"]) == ("sweep", 0.9)
-
-
-def test_a_tie_takes_the_smaller_rate():
-    """VPT: the maximum, on an exact tie the strictly smaller rate."""
-    bench = small()
-    results = results_of(bench, lambda *_: 0.5)
-    picked = protocol.chosen(bench, "svhn", "grid", results)
-    assert (picked["base_lr"], picked["weight_decay"]) == (1.0, 0.0)
 
 
 WITH_COUNTS = small(benchmark__num_prompts=(5, 1))
@@ -230,27 +221,15 @@ def test_the_rate_is_scaled_once():
 def test_final_runs_wait_for_the_whole_grid_of_their_task():
     bench = small()
     results = results_of(bench, lambda *_: 0.5)
-    for missing in results:
-        part = {n: r for n, r in results.items() if n != missing}
-        final = {j.task for j in protocol.jobs(bench, part) if j.kind == "final"}
-        assert final == {"svhn", "dtd"} - {missing.split("/")[0]}
-
-
-def test_jobs_come_task_by_task_and_are_those_planned():
-    bench = small()
-    results = results_of(bench, lambda *_: 0.5)
+    # Task by task, as planned.
     names = [job.name for job in protocol.jobs(bench, results)]
     assert names == [job.name for job in protocol.planned(bench)]
     tasks = [name.split("/")[0] for name in names]
     assert tasks == sorted(tasks, key=["dtd", "svhn"].index)
-
-
-def test_a_job_is_a_function_of_its_config():
-    """The same config gives equal jobs: names tell all that differs."""
-    planned = protocol.planned(small())
-    assert planned == protocol.planned(small())
-    configs_of = {job.name: parsing.to_dict(job.config) for job in planned}
-    assert len({str(c) for n, c in configs_of.items() if "grid" in n}) == 8
+    for missing in results:
+        part = {n: r for n, r in results.items() if n != missing}
+        final = {j.task for j in protocol.jobs(bench, part) if j.kind == "final"}
+        assert final == {"svhn", "dtd"} - {missing.split("/")[0]}
 
 
 def test_without_the_linear_probe_it_has_no_grid():
@@ -301,23 +280,26 @@ def test_a_run_that_diverged_counts_if_it_was_ever_finite():
     ("changes", "message"),
     [
         ({"benchmark__mode": "best"}, "mode 'best'"),
-        ({"benchmark__rates": ()}, r"rates is \(\) in mode 'sweep'; expected at least"),
-        ({"benchmark__rates": (1.0, 1.0)}, "a value is there twice"),
-        ({"benchmark__rates": (1.0, -1.0)}, "rates is -1"),
+        (
+            {"benchmark__rates": ()},
+            r"rates is \(\); expected at least one in mode 'sweep'",
+        ),
+        ({"benchmark__rates": (1.0, 1.0)}, "expected each value once"),
+        ({"benchmark__rates": (1.0, -1.0)}, "expected each above 0"),
         ({"benchmark__final_splits": "select"}, "final_splits"),
         ({"benchmark__speed": 1}, "unknown config key config.benchmark.speed"),
-        ({"tasks": {}}, "config.tasks is {}; expected at least one task"),
+        ({"tasks": {}}, "config.tasks is {}; expected a group of keys, with at le"),
         ({"tasks__svhn": {"num_prompts": 5}}, "config.tasks.svhn.base_lr is missing"),
-        ({"tune__base_lr": 1.0}, "which chooses it; set benchmark.rates"),
-        ({"tune__weight_decay": 0.0}, "set benchmark.decays"),
+        ({"tune__base_lr": 1.0}, "which chooses of benchmark.rates"),
+        ({"tune__weight_decay": 0.0}, "which chooses of benchmark.decays"),
         ({"tune__epochs": 0}, "epochs is 0"),
-        ({"prompts__num_prompts": 0}, "at least one is needed"),
+        ({"prompts__num_prompts": 0}, "num_prompts is 0; expected at least one"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "no repeats"),
         ({"score__score": "none"}, "unknown score"),
         (
             {"benchmark__mode": "published", "benchmark__num_prompts": (1, 2)},
-            "tries none",
+            "none in mode .published",
         ),
     ],
 )

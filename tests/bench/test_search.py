@@ -14,7 +14,7 @@ from vpt_jax.bench.benchmark_config import SearchConfig
 from vpt_jax.report import cautions
 from vpt_jax.run import experiment, stages
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "few_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +72,13 @@ def test_all_are_tried_briefly_and_the_better_rate_of_each_start_longer():
     assert len(protocol.planned(known)) == len(tried) + 1
 
 
-@settings(max_examples=10)
+KNOWN = bench()
+
+
+@settings(max_examples=6)
 @given(st.permutations([0.2, 0.4, 0.6, 0.8]), st.permutations([0.1, 0.3]))
 def test_the_best_of_the_longest_trials_is_chosen(short, long):
-    known = bench()
+    known = KNOWN
     of_short = dict(zip(ALL, short, strict=True))
     starts = [[c for c in ALL if c[1] == start] for start in ("zeros", "probe")]
     kept = [max(own, key=lambda c: of_short[c]) for own in starts]
@@ -89,7 +92,7 @@ def test_the_best_of_the_longest_trials_is_chosen(short, long):
     assert config.tune.epochs == 20
 
 
-@pytest.mark.parametrize("epochs", [2, 3, 4, 5, 7, 12, 20, 33, 100])
+@pytest.mark.parametrize("epochs", [2, 3, 5, 12, 100])
 def test_a_search_costs_at_most_what_it_says(epochs):
     """Counted in pictures times epochs, with whole epochs: 2.2 full trainings."""
     known = bench()
@@ -124,10 +127,16 @@ def whole(checkpoint, **changes):
     return values
 
 
+def run(values, workdir, command=""):
+    """As the command does."""
+    config, found = search.choose(values, workdir)
+    return experiment.run(config, workdir, command, found)
+
+
 @pytest.fixture(scope="module")
-def finished(checkpoint, standard_promotion, tmp_path_factory):
+def finished(checkpoint, standard_promotion, few_pictures, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, search.run(whole(checkpoint), workdir, "a command")
+    return workdir, run(whole(checkpoint), workdir, "a command")
 
 
 def test_the_report_shows_every_trial(finished):
@@ -147,13 +156,6 @@ def test_the_report_shows_every_trial(finished):
     assert tuned["watched"][-1] == [epochs, tuned["val_accuracy"]]
 
 
-def test_the_same_command_does_nothing_twice(finished, checkpoint, monkeypatch):
-    workdir, report = finished
-    monkeypatch.setattr(stages, "fit", lambda *args: 1 / 0)
-    again = search.run(whole(checkpoint), workdir, "a command")
-    assert again["search"] == report["search"] and again["rows"] == report["rows"]
-
-
 def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypatch):
     """Killed after two trials: what was done is not done again, the end is the same."""
     perform, done = jobs.perform, []
@@ -166,11 +168,14 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
 
     monkeypatch.setattr(jobs, "perform", stopped)
     with pytest.raises(KeyboardInterrupt):
-        search.run(whole(checkpoint), tmp_path, "a command")
+        run(whole(checkpoint), tmp_path, "a command")
     monkeypatch.undo()
-    report = search.run(whole(checkpoint), tmp_path, "a command")
+    report = run(whole(checkpoint), tmp_path, "a command")
     expected = finished[1]
     assert report["search"] == expected["search"]
+    monkeypatch.setattr(stages, "fit", lambda *args: 1 / 0)
+    again = run(whole(checkpoint), tmp_path, "a command")
+    assert again["search"] == report["search"] and again["rows"] == report["rows"]
     timed = {"latency_ms": 0, "latency_spread": 0}
     same = [r | timed for r in report["rows"]]
     assert same == [r | timed for r in expected["rows"]]
@@ -179,7 +184,7 @@ def test_an_interrupted_search_goes_on(finished, checkpoint, tmp_path, monkeypat
 def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "perform_trials", lambda *args: 1 / 0)
     values = whole(checkpoint, tune__base_lr=0.01, baselines=())
-    report = search.run(values, tmp_path)
+    report = run(values, tmp_path)
     assert "search" not in report
     assert report["config"]["finetune"]["base_lr"] == 0.01
 
@@ -187,7 +192,7 @@ def test_a_given_rate_skips_the_search(checkpoint, tmp_path, monkeypatch):
 def test_another_config_is_refused_before_a_trial(finished, checkpoint, monkeypatch):
     monkeypatch.setattr(search, "perform_trials", lambda *args: 1 / 0)
     with pytest.raises(ValueError, match="num_prompts: 2 -> 3"):
-        search.run(whole(checkpoint, prompts__num_prompts=3), finished[0])
+        run(whole(checkpoint, prompts__num_prompts=3), finished[0])
 
 
 def test_a_benchmark_can_be_run_with_the_recipe():
@@ -217,10 +222,6 @@ def report_of(**changes):
     return {"rows": rows, "data": data, "doubts": [], "importance": about}
 
 
-def test_a_good_run_is_not_doubted():
-    assert cautions.of(report_of(losses=[1.4, 0.2])) == []
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -235,6 +236,7 @@ def test_what_did_not_learn_is_said(changes, says):
 
 
 def test_small_test_sets_and_odd_data_are_said():
+    assert cautions.of(report_of(losses=[1.4, 0.2])) == []
     report = report_of()
     report["data"]["test"] = 50
     report["doubts"] = ["3 of 9 val pictures are also in train"]
@@ -247,9 +249,3 @@ def test_the_interval_is_wilsons():
     """Newcombe, Statistics in Medicine 1998, table I: 81 of 263 and 0 of 20."""
     assert cautions.interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert cautions.interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-
-
-def test_a_fixed_rate_needs_no_search():
-    config = search.fixed(plain(tune__epochs=None))
-    assert config.tune.base_lr == config.finetune.base_lr == 0.03
-    assert config.tune.epochs == 12 and experiment.plan(config)

@@ -18,6 +18,7 @@ from PIL import Image
 import vpt_jax
 from vpt_jax.bench import search
 from vpt_jax.data import cache, folder, found, npz, pictures, tasks
+from vpt_jax.run import experiment
 
 ROOT = Path(__file__).parents[2]
 SIDE = 8
@@ -802,7 +803,8 @@ def test_a_whole_run_on_a_folder(tmp_path):
     values["baselines"] = ("linear",)
     for stage in ("linear", "tune", "finetune"):
         values[stage].update(epochs=2, warmup_epochs=0, batch_size=9)
-    report = search.run(values, tmp_path / "out")
+    config, how = search.choose(values, tmp_path / "out")
+    report = experiment.run(config, tmp_path / "out", "", how)
     assert len(report["search"]["trials"]) == 4  # of one epoch: there is no longer rung
     assert report["task"] == "zoo"
     data = report["data"]

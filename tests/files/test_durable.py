@@ -60,8 +60,10 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-@pytest.mark.parametrize("number", REFUSALS)
+@pytest.mark.parametrize(
+    ("number", "function"),
+    [*((number, "replace") for number in REFUSALS), (errno.ENOSPC, "fsync")],
+)
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
 def test_what_a_disk_refuses_names_the_file_and_leaves_the_last_good_one(
     tmp_path, monkeypatch, writer, number, function
@@ -147,16 +149,6 @@ def test_a_log_is_not_silent_for_long(tmp_path, monkeypatch, capsys):
     log.close()
 
 
-def test_a_place_that_cannot_be_written_is_one_line_of_the_command(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = command(
-        "--config=configs/demo.py:digits,smoke", f"--workdir={tmp_path}/file/out"
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert f"{tmp_path}/file" in done.stderr and "expected" in done.stderr
-
-
 # --- files that rot -------------------------------------------------------------------
 
 
@@ -205,13 +197,13 @@ def test_every_flipped_bit_of_a_record_is_found(tmp_path):
                 assert str(path) in str(error)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"row": 1}'])
-def test_records_that_are_none(tmp_path, text):
-    path, said = tmp_path / "a.json", []
-    path.write_text(text)
-    assert workdirs.sound_record(path, said.append) is None
-    assert (tmp_path / "a.json.damaged").read_text() == text
-    assert len(said) == 1 and not path.exists()
+def test_records_that_are_none(tmp_path):
+    for number, text in enumerate(["", "{", "[]", "null", "{}", '{"row": 1}']):
+        path, said = tmp_path / f"{number}.json", []
+        path.write_text(text)
+        assert workdirs.sound_record(path, said.append) is None
+        assert path.with_name(f"{path.name}.damaged").read_text() == text
+        assert len(said) == 1 and not path.exists()
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
@@ -316,7 +308,7 @@ def test_epochs_are_made_of_calls_of_few_lengths():
     assert sum(fitting.call_lengths(1009)) == 1009
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5])
+@pytest.mark.parametrize("calls", [1, 5])
 def test_sigterm_within_an_epoch_saves_and_continues_bit_for_bit(
     undisturbed, problem, tmp_path, monkeypatch, calls
 ):
@@ -456,13 +448,10 @@ def noise(num, seed):
     return np.random.default_rng(seed).integers(0, 256, (num, 6, 6, 3), np.uint8)
 
 
-def test_sound_data_raise_no_doubts():
-    assert doubts.doubts(splits_of(noise(9, 0), noise(70, 1), noise(5, 2))) == []
-    assert doubts.doubts(splits_of(noise(9, 0))) == []
-
-
 def test_pictures_in_two_splits_and_constant_ones_are_told():
     train, val, test = noise(9, 0), noise(70, 1), noise(140, 2)
+    assert doubts.doubts(splits_of(train, val, test)) == []
+    assert doubts.doubts(splits_of(train)) == []
     val[66], test[129], test[130] = train[4], train[5], val[3]
     val[2], test[:2] = 7, 9
     found = doubts.doubts(splits_of(train, val, test))
@@ -480,18 +469,11 @@ def test_pictures_in_two_splits_and_constant_ones_are_told():
     ]
 
 
-def test_pictures_that_could_not_be_read_equal_nothing():
-    assert doubts.shared([1, None, 2, 1], [None, 2, 2]) == [(2, 1)]
-    x = np.zeros((2, 3, 3), np.uint8)
-    assert doubts.fingerprint(x) != doubts.fingerprint(x.transpose(1, 0, 2))
-
-
 def test_of_strips_the_centres_are_compared():
     pixels = noise(1, 0)[0].repeat(100, 0)[:256, :1].repeat(256, 1)
     strip = strips.make(pixels, [256], [True])
     strip = jax.tree.map(jnp.asarray, strip)
     centre = np.asarray(strips.view(strip, jnp.arange(1)))
-    (split,) = (Split(strip, np.zeros(1, np.int32)),)
-    other = Split(centre, np.ones(1, np.int32))
-    found = doubts.doubts({"train": split, "val": None, "test": other})
+    train, test = (Split(x, np.full(1, k)) for k, x in enumerate((strip, centre)))
+    found = doubts.doubts({"train": train, "val": None, "test": test})
     assert [text for text in found if "also in train, 1 with another label" in text]

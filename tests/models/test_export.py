@@ -32,7 +32,7 @@ MODELS = {
 def setting(name):
     """The model, its parameters, and deep and shallow prompts of it."""
     model = MODELS[name]
-    params = model.init(KEY, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+    params = jax.jit(model.init)(KEY, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
     deep = vpt_jax.init_prompts(KEY, model, [2, 0, 3][: model.depth])
     shallow = vpt_jax.init_prompts(KEY, model, 2, deep=False)
     return model, randomised(params), deep, shallow

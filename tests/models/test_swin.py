@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import check_gates
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from reference_swin import features as reference_features
 
 import vpt_jax
-from vpt_jax.condense import example_values
 from vpt_jax.models.layers import KeyValue
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.windows import exponentials, from_windows, to_windows
@@ -373,37 +373,11 @@ def problem(backbone):
 def test_key_gate_gradient_is_the_central_difference_in_float64(problem):
     _, backbone, trainable, batch = problem
     with jax.enable_x64(True):
-        backbone, trainable, image = jax.tree.map(
-            jnp.asarray, as64((backbone, trainable, batch["image"]))
-        )
+        given = as64((backbone, trainable, batch["image"]))
+        backbone, trainable, image = jax.tree.map(jnp.asarray, given)
         model = problem[0].clone(dtype=jnp.float64, param_dtype=jnp.float64)
-
-        def losses(prompts, prompt_gate=None, prompt_mask=None):
-            features, out = model.apply(
-                {"params": backbone},
-                image,
-                prompts=prompts,
-                prompt_gate=prompt_gate,
-                prompt_mask=prompt_mask,
-            )
-            logits = vpt_jax.apply_head(trainable["head"], features)
-            return vpt_jax.cross_entropy(logits, batch), out
-
-        prompts = trainable["prompts"]
-        values = jit(lambda p: example_values("key_gate", losses, p))(prompts)
-        compiled = jit(lambda p, gate: losses(p, gate)[0])
-        assert {v.dtype for v in values} == {jnp.dtype(jnp.float64)}
-        eps = 1e-5
-        for i, n in enumerate(NUM):
-            for j in range(n):
-                at = []
-                for sign in (1, -1):
-                    gate = [jnp.ones(m) for m in NUM]
-                    gate[i] = gate[i].at[j].add(sign * eps)
-                    at.append(compiled(prompts, tuple(gate)))
-                numeric = -(at[0] - at[1]) / (2 * eps)
-                # Central differences: error of order eps**2 and rounding / eps.
-                np.testing.assert_allclose(values[i][:, j], numeric, atol=1e-9)
+        batch = {**batch, "image": image}
+        check_gates(model, backbone, trainable, batch)
 
 
 @pytest.mark.parametrize(

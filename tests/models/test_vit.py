@@ -193,7 +193,7 @@ MultiHeadDotProductAttention_0/value/bias MultiHeadDotProductAttention_0/value/k
 
 def test_parameter_paths_and_shapes_are_those_of_vit_jax(tiny):
     _, backbone = tiny
-    flat = vpt_jax.weights.checkpoint.flatten(backbone)
+    flat = vpt_jax.weights.release.flatten(backbone)
     expected = {f"Transformer/encoderblock_{i}/{n}" for i in range(3) for n in BLOCK}
     expected |= {
         "Transformer/encoder_norm/bias",

@@ -20,7 +20,7 @@ from timm.models import eva, vision_transformer
 
 import vpt_jax
 from vpt_jax.models.layers import KeyValue
-from vpt_jax.weights.checkpoint import flatten
+from vpt_jax.weights.release import flatten
 
 NARROW = {"embed_dim": 128, "depth": 2, "num_heads": 2, "num_classes": 0}
 CLASS_TOKEN = {"global_pool": "token"}  # as upstream reads DINOv3; timm takes the mean

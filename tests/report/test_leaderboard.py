@@ -113,6 +113,13 @@ def make_board(names=published.VTAB, benchmark="vtab", seeds=(42, 44, 82), **mor
     }
 
 
+def markdown(board):
+    """As `render`, which draws the figures too."""
+    board = standings.canonical(board)
+    said = lb.notes(board, lb.leaderboard(board))
+    return tables.markdown(board, lb.title(board), said)
+
+
 def empty(task):
     task.update(rows=[], grid=[], chosen=None, missing=60)
 
@@ -224,15 +231,6 @@ def test_spread_is_of_the_averages_of_seeds_that_all_tasks_have():
     assert line["seeds"] == [3, 3]
 
 
-def test_one_seed_has_no_spread():
-    board = make_board(NATURAL, seeds=(42,))
-    for line in by_name(board).values():
-        values = (*line["tasks"].values(), *line["averages"].values())
-        assert all(v["sd"] is None and v["n"] == 1 for v in values)
-    ours = lb.render(board)["md"].split("## What was chosen")[0].split("## Averages")[1]
-    assert "±" not in ours
-
-
 def test_costs_are_means_over_tasks():
     board = make_board(NATURAL)
     line = by_name(board)["All prompts (100 %)"]
@@ -285,7 +283,7 @@ def test_missing_tasks_leave_averages_out():
     scratch = by_name(board)["From scratch 50 %"]
     assert scratch["averages"]["mean_complete"]
     assert scratch["prompts"] is not None
-    text = lb.render(board)["md"]
+    text = markdown(board)
     assert "17 of 19 tasks are complete, 63 runs" in text
     assert "nothing yet of dmlab" in text
     assert "| Mean over 17 complete tasks |" in text
@@ -303,14 +301,6 @@ def test_a_subset_is_called_so():
     assert titles(published.FGVC, "fgvc") == ["Mean over 5 tasks"]
 
 
-def test_own_tasks_have_no_published_lines():
-    board = make_board(("mugs", "cups"), "kitchen")
-    assert by_name(board, ours=False) == {}
-    text = lb.render(board)["md"]
-    assert "kitchen leaderboard" in text
-    assert "Published rows" not in text
-
-
 def test_diverged_runs_are_marked():
     board = make_board(NATURAL)
     row = board["tasks"]["dtd"]["rows"][1]
@@ -318,7 +308,7 @@ def test_diverged_runs_are_marked():
     row.update(epochs=12)
     line = by_name(board)["All prompts (100 %)"]
     assert line["diverged"] == [{"task": "dtd", "seed": 42, "epochs": 12}]
-    text = lb.render(board)["md"]
+    text = markdown(board)
     assert "All prompts (100 %) †" in text
     assert "† One run counts with the last epoch before" in text
     assert "on dtd, seed 42 (epoch 12)" in text
@@ -326,14 +316,12 @@ def test_diverged_runs_are_marked():
     # Rows that do not say their epochs got to the end.
     for key in ("epochs", "planned_epochs"):
         del row[key]
-    assert "†" not in lb.render(board)["md"]
-    page = lb.render(board)["html"]
-    assert "<small>✕ 7</small>" in page  # of the grid
+    assert "†" not in markdown(board)
 
 
 def test_notes_say_what_is_comparable():
     board = make_board(NATURAL)
-    said = lb.render(board)["md"]
+    said = markdown(board)
     assert "swept, chosen by validation accuracy" in said
     assert "Validation is VTAB-1k's: 200 pictures" in said
     assert "as VPT did" in said
@@ -341,7 +329,7 @@ def test_notes_say_what_is_comparable():
     for task in board["tasks"].values():
         task["chosen"]["how"] = "published"
     board["tasks"]["dtd"]["chosen"]["how"] = "default"
-    said = lb.render(board)["md"]
+    said = markdown(board)
     assert "published, without a sweep of ours (6 of 7 tasks)" in said
     assert "which favours its rows" in said
     assert "VPT normalised with ImageNet's" in said
@@ -349,41 +337,23 @@ def test_notes_say_what_is_comparable():
 
 
 def test_csv_holds_every_number():
-    board = make_board()
-    rows = list(csv.DictReader(io.StringIO(lb.render(board)["csv"])))
+    board = standings.canonical(make_board())
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text(board))))
     lines = lb.leaderboard(board)
-    assert [row["method"] for row in rows] == [line["method"] for line in lines]
     for row, line in zip(rows, lines, strict=True):
-        for key, value in line["averages"].items():
+        assert (row["method"], row["source"]) == (line["method"], line["source"])
+        values = {f"task_{name}": line["tasks"].get(name) for name in published.VTAB}
+        for key, value in (values | line["averages"]).items():
             for part in ("mean", "sd", "n"):
-                number = value and value[part]
-                found = row[f"{key}_{part}"]
+                found, number = row[f"{key}_{part}"], value and value[part]
                 assert (float(found) if found else None) == number  # exactly
-        for name in published.VTAB:
-            value = line["tasks"].get(name)
-            expected = "" if value is None else str(value["mean"])
-            assert row[f"task_{name}_mean"] == expected
-        assert row["source"] == line["source"]
-
-
-def test_markdown_tables_are_whole():
-    text = lb.render(make_board())["md"]
-    widths = {}
-    for heading, part in zip(
-        *[iter(re.split(r"^## (.*)$", text, flags=re.M)[1:])] * 2, strict=True
-    ):
-        rows = [row for row in part.splitlines() if row.startswith("|")]
-        widths[heading] = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
-    assert list(widths) == ["Averages", "Every task", "What was chosen"]
-    assert all(len(width) == 1 for width in widths.values())
-    assert "**" in text
 
 
 def test_latex_is_balanced_and_escaped():
     bad = r"a_b%c&d#e$f{g}\h~i^j"
     board = make_board((*published.VTAB, bad))
     board["backbone"]["name"] = bad
-    text = lb.render(board)["tex"]
+    text = tables.latex(board, lb.title(board), lb.notes(board, lb.leaderboard(board)))
     ends = [("begin", "table*"), ("begin", "tabular")]
     ends += [("end", "tabular"), ("end", "table*")]
     assert re.findall(r"\\(begin|end)\{([a-z*]+)\}", text) == ends * 2
@@ -402,32 +372,8 @@ def test_latex_is_balanced_and_escaped():
     assert escaped in text
 
 
-def test_html_loads_nothing_and_says_everything():
-    board = make_board()
-    page = Page(lb.render(board)["html"])
-    assert page.tags.count("svg") == 2
-    for part in ("69.43", "71.97", "73.94", "wizwand.com", board["command"], "0.9.0"):
-        assert part in page.text
-    assert page.tags.count("table") == 3 + 19
-
-
-def test_html_escapes_what_it_did_not_write():
-    bad = "<script>alert('&')</script>"
-    board = make_board((*NATURAL, bad), bad)
-    board["command"] = board["backbone"]["name"] = board["backbone"]["variant"] = bad
-    board["backbone"]["normalisation"] = bad
-    board["tasks"][bad]["group"] = board["tasks"][bad]["chosen"]["how"] = bad
-    board["versions"][bad] = bad
-    for row in board["tasks"][bad]["rows"]:
-        if row["score"] == "key_gate":
-            row["score"] = bad
-    texts = lb.render(board)
-    assert bad in Page(texts["html"]).text
-    assert "<script" not in texts["md"].replace("\\<", "")
-
-
 def test_figures_are_xml_and_the_same_every_time():
-    board = make_board()
+    board = make_board(NATURAL)
     lines = lb.leaderboard(board)
     first = board_figures.draw(board, lines)
     check_figures(first, ["board_accuracy", "board_tasks"])
@@ -439,26 +385,6 @@ def reversed_keys(value):
     if isinstance(value, dict):
         return {k: reversed_keys(value[k]) for k in reversed(value)}
     return [reversed_keys(v) for v in value] if isinstance(value, list) else value
-
-
-def test_equal_boards_make_equal_files(tmp_path):
-    board = make_board((*NATURAL, "mugs", "cups"))
-    other = reversed_keys(copy.deepcopy(board))
-    assert other == board
-    before = copy.deepcopy(board)
-    first = lb.write(board, tmp_path / "a")
-    second = lb.write(other, tmp_path / "b")
-    suffixes = [".json", ".md", ".csv", ".tex", ".html"]
-    assert [path.suffix for path in first] == suffixes
-    for one, two in zip(first, second, strict=True):
-        assert one.name == two.name
-        assert one.read_bytes() == two.read_bytes()
-    assert json.loads(first[0].read_text()) == board == before
-    # Nor do the rows' order and the grids' matter, but for the JSON.
-    for task in other["tasks"].values():
-        task["rows"].reverse()
-        task["grid"].reverse()
-    assert lb.render(other) == lb.render(board)
 
 
 def test_nothing_is_written_of_a_bad_board(tmp_path):
@@ -483,47 +409,109 @@ def printed(board, width, monkeypatch):
     return text
 
 
-@pytest.mark.parametrize("names", [published.VTAB, NATURAL, ("mugs",)])
-def test_table_is_plain_and_narrow(names, monkeypatch):
-    text = printed(make_board(names), 80, monkeypatch)
-    assert "All prompts (100 %)" in text
-    assert sum(line.startswith(names[0]) for line in text.splitlines()) == 1
-
-
-def test_table_uses_the_room_that_there_is(monkeypatch):
-    narrow, wide = (printed(make_board(), w, monkeypatch) for w in (80, 200))
-    assert "Specialized" in wide and "Specialized" not in narrow
-    for text in (narrow, wide):  # the best of ours, and what it is measured against
-        assert "PC global 10 %" in text and "69.43" in text
+def test_table_is_plain_and_uses_the_room_that_there_is(monkeypatch):
+    for names in (published.VTAB, ("mugs",)):
+        narrow, wide = (printed(make_board(names), w, monkeypatch) for w in (80, 200))
+        for text in (narrow, wide):
+            assert "All prompts (100 %)" in text and "PC global 10 %" in text
+            assert sum(line.startswith(names[0]) for line in text.splitlines()) == 1
+        assert ("Specialized" in wide) == (len(names) > 1)
+        assert "Specialized" not in narrow
+        # What the best of ours is measured against.
+        deep = [line for line in narrow.splitlines() if line.startswith("VPT-Deep")]
+        assert ("69.43" in " ".join(deep)) == (len(names) > 1)
     ratios = tuple(i / 10 for i in range(1, 10))
     text = printed(make_board(NATURAL, ratios=ratios), 80, monkeypatch)
     (header,) = re.findall(r"^Task .*$", text, re.M)
     assert header.endswith("VPT-Deep")  # though some ratios had no room
 
 
-def test_sweep_over_prompts_has_a_row_for_each():
-    board = make_board(("dtd",))
-    task = board["tasks"]["dtd"]
-    more = [entry | {"num_prompts": [5] * 12} for entry in task["grid"][:3]]
-    task["grid"] += more
-    page = lb.render(board)["html"]
-    assert "prompts · wd" in page
-    assert "5 5 5 5 5 5 5 5 5 5 5 5 · 0.01" in page
-    assert page.count('class="chosen"') == 1
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole board as written, one sweep with several numbers of prompts."""
+    board = make_board()
+    grid = board["tasks"]["dtd"]["grid"]
+    grid += [entry | {"num_prompts": [5] * 12} for entry in grid[:3]]
+    before, folder = copy.deepcopy(board), tmp_path_factory.mktemp("board")
+    paths = lb.write(board, folder)
+    suffixes = [".json", ".md", ".csv", ".tex", ".html"]
+    assert [path.suffix for path in paths] == suffixes
+    assert json.loads(paths[0].read_text()) == board == before
+    return board, paths
 
 
-def test_render_again(tmp_path, capsys):
-    board = make_board(NATURAL, seeds=(1,), ratios=(0.3,))
-    paths = lb.write(board, tmp_path)
-    texts = {path: path.read_bytes() for path in paths}
-    for path in paths[1:]:
-        path.unlink()
+def test_html_loads_nothing_and_says_everything(whole):
+    board, paths = whole
+    text = paths[-1].read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 2
+    for part in ("69.43", "71.97", "73.94", "wizwand.com", board["command"], "0.9.0"):
+        assert part in page.text
+    assert page.tags.count("table") == 3 + 19
+    # A row of the grid for each number of prompts, and one that was chosen.
+    assert "prompts · wd" in text and "5 5 5 5 5 5 5 5 5 5 5 5 · 0.01" in text
+    assert text.count('class="chosen"') == 19
+    assert "<small>✕ 7</small>" in text  # diverged in the grid
+
+
+def test_markdown_tables_are_whole(whole):
+    text, widths = whole[1][1].read_text(), {}
+    for heading, part in zip(
+        *[iter(re.split(r"^## (.*)$", text, flags=re.M)[1:])] * 2, strict=True
+    ):
+        rows = [row for row in part.splitlines() if row.startswith("|")]
+        widths[heading] = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
+    assert list(widths) == ["Averages", "Every task", "What was chosen"]
+    assert all(len(width) == 1 for width in widths.values())
+    assert "**" in text
+
+
+def test_equal_boards_make_equal_files(whole, tmp_path):
+    board, paths = whole
+    other = reversed_keys(copy.deepcopy(board))
+    assert other == board
+    for task in other["tasks"].values():  # nor does the order of rows and grids matter
+        task["rows"].reverse()
+        task["grid"].reverse()
+    for one, two in zip(paths[1:], lb.write(other, tmp_path)[1:], strict=True):
+        assert one.name == two.name and one.read_bytes() == two.read_bytes()
+
+
+def test_html_escapes_what_it_did_not_write():
+    bad = "<script>alert('&')</script>"
+    board = make_board(("dtd", bad), bad, seeds=(1,), ratios=(0.3,))
+    board["command"] = board["backbone"]["name"] = board["backbone"]["variant"] = bad
+    board["backbone"]["normalisation"] = bad
+    board["tasks"][bad]["group"] = board["tasks"][bad]["chosen"]["how"] = bad
+    board["versions"][bad] = bad
+    for row in board["tasks"][bad]["rows"]:
+        if row["score"] == "key_gate":
+            row["score"] = bad
+    texts = lb.render(board)
+    assert bad in Page(texts["html"]).text
+    assert "<script" not in texts["md"].replace("\\<", "")
+
+
+def test_own_tasks_have_no_published_lines_and_one_seed_no_spread():
+    board = make_board(("mugs", "cups"), "kitchen", seeds=(42,), ratios=(0.3,))
+    assert by_name(board, ours=False) == {}
+    for line in by_name(board).values():
+        values = (*line["tasks"].values(), *line["averages"].values())
+        assert all(v["sd"] is None and v["n"] == 1 for v in values)
+    text = markdown(board)
+    assert "kitchen leaderboard" in text and "Published rows" not in text
+    assert "±" not in text.split("## What was chosen")[0].split("## Averages")[1]
+
+
+def test_render_again(whole, tmp_path, capsys):
+    texts = {path.name: path.read_bytes() for path in whole[1]}
+    source = tmp_path / "leaderboard.json"
+    source.write_bytes(texts["leaderboard.json"])
     command.main([str(tmp_path)])
-    assert {path: path.read_bytes() for path in paths} == texts
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == texts
     shown = capsys.readouterr().out
-    assert "PC global 30 %" in shown
-    assert f"Wrote {paths[-1]}" in shown
-    paths[0].write_text("{}")
+    assert "PC global 30 %" in shown and "leaderboard.html" in shown
+    source.write_text("{}")
     with pytest.raises(SystemExit):
         command.main([str(tmp_path)])
     assert "is not a leaderboard" in capsys.readouterr().err

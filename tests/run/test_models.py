@@ -22,5 +22,5 @@ def test_a_swin_takes_remat_and_no_other_kernel(tmp_path):
     loaded = load_model(BackboneConfig(variant=str(path), remat="block")).model
     assert (loaded.remat, loaded.depths) == ("block", (1, 1))
     fused = BackboneConfig(variant=str(path), attention="cudnn", dtype="bfloat16")
-    with pytest.raises(ValueError, match="'cudnn', which only a ViT has; leave it out"):
+    with pytest.raises(ValueError, match="'cudnn'; expected 'products' for a Swin"):
         load_model(fused)

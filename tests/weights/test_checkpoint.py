@@ -10,15 +10,16 @@ from conftest import randomised
 import vpt_jax
 from vpt_jax.files import states, workdirs
 from vpt_jax.weights import release
-from vpt_jax.weights.checkpoint import flatten, save_backbone
+from vpt_jax.weights.checkpoint import save_backbone
 from vpt_jax.weights.naming import unflatten
+from vpt_jax.weights.release import flatten
 
 
 @pytest.fixture(scope="module")
 def small():
     """The demo's architecture with a large patch: quick, and a named variant."""
     model = vpt_jax.ViT("demo/16")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     return model, randomised(params)
 
 

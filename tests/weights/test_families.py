@@ -17,9 +17,9 @@ from vpt_jax.models.variants import canonical
 from vpt_jax.models.xla import ACTIVATIONS
 from vpt_jax.weights import facts, torch_files
 from vpt_jax.weights.backbones import architecture
-from vpt_jax.weights.checkpoint import flatten
 from vpt_jax.weights.families import FAMILIES, refuse_families
 from vpt_jax.weights.naming import Entry, Named
+from vpt_jax.weights.release import flatten
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
 from vpt_jax.models.vit import NORMS, READOUTS
 from vpt_jax.weights.backbones import BACKBONES, architecture, known_backbone
-from vpt_jax.weights.checkpoint import flatten
 from vpt_jax.weights.matching import match_swin, match_vit, parameters
 from vpt_jax.weights.naming import read_names
 from vpt_jax.weights.readers import Lazy
+from vpt_jax.weights.release import flatten
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 PARTS = ("query", "key", "value")

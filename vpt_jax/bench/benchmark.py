@@ -66,9 +66,8 @@ def run(
                 result = jobs.result_of(workdir, job)
                 if result is None:
                     raise ValueError(
-                        f"{job.name} ended without a result in"
-                        f" {jobs.folder(workdir, job.name)}; expected the engine's"
-                        " nodes to share --workdir (Slurm)."
+                        f"{job.name} ended without a result in {workdir}; expected"
+                        " nodes that share --workdir (Slurm)."
                     )
                 results[job.name] = result
                 _tell(bench, results, job, start)
@@ -90,23 +89,23 @@ def run(
 def check_data(bench: Benchmark) -> None:
     """Raises one ValueError if data sets of a benchmark are not prepared."""
     data_dir = bench.base.get("task", {}).get("data_dir", "")
-    missing, error = [], None
+    errors = {}
     for task in bench.tasks:
         if task in vtab.BENCHMARKS and not extracted.find(task, data_dir):
             try:
                 vtab.find(vtab.BENCHMARKS[task], data_dir)
-            except ValueError as found:
-                missing, error = [*missing, task], found
-    if error is not None and len(missing) == 1:
-        raise error
-    if missing:
+            except ValueError as error:
+                errors[task] = error
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
         where = f" --data_dir={shlex.quote(data_dir)}" if data_dir else ""
         raise advised(
-            f"{len(missing)} of {len(bench.tasks)} data sets are not prepared:"
-            f" {', '.join(missing)}.",
+            f"{len(errors)} of {len(bench.tasks)} data sets are not prepared:"
+            f" {', '.join(errors)}.",
             "Prepare them once (only this needs TensorFlow), or run others: task=NAME.",
             "  pip install tensorflow h5py opencv-python-headless",
-            f"  python -m vpt_jax.data prepare {' '.join(missing)}{where}",
+            f"  python -m vpt_jax.data prepare {' '.join(errors)}{where}",
         )
 
 
@@ -132,9 +131,8 @@ def board(
     named = [job.name for job in protocol.jobs(bench, results)]
     known = [results[name] for name in named if name in results]
     versions: dict[str, set[str]] = {}
-    for result in known:
-        for name, value in result["versions"].items():
-            versions.setdefault(name, set()).add(value)
+    for name, value in (pair for x in known for pair in x["versions"].items()):
+        versions.setdefault(name, set()).add(value)
     return {
         "benchmark": bench.settings.name,
         "command": command,
@@ -163,24 +161,22 @@ class TaskStatus(NamedTuple):
 
 def status(bench: Benchmark, workdir: Path) -> list[TaskStatus]:
     """What is done, running and left, without touching anything."""
-    results = finished(bench, workdir)
+    results, pending = finished(bench, workdir), _fresh_pending(workdir)
     planned = protocol.planned(bench)
-    speed = _speed(planned, results)
-    pending = _fresh_pending(workdir)
     found = []
     for task in bench.tasks:
         own = [job for job in planned if job.task == task]
+        left = [job for job in own if job.name not in results]
         final = [job for job in own if job.kind == "final"]
         grid = [job for job in own if job.kind != "final"]
-        left = [job for job in own if job.name not in results]
-        running = [j.name for j in left if j.name in pending or _is_moving(workdir, j)]
+        running = (j.name for j in left if j.name in pending or _is_moving(workdir, j))
         found.append(
             TaskStatus(
                 task,
                 (sum(j.name in results for j in grid), len(grid)),
                 (sum(j.name in results for j in final), len(final)),
                 tuple(running),
-                None if speed is None else sum(map(_work, left)) / speed,
+                _seconds_of(left, planned, results),
             )
         )
     return found
@@ -192,26 +188,22 @@ def print_status(bench: Benchmark, workdir: Path) -> None:
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("task")
+    table = Table("task", box=None, padding=(0, 2, 0, 0))
     for name in ("grid", "final runs", "running", "time left"):
         table.add_column(name, justify="right")
     rows = status(bench, workdir)
     for row in rows:
-        table.add_row(
-            row.task,
-            "{}/{}".format(*row.grid) if row.grid[1] else "",
-            "{}/{}".format(*row.final),
-            str(len(row.running) or ""),
-            _duration(row.seconds_left),
-        )
+        grid = "{}/{}".format(*row.grid) if row.grid[1] else ""
+        cells = grid, "{}/{}".format(*row.final), str(len(row.running) or "")
+        table.add_row(row.task, *cells, _duration(row.seconds_left))
     console.print(table)
     done, total = (sum(row.grid[i] + row.final[i] for row in rows) for i in (0, 1))
     running = [name for row in rows for name in row.running]
-    for name in running[:10]:
+    shown = running[:10]
+    if len(running) > len(shown):
+        shown.append(f"{len(running) - len(shown)} more")
+    for name in shown:
         console.print(f"running: {name}")
-    if len(running) > 10:
-        console.print(f"running: {len(running) - 10} more")
     known = [row.seconds_left for row in rows if row.seconds_left is not None]
     left = f"{_duration(sum(known))} left on one device" if known else "not yet timed"
     if done == total:
@@ -222,26 +214,26 @@ def print_status(bench: Benchmark, workdir: Path) -> None:
 def _tell(bench: Benchmark, results: Mapping[str, Any], job: Job, start: float) -> None:
     """One line about a job that ended."""
     planned = protocol.planned(bench)
-    rows = results[job.name]["rows"]
+    rows, seconds = results[job.name]["rows"], results[job.name]["seconds"]
     split = "val" if job.kind != "final" else "test"
-    best = [r for r in rows if r["stage"] == "tune"] or rows
-    text = f"{split} {100 * best[0][f'{split}_accuracy']:.1f} %"
-    if seconds := results[job.name]["seconds"]:
-        text += f", {seconds:.0f} s"
-    speed = _speed(planned, results)
-    if speed is not None:
-        left = sum(_work(j) for j in planned if j.name not in results) / speed
-        text += f"; {_duration(left)} left on one device"
+    best = next((r for r in rows if r["stage"] == "tune"), rows[0])
+    text = f"{split} {100 * best[f'{split}_accuracy']:.1f} %"
+    text += f", {seconds:.0f} s" if seconds else ""
+    unfinished = [j for j in planned if j.name not in results]
+    left = _seconds_of(unfinished, planned, results)
+    text += "" if left is None else f"; {_duration(left)} left on one device"
+    number = f"[{len(planned) - len(unfinished)}/{len(planned)}]"
     elapsed = time.monotonic() - start
-    done = sum(j.name in results for j in planned)
-    print(f"{elapsed:7.0f} s  [{done}/{len(planned)}] {job.name}: {text}", flush=True)
+    print(f"{elapsed:7.0f} s  {number} {job.name}: {text}", flush=True)
 
 
-def _speed(planned: Sequence[Job], results: Mapping[str, Any]) -> float | None:
-    """Work per second of the jobs that were timed."""
+def _seconds_of(
+    left: Sequence[Job], planned: Sequence[Job], results: Mapping[str, Any]
+) -> float | None:
+    """How long jobs take at the speed of those that were timed; None of none."""
     timed = [j for j in planned if results.get(j.name, {}).get("seconds")]
     seconds = sum(results[job.name]["seconds"] for job in timed)
-    return sum(map(_work, timed)) / seconds if seconds else None
+    return sum(map(_work, left)) * seconds / sum(map(_work, timed)) if timed else None
 
 
 def _work(job: Job) -> float:
@@ -254,13 +246,10 @@ def _work(job: Job) -> float:
         return train * _FORWARD
     work = 0.0
     for unit in experiment.plan(job.config):
-        epochs = {
-            "linear": _FORWARD,  # features once
-            "tune": job.config.tune.epochs,
-            "scratch": job.config.tune.epochs,
-            "condense": 0,
-            "finetune": job.config.finetune.epochs,
-        }[unit.stage]
+        if unit.stage in ("linear", "condense"):  # features once; nothing at all
+            epochs = _FORWARD if unit.stage == "linear" else 0
+        else:
+            epochs = getattr(job.config, unit.trains_as).epochs
         work += epochs * train + _FORWARD * test
     return work
 

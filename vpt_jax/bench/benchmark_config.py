@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vpt_jax.files.messages import did_you_mean, shown
+from vpt_jax.files.messages import did_you_mean, expect
 from vpt_jax.prompts import check_choice
 from vpt_jax.run import config as configs
 from vpt_jax.run import parsing
@@ -25,11 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 # Keys of `tune` that may be None, and what they are otherwise.
 _OWN = {"base_lr": (int, float), "weight_decay": (int, float), "batch_size": (int,)}
 # Keys of a run that the protocol fills in.
-_FILLED = {
-    "task": ("name", "splits"),
-    "linear": tuple(_OWN),
-    "finetune": tuple(_OWN),
-}
+_FILLED = {"task": ("name", "splits"), "linear": tuple(_OWN), "finetune": tuple(_OWN)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,41 +51,41 @@ class BenchmarkConfig:
     head_inits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        def expect(right: bool, name: str, expected: str) -> None:
-            if not right:
-                got = f"{name} is {shown(getattr(self, name))} in mode {self.mode!r}"
-                raise ValueError(f"{got}; {expected}.")
-
         check_choice("mode", self.mode, MODES)
         check_choice("final_splits", self.final_splits, ("final", "all"))
         configs.positive(finetune_rate=self.finetune_rate)
-        for rate in self.rates:
-            configs.positive(rates=rate)
         for init in self.head_inits:
             check_choice("head_inits", init, configs.HEAD_INITS)
         published, searched = self.mode == "published", self.mode == "search"
-        for name in ("rates", "decays"):
-            there = bool(getattr(self, name))
-            expect(there or published, name, "expected at least one")
-        for name in ("shares", "head_inits"):
-            there = bool(getattr(self, name))
-            expect(there == searched, name, "mode 'search' needs some, no other does")
-        tried = "that mode tries none; set prompts.num_prompts, or mode 'sweep'"
-        expect(not (published and self.num_prompts), "num_prompts", tried)
-        expect(
-            all(n > 0 for n in self.num_prompts), "num_prompts", "expected 1 or more"
-        )
-        expect(
-            all(0 < s <= 1 for s in self.shares), "shares", "expected each in (0, 1]"
-        )
-        finite = all(0 <= decay < math.inf for decay in self.decays)
-        expect(finite, "decays", "expected each from 0, and finite")
-        for name in ("rates", "decays", "num_prompts", "head_inits"):
-            values = getattr(self, name)
-            # As the runs' folders are called: two that print alike would be one run.
-            printed = {x if isinstance(x, str) else f"{x:g}" for x in values}
-            once = len(printed) == len(values)
-            expect(once, name, "a value is there twice (to six digits); expected once")
+        some, none = (f"{n} in mode {self.mode!r}" for n in ("at least one", "none"))
+        if searched:
+            none = some
+        for name, right, expected in (
+            ("rates", self.rates or published, some),
+            ("decays", self.decays or published, some),
+            ("shares", bool(self.shares) == searched, none),
+            ("head_inits", bool(self.head_inits) == searched, none),
+            ("num_prompts", not (published and self.num_prompts), none),
+            (
+                "rates",
+                all(0 < x < math.inf for x in self.rates),
+                "each above 0, finite",
+            ),
+            ("decays", all(0 <= x < math.inf for x in self.decays), "each 0 to finite"),
+            ("num_prompts", all(n > 0 for n in self.num_prompts), "each 1 or more"),
+            ("shares", all(0 < s <= 1 for s in self.shares), "each in (0, 1]"),
+            *((n, _once(getattr(self, n)), "each value once") for n in _TRIED),
+        ):
+            expect(right, name, getattr(self, name), expected)
+
+
+# As the runs' folders are called: two that print alike would be one run.
+_TRIED = ("rates", "decays", "num_prompts", "head_inits")
+
+
+def _once(values: Sequence[Any]) -> bool:
+    printed = {x if isinstance(x, str) else f"{x:g}" for x in values}
+    return len(printed) == len(values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,32 +266,26 @@ def shorten(c: Any, *, image_size: int) -> None:
 
 def check_groups(plain: Mapping[str, Any], tasks: Any) -> None:
     """Raises ValueError for what `parsing.parse` cannot tell, as tasks fill it in."""
-
-    def expect(right: bool, key: str, got: Any, expected: str) -> None:
-        if not right:
-            raise ValueError(f"config.{key} is {shown(got)}; {expected}.")
-
     for name, kind in parsing.GROUPS.items():
-        parsing.check_keys(kind, plain.get(name, {}), f"config.{name}.")
-    for name, keys in _FILLED.items():
-        for key in keys:
-            got = plain.get(name, {}).get(key)
-            instead = "a benchmark fills it in from config.tasks and its grid; drop it"
-            expect(got is None, f"{name}.{key}", got, instead)
-    expect(isinstance(tasks, Mapping), "tasks", tasks, "expected a group of keys")
-    expect(bool(tasks), "tasks", tasks, "expected at least one task")
+        group = plain.get(name, {})
+        parsing.check_keys(kind, group, f"config.{name}.")
+        for key in _FILLED.get(name, ()):
+            got, filled = group.get(key), "None, which tasks and the grid fill in"
+            expect(got is None, f"config.{name}.{key}", got, filled)
+    right = isinstance(tasks, Mapping) and tasks
+    expect(right, "config.tasks", tasks, "a group of keys, with at least one task")
     for name in tasks:
-        right = isinstance(name, str) and bool(_NAME.fullmatch(name))
-        letters = "expected names of letters, digits, '_', '.' and '-'"
-        expect(right, "tasks", name, letters)
+        right = isinstance(name, str) and _NAME.fullmatch(name)
+        letters = "names of letters, digits, '_', '.' and '-'"
+        expect(right, "config.tasks", name, letters)
     for name, kind in (("seeds", int), ("baselines", str)):
         got = plain.get(name, ())
         right = isinstance(got, tuple | list) and all(type(x) is kind for x in got)
-        expect(right, name, got, f"expected tuple[{kind.__name__}, ...]")
+        expect(right, f"config.{name}", got, f"tuple[{kind.__name__}, ...]")
     for key, kinds in _OWN.items():
         got = plain.get("tune", {}).get(key)
         right = type(got) in kinds and 0 <= got <= sys.float_info.max
-        own = f"expected {kinds[-1].__name__} from 0, or None for each task's own"
-        expect(got is None or right, f"tune.{key}", got, own)
+        own = f"{kinds[-1].__name__} from 0, or None for each task's own"
+        expect(got is None or right, f"config.tune.{key}", got, own)
     if plain.get("prompts", {}).get("num_prompts") is not None:
         parsing.build(configs.PromptConfig, plain["prompts"], "config.prompts.")

@@ -18,6 +18,7 @@ import jax
 from vpt_jax.bench import jobs
 from vpt_jax.bench.protocol import Job
 from vpt_jax.files import cli, workdirs
+from vpt_jax.files.messages import expect
 from vpt_jax.prompts import check_choice
 
 LAUNCHERS = ("here", "ray", "slurm")
@@ -51,21 +52,17 @@ def make(name: str, workdir: Path, address: str, resources: str) -> Launcher:
       workdir: Of the benchmark.
       address: Of a Ray cluster (`auto`, `ray://host:10001`; empty: this machine), or
         submitit's executor (empty: `slurm`; `local`: processes of this machine).
-      resources: `KEY=VALUE,...` of every run: `CPU`, `GPU`, `TPU` or a resource of
-        your own for Ray; submitit's parameters for Slurm, such as `timeout_min=240`,
-        `slurm_partition=gpu`, `gpus_per_node=1`.
+      resources: `KEY=VALUE,...` of every run: Ray's, or submitit's parameters.
 
     Raises:
-      ValueError: If the name is unknown, the engine is not installed or cannot be
-        reached, or `address` or `resources` are not for it.
+      ValueError: If the engine is unknown, not installed or cannot be reached, or what
+        was given is not for it.
     """
     check_choice("launcher", name, LAUNCHERS)
     if name == "here":
-        if address or resources:
-            raise ValueError(
-                f"got address={address!r} and resources={resources!r} without a"
-                " launcher; add --launcher=ray or --launcher=slurm."
-            )
+        instead = "none without a launcher; add --launcher=ray or --launcher=slurm"
+        expect(not address, "address", address, instead)
+        expect(not resources, "resources", resources, instead)
         return Here(workdir)
     # The nodes compute; this process must not take an accelerator from them.
     jax.config.update("jax_platforms", "cpu")
@@ -84,10 +81,7 @@ def parse_resources(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in filter(None, text.split(",")):
         key, equals, value = word.partition("=")
-        if not (key and equals and value):
-            raise ValueError(
-                f"got {word!r} in resources {text!r}; expected KEY=VALUE,KEY=VALUE."
-            )
+        expect(key and equals and value, "resources", text, "KEY=VALUE,KEY=VALUE")
         try:
             found[key] = float(value) if "." in value else int(value)
         except ValueError:
@@ -137,7 +131,7 @@ class Ray:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"cannot reach a Ray cluster at {address!r} ({error}); start one with"
-                " `ray start --head`, or leave --address empty for one on this machine."
+                " `ray start --head`, or leave --address empty."
             ) from error
         named = dict(resources) or _accelerator(ray)
         self._task = ray.remote(_carried)
@@ -201,9 +195,8 @@ class Slurm:
             self._executor.update_parameters(name="vpt_jax", **resources)
         except (RuntimeError, ValueError, TypeError, NameError) as error:
             raise ValueError(
-                f"submitit refuses ({error}); expected a machine with Slurm, or"
-                " --address=local, and --resources with its parameters, such as"
-                " timeout_min=240,slurm_partition=gpu,gpus_per_node=1."
+                f"submitit refuses ({error}); expected a machine with Slurm or"
+                " --address=local, and its parameters as --resources."
             ) from error
         # The local executor starts all that it gets at once.
         self.slots = os.cpu_count() or 1 if address == "local" else 1000

@@ -24,7 +24,7 @@ from vpt_jax.bench.benchmark_config import (
     check_groups,
 )
 from vpt_jax.data.public.vtab import BENCHMARKS
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import expect
 from vpt_jax.run import config as configs
 from vpt_jax.run import parsing
 
@@ -80,19 +80,13 @@ def parse(values: ConfigDict | Mapping[str, Any]) -> Benchmark:
     order = [name for name in BENCHMARKS if name in tasks]
     order += [name for name in tasks if name not in BENCHMARKS]
     own = {n: parsing.build(OwnConfig, tasks[n], f"config.tasks.{n}.") for n in order}
-    tune = plain.get("tune", {})
-    if settings.mode != "published":
-        for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
-            if tune.get(key) is not None:
-                raise ValueError(
-                    f"config.tune.{key} is {tune[key]} in mode {settings.mode!r}, which"
-                    f" chooses it; set benchmark.{instead}, or mode 'published'."
-                )
+    for key, instead in (("base_lr", "rates"), ("weight_decay", "decays")):
+        got = plain.get("tune", {}).get(key)
+        right = got is None or settings.mode == "published"
+        none = f"None in mode {settings.mode!r}, which chooses of benchmark.{instead}"
+        expect(right, f"config.tune.{key}", got, none)
     seeds = tuple(plain.get("seeds", ()))
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(
-            f"config.seeds is {shown(seeds)}; pass at least one seed, no repeats."
-        )
+    configs.check_seeds("config.seeds", seeds)
     return make(settings, own, seeds, plain)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run that finds its rate by itself: a benchmark of one task, then the run.
+"""The rate of one run, which a benchmark of its task alone finds.
 
 A rate that is None is chosen on the validation set by `protocol.rungs`: the trials are
 jobs under `WORKDIR/runs`, so an interrupted search goes on. Lengths that are None are
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vpt_jax.bench import jobs, protocol
 from vpt_jax.bench.benchmark_config import OwnConfig, SearchConfig
 from vpt_jax.files import workdirs
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import expect
 from vpt_jax.run import config as configs
 from vpt_jax.run import experiment, parsing
 
@@ -24,20 +24,21 @@ STEPS = 300  # of AdamW: fewer are too few for a handful of pictures
 EPOCHS = (12, 100)  # at least and at most
 
 
+_STAGES = ("tune", "finetune")
 Values = ConfigDict | Mapping[str, Any]
 
 
 def wanted(values: Values) -> bool:
     """Whether a config leaves a rate or a length open."""
-    plain = parsing.plain_dict(values)
-    stages = [plain.get(name) for name in ("tune", "finetune")]
-    keys = ("base_lr", "epochs", "warmup_epochs")
-    groups = [stage for stage in stages if isinstance(stage, Mapping)]
+    plain, keys = parsing.plain_dict(values), ("base_lr", "epochs", "warmup_epochs")
+    groups = [g for n in _STAGES if isinstance(g := plain.get(n), Mapping)]
     return any(group.get(key, 0) is None for group in groups for key in keys)
 
 
-def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
-    """Searches what is open, then runs; the content of report.json.
+def choose(
+    values: Values, workdir: Path
+) -> tuple[configs.Config, dict[str, Any] | None]:
+    """The config of a run with what was left open in it, and its `summary` if searched.
 
     Raises:
       ValueError: If the config or the workdir cannot work.
@@ -45,21 +46,20 @@ def run(values: Values, workdir: Path, command: str = "") -> dict[str, Any]:
     plain = parsing.plain_dict(values)
     settings = parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
     if not wanted(plain):
-        return experiment.run(parsing.parse(plain), workdir, command)
+        return parsing.parse(plain), None
     fill_lengths(plain)
     rate = plain["tune"].get("base_lr")
     if rate is not None:
         if plain["finetune"].get("base_lr") is None:
             plain["finetune"]["base_lr"] = settings.finetune_rate * rate
-        return experiment.run(parsing.parse(plain), workdir, command)
+        return parsing.parse(plain), None
     bench = benchmark_of(settings, plain)
     (task,) = bench.tasks
     check_same(bench, task, workdir)
     results = perform_trials(bench, workdir)
     found = summary(bench, task, results)
     print(found["sentence"], flush=True)
-    config = protocol.single(bench, task, found["chosen"])
-    return experiment.run(config, workdir, command, found)
+    return protocol.single(bench, task, found["chosen"]), found
 
 
 def print_status(values: Values, workdir: Path) -> None:
@@ -69,7 +69,7 @@ def print_status(values: Values, workdir: Path) -> None:
     searched = wanted(plain)
     if searched:
         print("first, trials that choose the rate on val")
-        for name in ("tune", "finetune"):  # which units there are does not depend on it
+        for name in _STAGES:  # which units there are does not depend on it
             some = {"base_lr": 1.0, "epochs": 1, "warmup_epochs": 0}
             plain[name] |= {k: v for k, v in some.items() if plain[name].get(k) is None}
     config = parsing.parse(plain)
@@ -81,21 +81,6 @@ def print_status(values: Values, workdir: Path) -> None:
         done += there
         print(f"{'done' if there else 'left'}  {unit.name}")
     print(f"{done} of {len(units)} done in {workdir}")
-
-
-def fixed(values: Values, rate: float = 0.03) -> configs.Config:
-    """A checked config without a search: what is open gets a rate that mostly does.
-
-    For studies, which compare selections at one rate.
-    """
-    plain = parsing.plain_dict(values)
-    parsing.build(SearchConfig, plain.pop("search", {}), "config.search.")
-    if wanted(plain):
-        fill_lengths(plain)
-        for name in ("tune", "finetune"):
-            if plain[name].get("base_lr") is None:
-                plain[name]["base_lr"] = rate
-    return parsing.parse(plain)
 
 
 def fill_lengths(plain: dict[str, Any]) -> None:
@@ -110,10 +95,8 @@ def fill_lengths(plain: dict[str, Any]) -> None:
         task = parsing.build(configs.TaskConfig, plain["task"], "config.task.")
         num = jobs.num_train(backbone, task)
         size = tune.get("batch_size")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"config.tune.batch_size is {shown(size)}; expected int from 1."
-            )
+        right = isinstance(size, int) and size > 0
+        expect(right, "config.tune.batch_size", size, "int from 1")
         steps = math.ceil(num / size)
         tune["epochs"] = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
     if tune.get("warmup_epochs") is None:
@@ -139,25 +122,24 @@ def perform_trials(bench: protocol.Benchmark, workdir: Path) -> dict[str, Any]:
     """Results of all trials; those that are done are read."""
     results: dict[str, Any] = {}
     total = sum(job.kind == "grid" for job in protocol.planned(bench))
-    while True:
-        ready = [
-            job
-            for job in protocol.jobs(bench, results)
-            if job.kind != "final" and job.name not in results
-        ]
-        if not ready:
-            return results
+
+    def left() -> list[protocol.Job]:
+        named = protocol.jobs(bench, results)
+        return [j for j in named if j.kind != "final" and j.name not in results]
+
+    while ready := left():
         for job in ready:
             prefix = f"search [{len(results) + 1}/{total}]"
             results[job.name] = jobs.perform(job, workdir, prefix)
-            row = results[job.name]["rows"][0]
+            row, tune = results[job.name]["rows"][0], job.config.tune
             if workdirs.writes():
-                tune, start = job.config.tune, job.config.prompts.head_init
                 print(
-                    f"{prefix} rate {tune.base_lr:g}, head from {start},"
-                    f" {tune.epochs} epochs: val {100 * row['val_accuracy']:.1f} %",
+                    f"{prefix} rate {tune.base_lr:g}, head from"
+                    f" {job.config.prompts.head_init}, {tune.epochs} epochs: val"
+                    f" {100 * row['val_accuracy']:.1f} %",
                     flush=True,
                 )
+    return results
 
 
 def summary(

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.data import cache, strips
+from vpt_jax.data.found import shown
 
 _CHUNK = 64  # pictures looked at together; a mapped file's memory is given back after
-SHOWN = 3  # pairs that a sentence names
 
 
 def doubts(
@@ -55,15 +55,10 @@ def doubts(
                 found.append(
                     f"{len(pairs)} of {len(prints)} {which} pictures are also in"
                     f" {other}, {differ} with another label, which makes results look"
-                    f" better than they are: {first_of(some)}"
+                    f" better than they are: {shown(some)}"
                 )
         before[which] = prints, labels
     return found
-
-
-def first_of(texts: Sequence[str]) -> str:
-    """The first three, and whether there are more."""
-    return ", ".join([*texts[:SHOWN], *["..."] * (len(texts) > SHOWN)])
 
 
 def fingerprint(picture: np.ndarray) -> int:

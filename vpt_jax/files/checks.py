@@ -69,19 +69,15 @@ def check_model(model: Any, *attributes: str) -> None:
 
 def check_key(key: Any) -> None:
     """Raises ValueError unless `key` can be a JAX random key, of the old kind too."""
-    if not is_array(key):
-        raise ValueError(
-            f"key is {said(key)}; expected a JAX random key, such as jax.random.key(0)."
-        )
+    wanted = "a JAX random key, such as jax.random.key(0)"
+    expect(is_array(key), "key", key, wanted)
 
 
 def check_backbone(backbone: Any) -> None:
     """Raises ValueError if parameters are still in a collection's dict."""
-    if isinstance(backbone, Mapping) and list(backbone) == ["params"]:
-        raise ValueError(
-            f"backbone is {said(backbone)}; expected the parameters themselves, as"
-            " load_backbone returns them: of {'params': x} pass x."
-        )
+    wrapped = isinstance(backbone, Mapping) and list(backbone) == ["params"]
+    wanted = "the parameters themselves, as load_backbone returns them"
+    expect(not wrapped, "backbone", backbone, f"{wanted}: of {{'params': x}} pass x")
 
 
 def check_keys(name: str, given: Any, expected: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from vpt_jax.files import durable, preemption
+from vpt_jax.files import durable, messages, preemption
 from vpt_jax.files.messages import did_you_mean, printable, reason
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -51,20 +51,20 @@ _PLACE = ("workdir", "launcher", "address", "resources")
 class _ConfigFile(config_flags.ConfigFileFlagParser):
     """A config file's `ConfigDict`, to which `complete` adds the keys it leaves out."""
 
+    values: Any = None
+
     def __init__(self, complete: Callable[[ConfigDict], None]):
         super().__init__("config", lock_config=True)
         self.complete = complete
-        self.values: Any = None
 
     def parse(self, path: str) -> Any:
         name, colon, arg = path.partition(":")
-        values = super().parse(f"{find_config(name)}{colon}{arg}")
-        if isinstance(values, ConfigDict):
-            with values.unlocked():
-                self.complete(values)
-            values.lock()
-        self.values = values
-        return values
+        self.values = super().parse(f"{find_config(name)}{colon}{arg}")
+        if isinstance(self.values, ConfigDict):
+            with self.values.unlocked():
+                self.complete(self.values)
+            self.values.lock()  # the new groups too
+        return self.values
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -82,9 +82,9 @@ def find_config(name: str) -> str:
     Raises:
       flags.Error: If there is neither; names what there is.
     """
-    shipped = shipped_configs()
     if Path(name).is_file():
         return name
+    shipped = shipped_configs()
     if name in shipped:
         return str(shipped[name])
     near = did_you_mean(name, shipped) or did_you_mean(f"configs/{name}", shipped)
@@ -137,18 +137,21 @@ def start(
             fail(f"unexpected arguments: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file otherwise
         filename = config_flags.get_config_filename(flags.FLAGS["config"])
-        workdir = local_folder(WORKDIR.value or default_workdir(filename))
+        workdir = WORKDIR.value or default_workdir(filename)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):  # a path would mangle it
+            folder = "a folder of this machine, such as a mounted bucket"
+            fail(f"--workdir is {workdir!r}; expected {folder}.")
         command = shlex.join([*words, *sys.argv[1:]])
         spare_memory(CONFIG.value)
         keep_compiled()
         preemption.watch()
         try:
             join()
-            main(CONFIG.value, workdir, command)
+            main(CONFIG.value, Path(workdir), command)
         except (preemption.Preempted, KeyboardInterrupt) as end:
             sigterm = isinstance(end, preemption.Preempted)
-            said = "SIGTERM" if sigterm else "interrupted"
-            print(f"\n{said}; the same command continues here", file=sys.stderr)
+            what = "SIGTERM" if sigterm else "interrupted"
+            print(f"\n{what}; the same command continues here", file=sys.stderr)
             leave(preemption.EXIT_CODE if sigterm else INTERRUPTED)
         except Exception as error:
             lost = several() and lost_another(error)
@@ -159,9 +162,8 @@ def start(
                 traceback.print_exc()
                 leave(1)
             if lost:
-                again = "start all of them again, and they continue here"
-                said = f"another process of this job was lost; {again}"
-                fail(f"{said} ({reason(error)})", code=1)
+                lost = "another process of this job was lost; start all of them again"
+                fail(f"{lost}, and they continue here ({reason(error)})", code=1)
             fail(durable.explain(error) if isinstance(error, OSError) else error)
 
     app.run(run, flags_parser=parse_flags)
@@ -179,7 +181,7 @@ def join() -> None:
     if None in named and not DISTRIBUTED.value:
         raise ValueError(
             "--coordinator, --num_processes and --process_id belong together; pass all"
-            " three, or --distributed alone (Slurm, TPU pods)."
+            " three, or --distributed."
         )
     import jax
 
@@ -199,10 +201,7 @@ def several() -> bool:
 def alone(what: str) -> None:
     """Raises ValueError if this process is one of several."""
     if several():
-        raise ValueError(
-            f"{what} runs in one process, on all of its devices; leave --coordinator"
-            " and --distributed out."
-        )
+        raise ValueError(f"{what} is one process; leave --coordinator out.")
 
 
 def lost_another(error: Exception) -> bool:
@@ -267,17 +266,7 @@ def without_place(command: str) -> str:
     return shlex.join(kept)
 
 
-def local_folder(workdir: str) -> Path:
-    """The workdir as a path; exits if it is an address, which a path would mangle."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
-        fail(
-            f"--workdir is {workdir!r}, an address; expected a folder of this machine."
-            " Copy it there when the run has ended, or mount the bucket."
-        )
-    return Path(workdir)
-
-
-def unknown_key(argv: Sequence[str], values: Any) -> str:
+def _unknown_key(argv: Sequence[str], values: Any) -> str:
     """What to say of the first `--config.KEY` that the config does not have, or ''."""
     for word in argv:
         found = re.match(r"--?(?:no)?config\.([\w.]+)(?:=|$)", word)
@@ -286,9 +275,7 @@ def unknown_key(argv: Sequence[str], values: Any) -> str:
             if not isinstance(group, ConfigDict):
                 break
             if name not in group:
-                near, known = did_you_mean(name, group), ", ".join(map(str, group))
-                key = f"unknown config key {prefix}{name}"
-                return f"{key}; {near}known keys there: {known}."
+                return messages.unknown_key(prefix, name, group)
             group, prefix = group[name], f"{prefix}{name}."
     return ""
 
@@ -310,8 +297,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # a config file is a program: it raises what it likes
         if "--traceback" in argv:
             raise
-        values = parser.values if isinstance(parser, _ConfigFile) else None
-        if message := unknown_key(argv, values):
+        if message := _unknown_key(argv, getattr(parser, "values", None)):
             fail(message)
         text = str(error.args[0] if error.args else error) or type(error).__name__
         if "Traceback" in text:  # of the config file, within the message: its last line
@@ -342,6 +328,19 @@ def fail(error: Any, code: int = 2) -> NoReturn:
     for note in getattr(error, "__notes__", ()):
         print(printable(str(note)), file=sys.stderr)
     leave(code)
+
+
+def answer(run: Callable[[Any], int], args: Any) -> int:
+    """The exit code of `run(args)`, of argparse; says errors as `start` does."""
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        fail(error)
 
 
 def default_workdir(filename: str) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 _ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RIGHT = (errno.EROFS, errno.EACCES, errno.EPERM)
 _GONE = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV)
-_CHUNK = 1 << 22
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -111,8 +110,5 @@ def explain(error: OSError) -> str:
 
 def digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file."""
-    found = hashlib.sha256()
     with open(path, "rb") as file:
-        while data := file.read(_CHUNK):
-            found.update(data)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

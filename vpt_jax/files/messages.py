@@ -22,6 +22,12 @@ def mismatch(where: Any, got: str, expected: str, remedy: str) -> ValueError:
     return ValueError(f"{start}got {got}; expected {expected}; {remedy}.")
 
 
+def expect(right: Any, name: str, value: Any, expected: str) -> None:
+    """Raises ValueError with what was got and what was expected, unless it is right."""
+    if not right:
+        raise ValueError(f"{name} is {shown(value)}; expected {expected}.")
+
+
 def shown(value: Any, longest: int = LONGEST) -> str:
     """A value as Python writes it in ASCII, and not all of a long one."""
     try:
@@ -66,3 +72,12 @@ def did_you_mean(value: Any, known: Iterable[Any]) -> str:
     words = {word.lower(): word for word in known if isinstance(word, str)}
     near = difflib.get_close_matches(str(value)[:200].lower(), words, 1)
     return f"did you mean {words[near[0]]!r}? " if near else ""
+
+
+def unknown_key(prefix: str, name: str, known: Iterable[Any]) -> str:
+    """What to say of a config key that is not there; names the near one, and all."""
+    known = list(map(str, known))
+    return (
+        f"unknown config key {prefix}{name}; {did_you_mean(name, known)}known keys"
+        f" there: {', '.join(known)}."
+    )

@@ -71,10 +71,7 @@ def restore_checkpoint(path: str | os.PathLike, like: Any) -> Any:
 def restore_newest(
     directory: str | os.PathLike, like: Any, report: Callable[[str], None]
 ) -> tuple[int, Any] | None:
-    """The newest checkpoint that is sound: `(number, tree)`, or None.
-
-    Damaged ones are moved aside and reported.
-    """
+    """The newest sound checkpoint, `(number, tree)` or None; damaged ones go aside."""
     sound = -1
     if workdirs.writes():  # it looks; all processes restore the same one
         for number, path in sorted(_numbered(directory), reverse=True):

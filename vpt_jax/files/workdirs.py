@@ -59,8 +59,7 @@ def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
         raise ValueError(
-            f"another process works on {path.parent}; wait for it to end, or pass"
-            " another --workdir."
+            f"another process works on {path.parent}; wait, or pass another --workdir."
         ) from error
     try:
         yield
@@ -175,18 +174,19 @@ class Log:
 
     def line(self, text: str) -> None:
         """A line for the terminal and the file."""
-        if self._quiet:
-            return
-        self._doing = text
-        if self._echo:
+        if not self._quiet:
+            self._doing = text
+        if self._echo and not self._quiet:
             self._clear()
             self._say(text)
-        self._write(text)
+        self.note(text)
 
     def note(self, text: str) -> None:
-        """Something long, for the file alone."""
+        """A line, or something long, for the file alone."""
         if not self._quiet:
-            self._write(text)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            with durable.named(self._path):
+                self._file.write(f"{stamp}  {text}\n")
 
     def progress(self, text: str) -> None:
         """Replaces the terminal's progress line; elsewhere a line now and then."""
@@ -195,7 +195,7 @@ class Log:
         self._doing = text
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+            self._clear(text[:width])
         elif time.perf_counter() - self._spoke > _SPEAKS_EVERY_S:
             self._say(text)
 
@@ -228,7 +228,7 @@ class Log:
             " images/s"
         )
         self.progress(f"{prefix} {text}, {left:.0f} s left")
-        self._write(text)
+        self.note(text)
         from tensorboardX.summary import scalar
 
         values = {f"{name}/{key}": value for key, value in metrics.items()}
@@ -265,11 +265,6 @@ class Log:
             with durable.named(self._folder):
                 self._events.close()
 
-    def _clear(self) -> None:
+    def _clear(self, text: str = "") -> None:
         if sys.stderr.isatty():
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-    def _write(self, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with durable.named(self._path):
-            self._file.write(f"{stamp}  {text}\n")
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)

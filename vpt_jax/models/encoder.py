@@ -4,7 +4,7 @@
 Tokens lie as class token, registers, prompts, patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,43 +22,23 @@ class Encoder(nn.Module):
     """Positions, registers, blocks, final norm; see `ViT` for the attributes."""
 
     depth: int
-    num_heads: int
-    mlp_dim: int
     patches: int  # of a picture
     class_token: bool
     registers: int
     readout: str
     norm: str
     posemb: str
-    layer_scale: bool
-    swiglu: bool
-    pre_norm: bool = False
-    remat: str = "none"
-    attention: str = "products"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    activation: str = "gelu"
-    epsilon: float = LayerNorm.epsilon
+    pre_norm: bool
+    remat: str
+    block: Mapping[str, Any]  # the attributes of a `Block`
 
     def setup(self) -> None:
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.posembed_input = AddPositionEmbs(self.posemb, self.param_dtype)
+        kinds = {k: self.block[k] for k in ("dtype", "param_dtype", "epsilon")}
+        self.posembed_input = AddPositionEmbs(self.posemb, kinds["param_dtype"])
         if self.pre_norm:
-            self.input_norm = LayerNorm(**kinds, epsilon=self.epsilon)
-        self.encoderblock = [
-            Block(
-                self.num_heads,
-                self.mlp_dim,
-                self.layer_scale,
-                self.swiglu,
-                self.attention,
-                activation=self.activation,
-                epsilon=self.epsilon,
-                **kinds,
-            )
-            for _ in range(self.depth)
-        ]
-        self.encoder_norm = LayerNorm(**kinds, epsilon=self.epsilon)
+            self.input_norm = LayerNorm(**kinds)
+        self.encoderblock = [Block(**self.block) for _ in range(self.depth)]
+        self.encoder_norm = LayerNorm(**kinds)
 
     @property
     def prefix(self) -> int:
@@ -97,7 +77,7 @@ class Encoder(nn.Module):
         """The block, of which the backward pass keeps what `remat` says."""
         turn = None
         if self.posemb == "rotary":
-            turn = rotation(x.shape[1], self.patches, x.shape[2] // self.num_heads)
+            turn = rotation(x.shape[1], self.patches, x.shape[2] // block.num_heads)
 
         def call(block: Block, x: jax.Array, p: Any, w: Any) -> Any:
             return block(x, p, w, read, turn)

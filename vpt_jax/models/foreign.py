@@ -13,7 +13,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -125,21 +125,29 @@ def attentions(block: Any) -> list[Any]:
     return [m for m in found if isinstance(m, nnx.MultiHeadAttention)]
 
 
-def weighted_attention(
-    attend: Callable,
-    weight: jax.Array | None,
-    sow_in: Any,
-    layer: int,
-    num: int,
-    num_tokens: int,
-) -> Callable:
+class Among(NamedTuple):
+    """The prompts among a block's tokens, for as long as it runs."""
+
+    layer: int
+    num: int  # prompts
+    num_tokens: int  # the prompts too
+    weight: jax.Array | None  # `[b or 1, n]`, or `[b, h, t, n]`; 0 removes a key
+    sow_in: Any  # keeps the attention weights, if given
+
+    def sow(self, attention: jax.Array) -> None:
+        """Keeps what tokens that are no prompts give to prompts, of `[b, h, t, t]`."""
+        received = drop(attention, self.num, FIRST, axis=2)
+        received = received[..., FIRST : FIRST + self.num]
+        self.sow_in.sow(ATTENTION, str(self.layer), received)
+
+
+def weighted_attention(attend: Callable, prompts: Among) -> Callable:
     """`attend` with `log weight` added to the prompts' logits.
 
-    `weight` is None, `[b or 1, n]` or, by head and token, `[b, h, t, n]`; 0 removes a
-    key. `num` of the block's `num_tokens` are prompts. `sow_in`, if given, keeps the
-    attention weights. Raises ValueError if `attend` takes no bias and mask, or (when it
-    runs) its keys are not the block's tokens.
+    Raises ValueError if `attend` takes no bias and mask, or (when it runs) its keys are
+    not the block's tokens.
     """
+    layer, num, num_tokens, weight, sow_in = prompts
     accepted = inspect.signature(attend).parameters
     if weight is not None and not {"bias", "mask"} <= set(accepted):
         raise ValueError(
@@ -167,42 +175,30 @@ def weighted_attention(
             bias = log if bias is None else bias + log
             mask = keep if mask is None else mask.astype(bool) & keep
         if sow_in is not None:
-            received = nn.dot_product_attention_weights(
-                query, key, bias, mask, deterministic=True
-            )
-            received = drop(received, num, FIRST, axis=2)
-            received = received[..., FIRST : FIRST + num]
-            sow_in.sow(ATTENTION, str(layer), received)
-        given = {"bias": bias, "mask": mask}
-        given = {name: x for name, x in given.items() if x is not None}
-        return attend(query, key, value, **given, **rest)
+            given = query, key, bias, mask
+            prompts.sow(nn.dot_product_attention_weights(*given, deterministic=True))
+        extra = {"bias": bias, "mask": mask}
+        extra = {name: x for name, x in extra.items() if x is not None}
+        return attend(query, key, value, **extra, **rest)
 
     return weighted
 
 
-def weighted_softmax(
-    call: Callable,
-    weight: jax.Array | None,
-    sow_in: Any,
-    layer: int,
-    num: int,
-    num_tokens: int,
-) -> Callable:
+def weighted_softmax(call: Callable, prompts: Among) -> Callable:
     """A block with the weights of its prompts, where its attention is its own.
 
     As `weighted_attention`, by the block's jaxpr: the weight multiplies the softmax's
     numerators, the `exp` of an array `[b, h, t, t]`. Returns a function of the tokens:
     the block's result, and whether there was such a softmax.
     """
+    _, num, num_tokens, weight, sow_in = prompts
 
     def weigh(numerators: jax.Array) -> jax.Array:
         if weight is not None:
             w = _among_tokens(weight, num, numerators.shape[1], num_tokens)
             numerators = numerators * w.astype(numerators.dtype)
-        if sow_in:
-            received = numerators / numerators.sum(axis=-1, keepdims=True)
-            received = drop(received, num, FIRST, axis=2)
-            sow_in.sow(ATTENTION, str(layer), received[..., FIRST : FIRST + num])
+        if sow_in is not None:
+            prompts.sow(numerators / numerators.sum(axis=-1, keepdims=True))
         return numerators
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from vpt_jax.models.encoder import drop, insert
 from vpt_jax.models.foreign import (
     ATTENTION,
     FIRST,
+    Among,
     attentions,
     hooked,
     numbered,
@@ -169,15 +170,17 @@ class Run:
         if not self.traced and under_jit():
             raise ValueError(around_compiled("The model"))
         found = self.received
-        sow = found is not None and types.SimpleNamespace(
-            sow=lambda _, i, weights: found.setdefault(int(i), []).append(weights)
-        )
+        sow = None
+        if found is not None:
+            sow = types.SimpleNamespace(
+                sow=lambda _, i, weights: found.setdefault(int(i), []).append(weights)
+            )
         weights = self.given.weights
         with contextlib.ExitStack() as stack:
             if sow or (layer < len(weights) and weights[layer] is not None):
                 own = attentions(module)
                 for attention in own:
-                    weigh = self._weighing(attention.attention_fn, layer, sow or None)
+                    weigh = self._weighing(attention.attention_fn, layer, sow)
                     stack.enter_context(replaced(attention, "attention_fn", weigh))
                 if not own:
                     call = functools.partial(self._by_softmax, layer, sow, call)
@@ -187,9 +190,8 @@ class Run:
         self, layer: int, sow: Any, call: Callable, x: jax.Array, *args: Any, **kw: Any
     ) -> Any:
         """Runs a block, whose attention is its own, with the weights of its prompts."""
-        weight, num = self.given.weights[layer], self._num_prompts(layer)
         block = weighted_softmax(
-            lambda x: call(x, *args, **kw), weight, sow, layer, num, self.num_tokens
+            lambda x: call(x, *args, **kw), self._prompts(layer, sow)
         )
         result, self.weighted = block(x)
         return result
@@ -242,6 +244,10 @@ class Run:
             tokens = drop(tokens, self._num_prompts(layer), FIRST)
         return (tokens, *result[1:]) if isinstance(result, tuple) else tokens
 
+    def _prompts(self, layer: int, sow_in: Any) -> Among:
+        num, weight = self._num_prompts(layer), self.given.weights[layer]
+        return Among(layer, num, self.num_tokens, weight, sow_in)
+
     def _num_prompts(self, layer: int) -> int:
         return self.given.prompts[layer if self.given.deep else 0].shape[-2]
 
@@ -271,8 +277,7 @@ class Run:
         @functools.wraps(attend)
         def weighted(*args: Any, **kwargs: Any) -> Any:
             self.weighted = True
-            weight, num = self.given.weights[layer], self._num_prompts(layer)
-            weigh = weighted_attention(attend, weight, sow, layer, num, self.num_tokens)
+            weigh = weighted_attention(attend, self._prompts(layer, sow))
             return weigh(*args, **kwargs)
 
         return weighted

@@ -87,6 +87,12 @@ def decode_variant(variant: str) -> dict[str, Any]:
     return {"image_size": 224, **VARIANTS[size], "patch": int(patch)}
 
 
+_OF_THE_ENCODER = ("depth", "class_token", "registers", "readout", "norm", "posemb")
+_OF_THE_ENCODER += ("pre_norm", "remat")
+_OF_A_BLOCK = ("num_heads", "mlp_dim", "layer_scale", "attention", "activation")
+_OF_A_BLOCK += ("epsilon", "dtype", "param_dtype")
+
+
 class ViT(nn.Module):
     """Vision transformer with pre-norm blocks that takes prompts as input.
 
@@ -220,24 +226,11 @@ class ViT(nn.Module):
                 (1, self.registers, self.width),
                 self.param_dtype,
             )
+        block = {name: getattr(self, name) for name in _OF_A_BLOCK}
         self.Transformer = Encoder(
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_dim=self.mlp_dim,
             patches=(self.image_size // self.patch) ** 2,
-            class_token=self.class_token,
-            registers=self.registers,
-            readout=self.readout,
-            norm=self.norm,
-            posemb=self.posemb,
-            layer_scale=self.layer_scale,
-            swiglu=bool(self.swiglu),
-            pre_norm=self.pre_norm,
-            remat=self.remat,
-            attention=self.attention,
-            activation=self.activation,
-            epsilon=self.epsilon,
-            **kinds,
+            block={**block, "swiglu": bool(self.swiglu)},
+            **{name: getattr(self, name) for name in _OF_THE_ENCODER},
         )
         if self.readout == "map":
             self.MAPHead_0 = MAPHead(

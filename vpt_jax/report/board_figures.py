@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.report import figures, published
-from vpt_jax.report.rows import Row, kind
+from vpt_jax.report.rows import KINDS, Row, kind
 from vpt_jax.report.standings import (
     Board,
     Line,
@@ -49,11 +49,10 @@ def captions(board: Board) -> dict[str, tuple[str, str]]:
 
 def draw(board: Board, lines: list[Line]) -> dict[str, str]:
     """Draws the figures whose data are there: SVG elements by name."""
+    drawings = {"board_accuracy": _accuracy, "board_tasks": _tasks}
+    given = {"board": board, "lines": lines}
     return figures.render(
-        {
-            "board_accuracy": functools.partial(_accuracy, board=board, lines=lines),
-            "board_tasks": functools.partial(_tasks, board=board, lines=lines),
-        }
+        {name: functools.partial(f, **given) for name, f in drawings.items()}
     )
 
 
@@ -70,28 +69,26 @@ def _accuracy(figure: Any, board: Board, lines: list[Line]) -> bool:
     groups: list[Row] = []
     for line in lines:
         value = line["averages"].get(key)
-        wanted = line["ours"] and line["score"] in (None, default, "random")
-        if value is None or not wanted:
-            continue
-        deviation = None if value["sd"] is None else value["sd"] / 100
-        accuracy = {"test_accuracy": value["mean"] / 100, "test_sd": deviation}
-        groups.append(line | accuracy)
+        if value and line["ours"] and line["score"] in (None, default, "random"):
+            deviation = None if value["sd"] is None else value["sd"] / 100
+            accuracy = {"test_accuracy": value["mean"] / 100, "test_sd": deviation}
+            groups.append(line | accuracy)
     report = {"importance": {"score": default}}
     if not groups or not figures.draw_accuracy(figure, groups, report):
         return False
     for line in _deep(lines):
-        value = line["averages"].get(key)
+        if not (value := line["averages"].get(key)):
+            continue
+        mean = value["mean"]
         for number, axes in enumerate(figure.axes):
-            if value is None:
-                continue
             low, high = axes.get_ylim()
-            if number and not low < value["mean"] < high:
+            if number and not low < mean < high:
                 continue  # a close-up stays close
             look = {"color": PUBLISHED["color"], "linestyle": ":", "linewidth": 1.8}
-            axes.axhline(value["mean"], label=f"{line['method']}, published", **look)
+            axes.axhline(mean, label=f"{line['method']}, published", **look)
             margin = 0.05 * (high - low)
-            low = min(low, value["mean"] - margin)
-            axes.set_ylim(low, max(high, value["mean"] + margin))
+            low = min(low, mean - margin)
+            axes.set_ylim(low, max(high, mean + margin))
     return True
 
 
@@ -127,7 +124,7 @@ def _looks(board: Board, lines: list[Line]) -> list[tuple[Line, dict[str, Any]]]
         "tune": {"marker": "o", "color": "black", "markersize": 5.5},
     }
     shown = [(line, looks[kind(line)]) for line in ours if kind(line) in looks]
-    colours = (figures.COLOURS["global"], "#56B4E9")
+    colours = (KINDS["global"][0], "#56B4E9")
     for line, colour in zip(cuts[:1] + cuts[1:][-1:], colours, strict=False):
         shown.append((line, {"marker": "o", "color": colour, "markersize": 5}))
     return shown

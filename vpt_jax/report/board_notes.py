@@ -21,13 +21,9 @@ _HOW = {
 
 def notes(board: Board, lines: list[Line]) -> list[str]:
     """Sentences on what is in, and what compares with what, the most needed first."""
-    return [
-        *_progress(board),
-        *_diverged(board, lines),
-        *_choice(board),
-        *_backbone(board, lines),
-        *_averages(board, lines),
-    ]
+    parts = _progress(board), _diverged(lines), _choice(board)
+    parts += _backbone(board, lines), _averages(board, lines)
+    return [sentence for part in parts for sentence in part]
 
 
 def _progress(board: Board) -> list[str]:
@@ -36,19 +32,19 @@ def _progress(board: Board) -> list[str]:
         return []
     missing = sum(task["missing"] for task in board["tasks"].values())
     empty = [name for name in names if not board["tasks"][name]["rows"]]
-    parts = [
-        f"Unfinished: {len(complete)} of {len(names)} tasks are complete",
-        f", {missing:,} runs are still to come" if missing else "",
-        f"; nothing yet of {', '.join(empty)}" if empty else "",
-        ". An em dash is an average that lacks tasks.",
-    ]
+    text = f"Unfinished: {len(complete)} of {len(names)} tasks are complete"
+    text += f", {missing:,} runs are still to come" if missing else ""
+    text += f"; nothing yet of {', '.join(empty)}" if empty else ""
+    text += ". An em dash is an average that lacks tasks."
     if complete:
-        parts += [" Prompts, parameters and MACs are means over the complete tasks;"]
-        parts += [" Seeds says how many of them a method's tasks have so far."]
-    return ["".join(parts)]
+        text += (
+            " Prompts, parameters and MACs are means over the complete tasks; Seeds"
+            " says how many of them a method's tasks have so far."
+        )
+    return [text]
 
 
-def _diverged(board: Board, lines: list[Line]) -> list[str]:
+def _diverged(lines: list[Line]) -> list[str]:
     runs = [
         f"{line['method']} on {run['task']}, seed {run['seed']} (epoch {run['epochs']})"
         for line in lines
@@ -91,18 +87,17 @@ def _backbone(board: Board, lines: list[Line]) -> list[str]:
     backbone, sentences = board["backbone"], []
     if name := backbone.get("normalisation"):
         text = f"Pictures are normalised with {_NORMALISATIONS.get(name, name)}."
-        if name != "imagenet":
-            text += (
-                " VPT normalised with ImageNet's, which these weights were not trained"
-                " with; that alone moves accuracies."
-            )
-        sentences.append(text)
+        other = (
+            " VPT normalised with ImageNet's, which these weights were not trained"
+            " with; that alone moves accuracies."
+        )
+        sentences.append(text if name == "imagenet" else text + other)
     if any(not line["ours"] for line in lines):
         text = "Published rows are ViT-B/16 supervised on ImageNet-21k"
         if backbone:
             text += f"; this run has {backbone['variant']} from {backbone['name']}"
-        other = backbone and backbone["variant"] != "B/16"
-        text += ". Another model: they are no comparison." if other else "."
+        same = not backbone or backbone["variant"] == "B/16"
+        text += "." if same else ". Another model: they are no comparison."
         sentences.append(text)
     return sentences
 

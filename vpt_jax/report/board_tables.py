@@ -7,15 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from vpt_jax.report import tables
-from vpt_jax.report.formats import percent, three_digits, with_prefix
-from vpt_jax.report.standings import (
-    Board,
-    Line,
-    averages,
-    leaderboard,
-    task_names,
+from vpt_jax.report.standings import Board, Line, averages, leaderboard, task_names
+from vpt_jax.report.tables import (
+    DASH,
+    Table,
+    md,
+    percent,
+    tex,
+    three_digits,
+    with_prefix,
 )
-from vpt_jax.report.tables import DASH, Table, md, tex
 
 
 def summary(board: Board, lines: list[Line]) -> Table:

@@ -27,28 +27,25 @@ def interval(share: float, num: int) -> tuple[float, float]:
 
 def of(report: Row) -> list[str]:
     """Sentences about the rows and data of report.json, with what to do next."""
-    rows, data = report["rows"], report["data"]
-    found = [*map(_sentence, report.get("doubts", ()))]
+    rows, num, default = report["rows"], report["data"]["test"], default_score(report)
+    found = [f"{text[:1].upper()}{text[1:]}." for text in report.get("doubts", ())]
     found += _below_probe(rows)
     for row in rows:
-        if text := _not_learnt(row, data["classes"]):
-            name = label(row, default_score(report))
-            found.append(f"{name}, seed {row['seed']}: {text}")
-    tuned = [r for r in rows if r["stage"] == "tune" and r["test_accuracy"] is not None]
-    if tuned and data["test"]:
-        low, high = interval(tuned[0]["test_accuracy"], data["test"])
+        if text := _not_learnt(row, report["data"]["classes"]):
+            found.append(f"{label(row, default)}, seed {row['seed']}: {text}")
+    tuned = [r["test_accuracy"] for r in rows if r["stage"] == "tune"]
+    tuned = [share for share in tuned if share is not None]
+    if tuned and num:
+        low, high = interval(tuned[0], num)
         if 100 * (high - low) >= WIDE:
+            three = (f"{100 * x:.0f}" for x in (tuned[0], low, high))
             found.append(
-                f"The test set has {data['test']} pictures: an accuracy of"
-                f" {100 * tuned[0]['test_accuracy']:.0f} % may as well be"
-                f" {100 * low:.0f} or {100 * high:.0f} % (95 % interval). Compare"
-                " models with more test pictures."
+                "The test set has {} pictures: an accuracy of {} % may as well be {} or"
+                " {} % (95 % interval). Compare models with more test pictures.".format(
+                    num, *three
+                )
             )
     return found
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _below_probe(rows: list[Row]) -> list[str]:

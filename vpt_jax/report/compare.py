@@ -10,14 +10,7 @@ from typing import Any
 
 from vpt_jax.report import figures, page, tables
 from vpt_jax.report.document import paired, percents
-from vpt_jax.report.rows import (
-    Row,
-    default_score,
-    kind,
-    label,
-    place,
-    summarise,
-)
+from vpt_jax.report.rows import Row, default_score, kind, label, place, summarise
 
 NONE = "\N{EN DASH}"
 # Okabe and Ito's colours, as in `figures`.
@@ -70,20 +63,18 @@ def _short(paths: Sequence[Path]) -> list[str]:
     parts = [path.parts for path in paths]
     while len({own[-1] for own in parts}) == 1:
         parts = [own[:-1] for own in parts]
-    names: list[str] = []
-    for size in range(1, max(map(len, parts)) + 1):
+    names, size = [""] * len(paths), 0
+    while len(set(names)) < len(names):
+        size += 1
         names = [os.path.join(*own[-size:]) for own in parts]
-        if len(set(names)) == len(names):
-            break
     return names
 
 
 def differing(reports: Mapping[str, Row]) -> tables.Table:
     """A line per key of the configs, the backbone or the versions that is not equal."""
     flat = {name: _flatten(report) for name, report in reports.items()}
-    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     rows = []
-    for key in keys:
+    for key in dict.fromkeys(key for values in flat.values() for key in values):
         texts = [values.get(key, NONE) for values in flat.values()]
         if len(set(texts)) > 1:
             rows.append([key, *texts])
@@ -96,7 +87,7 @@ def _flatten(report: Row) -> dict[str, str]:
     def visit(name: str, value: Any) -> None:
         if isinstance(value, Mapping):
             for key, part in value.items():
-                visit(f"{name}.{key}" if name else key, part)
+                visit(f"{name}.{key}".removeprefix("."), part)
         else:
             several = isinstance(value, list)
             found[name] = ", ".join(map(str, value)) if several else str(value)
@@ -130,22 +121,21 @@ def accuracies(reports: Mapping[str, Row]) -> tables.Table:
 
 def _models(report: Row) -> dict[tuple, tuple[Row, list[Row]]]:
     """Groups of a report that were tested, and their rows, by what they are."""
-    default = default_score(report)
-    found = {}
-    for group in summarise(report["rows"], default):
-        key = place(group, default)
-        rows = [row for row in report["rows"] if place(row, default) == key]
-        if group["test_accuracy"] is not None:
-            found[key] = group, rows
-    return found
+    default, rows_of = default_score(report), {}
+    for row in report["rows"]:
+        rows_of.setdefault(place(row, default), []).append(row)
+    groups = {place(x, default): x for x in summarise(report["rows"], default)}
+    tested = (key for key, x in groups.items() if x["test_accuracy"] is not None)
+    return {key: (groups[key], rows_of[key]) for key in tested}
 
 
 def _labels(reports: Mapping[str, Row]) -> dict[tuple, str]:
     """The names of all models, in the order of the tables."""
-    found = {}
-    for report in reports.values():
-        for key, (group, _) in _models(report).items():
-            found[key] = label(group, default_score(report))
+    found = {
+        key: label(group, default_score(report))
+        for report in reports.values()
+        for key, (group, _) in _models(report).items()
+    }
     return {key: found[key] for key in sorted(found)}
 
 
@@ -180,7 +170,6 @@ def html(reports: Mapping[str, Row]) -> str:
     """The comparison as one HTML file that loads nothing."""
     task = next(iter(reports.values()))["task"]
     functions = {"accuracy": lambda figure: draw(figure, reports)}
-    svgs = [figures.render(functions, width) for width in figures.WIDTHS]
     captions = {
         "accuracy": (
             "Accuracy of every model",
@@ -195,7 +184,7 @@ def html(reports: Mapping[str, Row]) -> str:
 <p class="soft">Test accuracies are means over seeds ± one sample standard deviation.
 Differences are means over the seeds that both runs have, ± their standard error; of one
 seed they have none, and are no evidence.</p>
-{page.figures(*svgs, captions=captions)}"""
+{figures.html(functions, captions)}"""
     return page.page(f"{task}: {len(reports)} runs", body)
 
 

@@ -13,21 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vpt_jax.report import cautions, figures, looks, page, tables
-from vpt_jax.report.formats import percent, three_digits, with_prefix
 from vpt_jax.report.rows import Row, default_score, kind, label, summarise
+from vpt_jax.report.tables import percent, three_digits, with_prefix
 
 LIMIT = 1.5  # points of test accuracy that condensed prompts may lose
-HEADER = (
-    "Model",
-    "Prompts",
-    "Test\n%",
-    "Val\n%",
-    "MACs",
-    "MACs\nref.",
-    "Time\nms",
-    "Tuned\nparams",
-    "Seeds",
-)
+HEADER = ("Model", "Prompts", "Test\n%", "Val\n%", "MACs", "MACs\nref.", "Time\nms")
+HEADER += ("Tuned\nparams", "Seeds")
 # What prompt condensation is compared with at the same ratio, by the kind of the rows.
 CONTROLS = {"scratch": "from scratch", "random": "random", "layer": "PC layer"}
 
@@ -52,7 +43,8 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
         ends = cautions.interval(group["test_accuracy"], num_test)
         test += " [{:.1f}, {:.1f}]".format(*(100 * end for end in ends))
     low, high = group["prompts_min"], group["prompts_max"]
-    latency = group["latency_ms"]
+    latency, spread = group["latency_ms"], group.get("latency_spread")
+    time = "" if latency is None else three_digits(latency)
     return [
         label(group, default),
         f"{low:,}" if low == high else f"{low:,} to {high:,}",
@@ -60,14 +52,10 @@ def _cells(group: Row, default: str, num_test: int) -> list[str]:
         percents(group, "val"),
         with_prefix(group["macs"]),
         with_prefix(group["macs_reference"]),
-        "" if latency is None else _with_spread(latency, group.get("latency_spread")),
+        time + (f" ± {spread:.1g}" if spread and time else ""),
         f"{group['tuned_params']:,}",
         str(group["n"]),
     ]
-
-
-def _with_spread(value: float, spread: float | None) -> str:
-    return three_digits(value) + (f" ± {spread:.1g}" if spread else "")
 
 
 def percents(group: Row, split: str) -> str:
@@ -130,18 +118,17 @@ def verdict(report: Row) -> list[str]:
     """Sentences about what the numbers say; differences are paired by seed."""
     sentences = []
     tuned = _find(report, "tune", 1.0)
-    difference = paired(tuned, _find(report, "linear", 0.0))
-    if difference is not None:
+    if difference := paired(tuned, _find(report, "linear", 0.0)):
         minus = _list_differences({"the linear probe": difference})
         sentences.append(f"All prompts (100 %) {minus}.")
     for ratio in sorted({row["keep_ratio"] for row in report["rows"]}, reverse=True):
         sentences += _verdict_at(report, ratio, tuned)
-
-    if any("±" in sentence for sentence in sentences):
+    text = " ".join(sentences)
+    if "±" in text:
         sentences.append(
             "± is the standard error of the mean difference over paired seeds."
         )
-    if any("(one seed)" in sentence for sentence in sentences):
+    if "(one seed)" in text:
         sentences.append(
             "One seed is no evidence of a difference: another may move every number."
             " Run five with --config.seeds='(0, 1, 2, 3, 4)' and another --workdir."
@@ -155,14 +142,14 @@ def _verdict_at(report: Row, ratio: float, tuned: list[Row]) -> list[str]:
     condensed = _find(report, scope, ratio)
     name = f"PC at {100 * ratio:.4g} % ({scope})"
     sentences = []
-    against_tuned = paired(condensed, tuned)
-    if against_tuned is not None:
+    if against_tuned := paired(condensed, tuned):
         sentences.append(f"{name} {_gap(against_tuned)}")
-    differences = {}
-    for control, control_name in CONTROLS.items():
-        difference = paired(condensed, _find(report, control, ratio))
-        if control != scope and difference is not None:
-            differences[control_name] = difference
+    differences = {
+        control_name: difference
+        for control, control_name in CONTROLS.items()
+        if control != scope
+        and (difference := paired(condensed, _find(report, control, ratio)))
+    }
     if differences:
         sentences.append(f"{name} {_list_differences(differences)}.")
     return sentences
@@ -220,7 +207,7 @@ tokens of every layer, as papers do. Time is per picture, in batches of
 {report["latency_batch"]}: the median of nine, ± half of their interquartile range.</p>
 {looks.html(report.get("looks", {}), report.get("classes", ()))}
 {_search(report)}
-{page.figures(*svgs, captions=figures.captions(report))}
+{page.figures(*svgs, captions=figures.CAPTIONS)}
 {page.details(details, headings)}"""
     return page.page(title, body)
 
@@ -232,18 +219,12 @@ def render(report: Row) -> dict[str, str]:
 
 def _search(report: Row) -> str:
     """The trials of the rate's search, if there was one."""
-    search = report.get("search")
+    search, rows = report.get("search"), []
     if not search:
         return ""
-    rows = [
-        [
-            f"{row['base_lr']:g}",
-            row["head_init"],
-            str(row["planned_epochs"]),
-            f"{100 * row['val_accuracy']:.1f}",
-        ]
-        for row in search["trials"]
-    ]
+    for row in search["trials"]:
+        cells = f"{row['base_lr']:g}", row["head_init"], str(row["planned_epochs"])
+        rows.append([*cells, f"{100 * row['val_accuracy']:.1f}"])
     table = tables.Table(("Rate", "Head from", "Epochs", "Val %"), rows)
     return f"""<h2>How the rate was found</h2><p>{escape(search["sentence"])}</p>
 {tables.html(table)}"""

@@ -15,22 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from vpt_jax.report.rows import Row, default_score, kind, label, summarise
+from vpt_jax.report import page
+from vpt_jax.report.rows import (
+    KINDS,
+    REFERENCE_KINDS,
+    Row,
+    default_score,
+    kind,
+    label,
+    summarise,
+)
 
 WIDTHS = 9.2, 4.9  # inches: of a screen, and of a phone
-# Okabe and Ito's colours, distinct to colour-blind eyes.
-COLOURS = {
-    "linear": "black",
-    "tune": "black",
-    "global": "#0072B2",
-    "layer": "#E69F00",
-    "condense": "#D55E00",
-    "random": "#777777",
-    "scratch": "#009E73",
-}
-# What has no ratio of kept prompts is a line across all of them.
-LINE_STYLES = {"linear": "--", "tune": "-"}
-MARKERS = {"global": "o", "layer": "s", "condense": "X", "random": "^", "scratch": "D"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "vpt_jax",  # the same ids every time
@@ -46,61 +42,59 @@ STYLE: dict[Any, Any] = {
 LAYER_AXIS = "Layer (1 is next to the picture)"
 
 
-def captions(report: Row) -> dict[str, tuple[str, str]]:
-    """Heading and caption of every figure, by name."""
-    return {
-        "curves": (
-            "Training",
-            "Mean loss of every epoch, and accuracy on at most 256 pictures of the"
-            " validation set, of the first seed. Fine-tuning begins at tuned prompts.",
-        ),
-        "accuracy": (
-            "Accuracy against prompts kept",
-            "Markers are mean test accuracies, bars and bands (with several seeds) one"
-            " sample standard deviation. Markers of a ratio are set apart to be seen."
-            " A close-up, if any, leaves out what is not fine-tuned.",
-        ),
-        "layers": (
-            "Which layers keep their prompts",
-            "A bar is how many prompts of a layer survive the global cut, mean over"
-            " seeds; the pale outline is what the layer had.",
-        ),
-        "importance": (
-            "Importance of every prompt",
-            "A dot is one prompt, sorted within its layer; the short black line is the"
-            " layer's median. The global cut keeps the dots above the line of its"
-            " ratio; those close to a line were kept or lost by little.",
-        ),
-        "cost": (
-            "Cost of inference",
-            "Multiply-accumulates (MACs) against the prompts of all layers, as spent"
-            " here (prompts are only keys and values) and as papers count them (prompts"
-            " are tokens of every layer).",
-        ),
-    }
+CAPTIONS = {
+    "curves": (
+        "Training",
+        "Mean loss of every epoch, and accuracy on at most 256 pictures of the"
+        " validation set, of the first seed. Fine-tuning begins at tuned prompts.",
+    ),
+    "accuracy": (
+        "Accuracy against prompts kept",
+        "Markers are mean test accuracies, bars and bands (with several seeds) one"
+        " sample standard deviation. Markers of a ratio are set apart to be seen. A"
+        " close-up, if any, leaves out what is not fine-tuned.",
+    ),
+    "layers": (
+        "Which layers keep their prompts",
+        "A bar is how many prompts of a layer survive the global cut, mean over seeds;"
+        " the pale outline is what the layer had.",
+    ),
+    "importance": (
+        "Importance of every prompt",
+        "A dot is one prompt, sorted within its layer; the short black line is the"
+        " layer's median. The global cut keeps the dots above the line of its ratio;"
+        " those close to a line were kept or lost by little.",
+    ),
+    "cost": (
+        "Cost of inference",
+        "Multiply-accumulates (MACs) against the prompts of all layers, as spent here"
+        " (prompts are only keys and values) and as papers count them (prompts are"
+        " tokens of every layer).",
+    ),
+}
 
 
 def draw(report: Row, width: float = WIDTHS[0]) -> dict[str, str]:
     """SVG elements of the figures whose data are there, by name; one of `WIDTHS`."""
-    functions = {
-        "curves": _draw_curves,
-        "accuracy": draw_accuracy,
-        "layers": _draw_layers,
-        "importance": _draw_importance,
-        "cost": _draw_cost,
-    }
+    drawings = _draw_curves, draw_accuracy, _draw_layers, _draw_importance, _draw_cost
     default = default_score(report)
     groups = summarise(report["rows"], default)
     groups = [group for group in groups if group["score"] in (None, default, "random")]
     if not groups:
         return {}
-    return render(
-        {
-            name: functools.partial(function, groups=groups, report=report)
-            for name, function in functions.items()
-        },
-        width,
-    )
+    functions = {
+        name: functools.partial(function, groups=groups, report=report)
+        for name, function in zip(CAPTIONS, drawings, strict=True)
+    }
+    return render(functions, width)
+
+
+def html(
+    functions: Mapping[str, Callable[[Any], bool]],
+    captions: Mapping[str, tuple[str, str]],
+) -> str:
+    """Figures for a screen and a phone, as sections of a page; see `render`."""
+    return page.figures(*(render(functions, w) for w in WIDTHS), captions=captions)
 
 
 def render(
@@ -152,9 +146,9 @@ def _add_legend(figure: Any) -> None:
             handles[text] = handle  # a name of many markers is listed once
     if not handles:  # an empty one would take its place all the same
         return
-    place, columns = "outside lower center", 4 if len(handles) > 5 else 5
-    columns = columns if figure.get_figwidth() > 6 else 2
-    figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
+    columns = 2 if figure.get_figwidth() <= 6 else 4 if len(handles) > 5 else 5
+    where = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(list(handles.values()), list(handles), **where)
 
 
 def _svg(figure: Any, name: str) -> str:
@@ -174,14 +168,14 @@ def _draw_curves(figure: Any, groups: list[Row], report: Row) -> bool:
     """Loss by epoch of every training of the first seed, and accuracy on val."""
     seed, default = report["importance"]["seed"], default_score(report)
     rows = [r for r in report["rows"] if r["seed"] == seed and r.get("watched")]
-    rows = [r for r in rows if len(r.get("losses", ())) > 1 and kind(r) in COLOURS]
+    rows = [r for r in rows if len(r.get("losses", ())) > 1]
     if not rows:
         return False
     left, right = panels(figure, 2)
     for row in rows:
         ratios = sorted({r["keep_ratio"] for r in rows})
         style = ("-", "--", ":", "-.")[ratios[::-1].index(row["keep_ratio"]) % 4]
-        look = {"color": COLOURS[kind(row)], "linestyle": style, "linewidth": 1.4}
+        look = {"color": KINDS[kind(row)][0], "linestyle": style, "linewidth": 1.4}
         name = label(row, default)
         left.plot(range(1, len(row["losses"]) + 1), row["losses"], **look, label=name)
         epochs, values = zip(*row["watched"], strict=True)
@@ -200,15 +194,15 @@ def _draw_curves(figure: Any, groups: list[Row], report: Row) -> bool:
 
 def panels(figure: Any, num: int) -> list[Any]:
     """Axes side by side; one below the other on a narrow figure."""
-    if figure.get_figwidth() > 6:
-        return list(figure.subplots(1, num, squeeze=False)[0])
-    figure.set_figheight(0.6 + num * 3)
-    return list(figure.subplots(num, 1, squeeze=False)[:, 0])
+    wide = figure.get_figwidth() > 6
+    if not wide:
+        figure.set_figheight(0.6 + num * 3)
+    return list(figure.subplots(*((1, num) if wide else (num, 1)), squeeze=False).flat)
 
 
 def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     """Test accuracy against the ratio kept, with a close-up if that shows more."""
-    cut = [group for group in groups if kind(group) not in LINE_STYLES]
+    cut = [group for group in groups if kind(group) not in REFERENCE_KINDS]
     if not cut:
         return False
     default = default_score(report)
@@ -225,7 +219,7 @@ def draw_accuracy(figure: Any, groups: list[Row], report: Row) -> bool:
     for axes, shown in zip(all_axes, shown_groups, strict=True):
         for group in shown:
             name, x = label(group, default, ratio=False), None
-            if kind(group) not in LINE_STYLES:
+            if kind(group) not in REFERENCE_KINDS:
                 offset = 0.6 * (names.index(name) + 0.5) / len(names)
                 x = ratios.index(group["keep_ratio"]) + offset
             _draw_group(axes, group, name, x)
@@ -249,19 +243,18 @@ def _accuracy_limits(groups: list[Row]) -> tuple[float, float]:
 
 def _draw_group(axes: Any, group: Row, name: str, x: float | None) -> None:
     """A marker and bar at a ratio; a reference is a line and band across all."""
-    colour = COLOURS[kind(group)]
+    what = kind(group)
+    colour, style = KINDS[what]
+    look = {"color": colour}
     y, deviation = 100 * group["test_accuracy"], 100 * (group["test_sd"] or 0)
     if x is None:
-        style = LINE_STYLES[kind(group)]
-        axes.axhline(y, color=colour, linestyle=style, linewidth=1.3, label=name)
-        ends = y - deviation, y + deviation
-        axes.axhspan(*ends, color=colour, alpha=0.08, linewidth=0)
+        axes.axhline(y, linestyle=style, linewidth=1.3, label=name, **look)
+        axes.axhspan(y - deviation, y + deviation, alpha=0.08, linewidth=0, **look)
         return
-    marker = MARKERS[kind(group)]
-    (line,) = axes.plot(x, y, marker, color=colour, markersize=7, label=name)
-    if group["scope"] == "layer" and kind(group) != "layer":
-        # Hollow: controls of the two kinds of cut must not look the same.
-        line.set_markerfacecolor("white")
+    # Hollow: controls of the two kinds of cut must not look the same.
+    if group["scope"] == "layer" and what != "layer":
+        look["markerfacecolor"] = "white"
+    axes.plot(x, y, style, markersize=7, label=name, **look)
     if deviation:
         _, _, bars = axes.errorbar(x, y, deviation, color=colour, capsize=3)
         bars[0].set_gid("spread")
@@ -271,16 +264,16 @@ def _global_cuts(groups: list[Row]) -> list[tuple[Any, Row]]:
     """Colour and group of each global cut, by rising ratio."""
     from matplotlib import colormaps
 
-    by_ratio = {}
     # Where there is a fine-tuned group it replaces the one that is not.
-    for wanted in ("condense", "global"):
-        for group in groups:
-            is_cut = group["scope"] != "layer" and group["score"] != "random"
-            if kind(group) == wanted and is_cut:
-                by_ratio[group["keep_ratio"]] = group
-    colours = colormaps["viridis"](np.linspace(0.05, 0.8, len(by_ratio)))
-    by_rising_ratio = [by_ratio[ratio] for ratio in sorted(by_ratio)]
-    return list(zip(colours, by_rising_ratio, strict=True))
+    cuts = {
+        group["keep_ratio"]: group
+        for wanted in ("condense", "global")
+        for group in groups
+        if kind(group) == wanted and group["scope"] != "layer"
+        if group["score"] != "random"
+    }
+    colours = colormaps["viridis"](np.linspace(0.05, 0.8, len(cuts)))
+    return [(c, cuts[r]) for c, r in zip(colours, sorted(cuts), strict=True)]
 
 
 def _draw_layers(figure: Any, groups: list[Row], report: Row) -> bool:

@@ -24,15 +24,13 @@ def html(looks: Mapping[str, Any], classes: Sequence[str]) -> str:
         f" best on val: {right} % right on {where}.</p>"
     ]
     if looks["confused"]:
-        pairs = [
-            f"{label} taken for {answer}: {count}"
-            for label, answer, count in looks["confused"]
-        ]
+        pairs = (
+            f"{label} taken for {answer}: {n}" for label, answer, n in looks["confused"]
+        )
         parts.append(page.bullets([f"Most frequent mistakes: {'; '.join(pairs)}."]))
     if looks["confusion"]:
         functions = {"confusion": lambda f: _draw(f, looks["confusion"], classes)}
-        svgs = [figures.render(functions, width) for width in figures.WIDTHS]
-        parts.append(page.figures(*svgs, captions=_CAPTIONS))
+        parts.append(figures.html(functions, _CAPTIONS))
     if looks["examples"]:
         parts.append(_pictures(looks["examples"]))
     return "".join(parts)
@@ -92,8 +90,7 @@ _CAPTIONS = {
 def _draw(figure: Any, confusion: Any, classes: Sequence[str]) -> bool:
     counts = np.asarray(confusion)
     size = len(counts)
-    width = figure.get_figwidth()
-    figure.set_size_inches(width, min(0.85 * width, 2 + 0.42 * size))
+    figure.set_figheight(min(0.85 * figure.get_figwidth(), 2 + 0.42 * size))
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")

@@ -12,8 +12,17 @@ import numpy as np
 
 Row = dict[str, Any]
 
-# What a row is compared as, in the order of the table.
-KINDS = ("linear", "tune", "global", "layer", "condense", "random", "scratch")
+# What a row is compared as, in the order of the table: its colour (Okabe and Ito's,
+# distinct to colour-blind eyes), and its marker or the style of its line.
+KINDS = {
+    "linear": ("black", "--"),
+    "tune": ("black", "-"),
+    "global": ("#0072B2", "o"),
+    "layer": ("#E69F00", "s"),
+    "condense": ("#D55E00", "X"),
+    "random": ("#777777", "^"),
+    "scratch": ("#009E73", "D"),
+}
 # These kinds have no ratio of kept prompts: the others are measured against them.
 REFERENCE_KINDS = ("linear", "tune")
 
@@ -66,7 +75,7 @@ def place(row: Row, default: str) -> tuple:
     # The references come first: no ratio is above 1.
     ratio = 2.0 if row_kind in REFERENCE_KINDS else row["keep_ratio"]
     other_score = score not in ("", default)
-    return -ratio, KINDS.index(row_kind), row["scope"] or "", other_score, score
+    return -ratio, list(KINDS).index(row_kind), row["scope"] or "", other_score, score
 
 
 def summarise(rows: Sequence[Row], default: str) -> list[Row]:
@@ -86,10 +95,8 @@ def summarise(rows: Sequence[Row], default: str) -> list[Row]:
 def _average(rows: list[Row]) -> Row:
     """One group from the rows that differ in the seed."""
     rows = sorted(rows, key=lambda row: row["seed"])
-    group = dict(rows[0])
-    del group["seed"]
+    group = {name: value for name, value in rows[0].items() if name != "seed"}
     group["n"] = len(rows)
-
     for name in ("macs", "macs_reference"):
         group[name] = float(np.mean([row[name] for row in rows]))
     for split in ("val", "test"):
@@ -99,12 +106,10 @@ def _average(rows: list[Row]) -> Row:
         group[f"{split}_accuracy"] = float(np.mean(accuracies)) if known else None
         several = known and len(rows) > 1
         group[f"{split}_sd"] = float(np.std(accuracies, ddof=1)) if several else None
-    # A resumed run may lack the latency of some seeds.
-    latencies = [row["latency_ms"] for row in rows if row["latency_ms"] is not None]
-    group["latency_ms"] = float(np.mean(latencies)) if latencies else None
-    spreads = [s for row in rows if (s := row.get("latency_spread"))]
-    group["latency_spread"] = float(np.mean(spreads)) if spreads else None
-
+    for name in ("latency_ms", "latency_spread"):
+        # A resumed run may lack those of some seeds.
+        timed = [x for row in rows if (x := row.get(name)) is not None]
+        group[name] = float(np.mean(timed)) if timed else None
     totals = [sum(row["counts"]) for row in rows]
     group["prompts_min"], group["prompts_max"] = min(totals), max(totals)
     group["mean_counts"] = np.mean([row["counts"] for row in rows], axis=0).tolist()

@@ -106,10 +106,7 @@ def default_score(board: Board) -> str:
 
 
 def leaderboard(board: Board) -> list[Line]:
-    """Makes the lines of a leaderboard.
-
-    Args:
-      board: The content of leaderboard.json.
+    """The lines of a leaderboard, of the content of leaderboard.json.
 
     Returns:
       A dict per method, ours first, in the order of a report's table: `method`,
@@ -131,10 +128,10 @@ def leaderboard(board: Board) -> list[Line]:
 
 
 def _our_line(board: Board, by_task: dict[str, list[Row]], default: str) -> Line:
-    rows_of = {}
-    for name, rows in by_task.items():
-        rows = sorted(rows, key=lambda row: row["seed"])
-        rows_of[name] = {row["seed"]: row for row in rows}
+    rows_of = {
+        name: {row["seed"]: row for row in sorted(rows, key=lambda row: row["seed"])}
+        for name, rows in by_task.items()
+    }
     accuracy = {
         name: {seed: 100 * row["test_accuracy"] for seed, row in rows.items()}
         for name, rows in rows_of.items()

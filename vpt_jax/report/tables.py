@@ -4,6 +4,7 @@
 By hand: no small library marks the best of ours and rules off ratios in all of them.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence, Set
 from html import escape
@@ -61,12 +62,12 @@ def columns(table: Table, kept: list[int]) -> Table:
 
 def without_empty(table: Table) -> Table:
     """Without the columns, but for the first, that have no text in any row."""
-    empty = {
+    kept = [
         j
-        for j in range(1, len(table.header))
-        if table.rows and not any(row[j] for row in table.rows)
-    }
-    return columns(table, [j for j in range(len(table.header)) if j not in empty])
+        for j in range(len(table.header))
+        if not j or not table.rows or any(row[j] for row in table.rows)
+    ]
+    return columns(table, kept)
 
 
 def transposed(table: Table) -> Table:
@@ -169,3 +170,21 @@ def latex(table: Table, caption: str, *, upright: bool = False) -> str:
         r"\end{table*}",
     ]
     return "\n".join(lines)
+
+
+def percent(mean: float, deviation: float | None, digits: int = 1) -> str:
+    """A mean in per cent, with its deviation where there is one: "85.0 ± 0.3"."""
+    text = f"{mean:.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits: 0.4216 is "0.422"."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def with_prefix(value: float) -> str:
+    """Three digits and an SI prefix: 81240000 is "81.2 M"."""
+    power = int(math.log10(max(value, 1)) // 3)
+    prefix = ("", "k", "M", "G", "T", "P")[power]
+    return f"{three_digits(value / 1000**power)} {prefix}"

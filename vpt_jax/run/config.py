@@ -14,7 +14,7 @@ from vpt_jax.condense import SCOPES
 from vpt_jax.data.pictures import RULES
 from vpt_jax.data.tasks import SPLITS
 from vpt_jax.files.checks import check_integer
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import expect, shown
 from vpt_jax.models.attention import ATTENTIONS
 from vpt_jax.models.inputs import NORMALISATIONS
 from vpt_jax.models.posemb import RESIZES
@@ -36,11 +36,7 @@ HEAD_INITS = ("reference", "zeros", "probe")
 def positive(**values: int | float) -> None:
     """Raises ValueError unless every value is above 0 and finite."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
-            finite = " and finite" if value > 0 else ""
-            raise ValueError(
-                f"{name} is {shown(value)}; it must be greater than 0{finite}."
-            )
+        expect(0 < value < math.inf, name, value, "a finite number greater than 0")
 
 
 def no_repeats(name: str, values: Sequence[Any]) -> None:
@@ -50,18 +46,18 @@ def no_repeats(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{name} has {twice[0]} twice; expected each value once.")
 
 
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Raises ValueError unless there is a seed, and each once."""
+    right = seeds and len(set(seeds)) == len(seeds)
+    expect(right, name, tuple(seeds), "at least one, no repeats")
+
+
 def check_prompts(num: int | tuple[int, ...]) -> None:
     """Raises ValueError unless there is a prompt, and not more than fit in memory."""
     each = (num,) if isinstance(num, int) else num
-    if sum(each) < 1:
-        raise ValueError(
-            f"prompts.num_prompts is {shown(num)}; at least one is needed."
-        )
-    if min(each) < 0 or max(each) > MAX_PROMPTS:
-        raise ValueError(
-            f"prompts.num_prompts is {shown(num)}; each must be from 0 to"
-            f" {MAX_PROMPTS:,}."
-        )
+    right = sum(each) and 0 <= min(each) <= max(each) <= MAX_PROMPTS
+    many = f"at least one, and of each layer 0 to {MAX_PROMPTS:,}"
+    expect(right, "prompts.num_prompts", num, many)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,31 +111,24 @@ class BackboneConfig:
             object.__setattr__(self, "checkpoint", named.address)
             object.__setattr__(self, "variant", named.variant)
         check_choice("backbone.attention", self.attention, ATTENTIONS)
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(
-                f"backbone.attention is 'cudnn' with backbone.dtype {self.dtype!r}; the"
-                " fused kernel takes bfloat16. Set backbone.dtype=bfloat16."
-            )
+        kernel = "bfloat16 with backbone.attention 'cudnn', whose kernel takes no other"
+        right = self.attention != "cudnn" or self.dtype == "bfloat16"
+        expect(right, "backbone.dtype", self.dtype, kernel)
         check_choice("backbone.remat", self.remat, tuple(REMATS))
         check_choice("backbone.readout", self.readout, ("", *READOUTS))
         check_choice("backbone.norm", self.norm, ("", *NORMS))
         check_choice("backbone.activation", self.activation, ("", *ACTIVATIONS))
-        if not 0 <= self.num_heads <= MAX_SIDE or not 0 <= self.epsilon < 1:
-            raise ValueError(
-                f"backbone.num_heads is {shown(self.num_heads)} and backbone.epsilon"
-                f" {shown(self.epsilon)}; expected 0 (the file's own), or a number of"
-                " heads and a small number."
-            )
         check_integer("backbone.share", self.share, 1)
         check_choice("backbone.resize", self.resize, ("", *RESIZES))
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
         known = ("", *NORMALISATIONS)
         check_choice("backbone.normalisation", self.normalisation, known)
-        if not 0 <= self.image_size <= MAX_SIDE:
-            raise ValueError(
-                f"backbone.image_size is {shown(self.image_size)}; it must be from 0"
-                f" (the file's own) to {MAX_SIDE:,} px."
-            )
+        own = f"0 (the file's own) to {MAX_SIDE:,}"
+        for name in ("num_heads", "image_size"):
+            value = getattr(self, name)
+            expect(0 <= value <= MAX_SIDE, f"backbone.{name}", value, own)
+        own = "0 (the file's own), or a small number"
+        expect(0 <= self.epsilon < 1, "backbone.epsilon", self.epsilon, own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,14 +152,9 @@ class PromptConfig:
     def __post_init__(self) -> None:
         check_choice("prompts.init", self.init, INITS)
         check_choice("prompts.head_init", self.head_init, HEAD_INITS)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"prompts.dropout is {self.dropout}; it must be in [0, 1)."
-            )
-        if self.dropout_shared and not self.dropout:
-            raise ValueError(
-                "prompts.dropout_shared is set with prompts.dropout 0; leave it out."
-            )
+        expect(0 <= self.dropout < 1, "prompts.dropout", self.dropout, "0 to below 1")
+        right = self.dropout or not self.dropout_shared
+        expect(right, "prompts.dropout_shared", True, "False with prompts.dropout 0")
         check_prompts(self.num_prompts)
 
 
@@ -197,24 +181,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(epochs=self.epochs, base_lr=self.base_lr, batch_size=self.batch_size)
         check_choice("optimizer", self.optimizer, (*OPTIMIZERS, "lbfgs"))
-        if not 0 <= self.head_lr < math.inf:
-            raise ValueError(f"head_lr is {self.head_lr}; it must be >= 0 and finite.")
-        if self.head_lr and self.optimizer != "adamw":
-            raise ValueError(
-                f"head_lr is {self.head_lr} with optimizer {self.optimizer!r}; it must"
-                " be 0 but for 'adamw'. Set head_lr to 0."
-            )
+        right = not self.head_lr or self.optimizer == "adamw"
+        expect(right, "head_lr", self.head_lr, f"0 with optimizer {self.optimizer!r}")
         check_choice("schedule", self.schedule, SCHEDULES)
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs is {shown(self.warmup_epochs)} of"
-                f" {shown(self.epochs)} epochs; it"
-                " must be at least 0 and less than epochs."
-            )
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay}; it must be >= 0 and finite."
-            )
+        right, warm = 0 <= self.warmup_epochs < self.epochs, self.warmup_epochs
+        expect(right, "warmup_epochs", warm, f"0 to below epochs, {shown(self.epochs)}")
+        for name in ("weight_decay", "head_lr"):
+            value = getattr(self, name)
+            expect(0 <= value < math.inf, name, value, "0 or more, and finite")
 
 
 def find_score(name: str) -> str | Score:
@@ -234,8 +208,7 @@ def find_score(name: str) -> str | Score:
             f"score.score is {shown(name)} ({error}); expected module:function, where"
             " the module can be imported from this folder."
         ) from error
-    if not callable(found):
-        raise ValueError(f"score.score is {shown(name)}, which is no function.")
+    expect(callable(found), "score.score", name, "the name of a function")
     return cast(Score, found)
 
 
@@ -269,11 +242,8 @@ class CondenseConfig:
         no_repeats("condense.keep_ratios", [f"{x:g}" for x in self.keep_ratios])
         no_repeats("condense.scopes", self.scopes)
         for ratio in self.keep_ratios:
-            if not 0 < ratio < 1:
-                raise ValueError(
-                    f"condense.keep_ratios has {ratio}; each must be in (0, 1), e.g."
-                    " 0.3 for 30 % (all prompts are always evaluated)."
-                )
+            part = "each above 0 and below 1; all prompts are always evaluated"
+            expect(0 < ratio < 1, "condense.keep_ratios", ratio, part)
         for scope in self.scopes:
             check_choice("condense.scopes", scope, SCOPES)
 
@@ -307,19 +277,12 @@ class Config:
         check_choice("diverged", self.diverged, DIVERGED)
         for name in ("tune", "finetune"):
             check_choice(f"{name}.optimizer", getattr(self, name).optimizer, OPTIMIZERS)
-        if self.linear.optimizer == "lbfgs" and not self.linear.weight_decay:
-            raise ValueError(
-                "linear.weight_decay is 0 with optimizer 'lbfgs', which needs one; pass"
-                " a decay above 0, such as 0.01."
-            )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(
-                f"seeds is {shown(self.seeds)}; pass at least one, no repeats."
-            )
-        if not 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED:
-            raise ValueError(
-                f"seeds is {shown(self.seeds)}; each must be from 0 to {MAX_SEED}."
-            )
+        right = self.linear.optimizer != "lbfgs" or self.linear.weight_decay
+        needed = "a decay above 0 with optimizer 'lbfgs', such as 0.01"
+        expect(right, "linear.weight_decay", self.linear.weight_decay, needed)
+        check_seeds("seeds", self.seeds)
+        right = 0 <= min(self.seeds) <= max(self.seeds) <= MAX_SEED
+        expect(right, "seeds", self.seeds, f"each from 0 to {MAX_SEED}")
         no_repeats("baselines", self.baselines)
         for name in self.baselines:
             check_choice("baselines", name, BASELINES)

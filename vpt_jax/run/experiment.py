@@ -7,6 +7,7 @@ the interrupted one from its newest checkpoint, to the same end bit for bit.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -21,8 +22,9 @@ import numpy as np
 import vpt_jax
 from vpt_jax import parallel
 from vpt_jax.data import doubts, strips
-from vpt_jax.data.tasks import Task, load_task
+from vpt_jax.data.tasks import Split, Task, load_task
 from vpt_jax.files import workdirs
+from vpt_jax.files.messages import expect
 from vpt_jax.models.scores import DEFAULT_REDUCTION
 from vpt_jax.report import cautions
 from vpt_jax.report import document as report
@@ -59,18 +61,14 @@ def run(
     command: str = "",
     search: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Runs all units that are not finished and writes the report.
+    """Runs all units that are not finished and writes the report, which it returns.
 
-    Args:
-      config: Of the run.
-      workdir: Where it lies.
-      command: That started it, for the report.
-      search: What found its rate, see `search.summary`.
+    `command` started it; `search` found its rate, see `search.summary`.
     """
     if config.task.splits == "select":
         raise ValueError(
-            "config.task.splits is 'select', which leaves the test set out: for trials"
-            " of a benchmark; use 'all', or 'final' to train on val too."
+            "config.task.splits is 'select', for trials of a benchmark; expected 'all',"
+            " or 'final' to train on val too."
         )
     check_same_config(config, workdir)
     model = load_model(config.backbone)
@@ -109,10 +107,7 @@ def best(rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
     judged = [row for row in rows if row["val_accuracy"] is not None]
     if not judged:
         tuned = [i for i, row in enumerate(rows) if row["stage"] == "tune"]
-        number = (tuned or [0])[0]
-        return number, (
-            "all prompts, first seed: this run has no validation set to choose on"
-        )
+        return (tuned or [0])[0], "all prompts, first seed: no validation set"
     top = max(row["val_accuracy"] for row in judged)
     equal = [i for i, row in enumerate(rows) if row["val_accuracy"] == top]
     number = min(equal, key=lambda i: sum(rows[i]["counts"]))
@@ -167,21 +162,13 @@ class Pictures(NamedTuple):
 def load_model(settings: configs.BackboneConfig) -> Model:
     """Loads the backbone; ValueError if it, or how to feed it, is not known."""
     variant, checkpoint = told_apart(settings.variant, settings.checkpoint)
-    load: dict[str, Any] = {
-        "readout": settings.readout,
-        "norm": settings.norm,
-        "resize": settings.resize,
-        "num_heads": settings.num_heads,
-        "activation": settings.activation,
-        "epsilon": settings.epsilon,
-        "skip": list(settings.skip),
-    }
+    names = ("readout", "norm", "resize", "num_heads", "activation", "epsilon")
+    load: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    load["skip"] = list(settings.skip)
     mesh, split = parallel.share(settings.share), settings.share > 1
-    if split and jax.process_count() > 1:
-        raise ValueError(
-            f"config.backbone.share is {settings.share} with {jax.process_count()}"
-            " processes; expected one process, whose devices share the backbone."
-        )
+    right = not split or jax.process_count() == 1
+    one = f"1 with {jax.process_count()} processes: the devices of one share it"
+    expect(right, "backbone.share", settings.share, one)
     model, backbone = vpt_jax.load_backbone(
         variant or checkpoint,
         checkpoint if variant else "",
@@ -193,18 +180,17 @@ def load_model(settings: configs.BackboneConfig) -> Model:
     model = model.clone(remat=settings.remat)
     if isinstance(model, vpt_jax.ViT):
         model = model.clone(attention=settings.attention)
-    elif settings.attention != "products":
-        raise ValueError(
-            f"config.backbone.attention is {settings.attention!r}, which only a ViT"
-            " has; leave it out for a Swin."
-        )
+    else:
+        plain = settings.attention == "products"
+        name = "config.backbone.attention"
+        expect(plain, name, settings.attention, "'products' for a Swin")
     card = vpt_jax.read_card(checkpoint)
     normalisation = settings.normalisation or card.get("normalisation")
     if not normalisation:
         raise ValueError(
             f"how pictures are normalised for {checkpoint} is not known; set"
-            " --config.backbone.normalisation=half (Google's ViT), imagenet (most"
-            " PyTorch models) or none. docs/backbones.md lists the files that we know."
+            " --config.backbone.normalisation=half (Google's ViT), imagenet (most of"
+            " PyTorch's) or none, see docs/backbones.md."
         )
     # On the hub the folder has the name, the file is called model.safetensors.
     hub = checkpoint.startswith("hf://")
@@ -227,26 +213,23 @@ def load_model(settings: configs.BackboneConfig) -> Model:
 
 def load_pictures(settings: configs.TaskConfig, image_size: int) -> Pictures:
     """Loads the task and puts its training set on the devices, a part on each."""
-    task = load_task(
-        settings.name,
-        image_size=image_size,
-        data_dir=settings.data_dir,
-        resize=settings.resize,
-        skip_broken=settings.skip_broken,
-        splits=settings.splits,
-    )
+    task = load_task(image_size=image_size, **dataclasses.asdict(settings))
     mesh, said = parallel.all_devices(), task.doubts
     if said is None:
         train = task.train
         if isinstance(train.images, strips.Strip):  # looked at on the device
             train = train._replace(images=jax.tree.map(jnp.asarray, train.images))
-        said = doubts.doubts({"train": train, "val": task.val, "test": task.test})
+        said = doubts.doubts({**_splits(task), "train": train})
     return Pictures(
         task,
         strips.put(task.train.images, mesh),
         parallel.put_whole(task.train.labels, mesh),
         tuple(said),
     )
+
+
+def _splits(task: Task) -> dict[str, Split | None]:
+    return {"train": task.train, "val": task.val, "test": task.test}
 
 
 @contextlib.contextmanager
@@ -280,7 +263,7 @@ def started(
         log = workdirs.Log(workdir / "log.txt", workdir / "events", echo=echo)
         stack.enter_context(contextlib.closing(log))
         task, info = pictures.task, model.info
-        parts = [("train", task.train), ("val", task.val), ("test", task.test)]
+        parts = _splits(task).items()
         sizes = [f"{len(split.labels)} {name}" for name, split in parts if split]
         log.line(
             f"{task.name}: {', '.join(sizes)}, {len(task.class_names)} classes;"
@@ -290,16 +273,16 @@ def started(
         for doubt in pictures.doubts:
             log.line(f"warning: {task.name}: {doubt}")
         yield Run(
-            config,
-            workdir,
-            task,
-            model.model,
-            model.backbone,
-            info,
-            pictures.images,
-            pictures.labels,
-            log,
-            pictures.doubts,
+            config=config,
+            workdir=workdir,
+            task=task,
+            model=model.model,
+            backbone=model.backbone,
+            backbone_info=info,
+            images=pictures.images,
+            labels=pictures.labels,
+            log=log,
+            doubts=pictures.doubts,
         )
 
 
@@ -312,9 +295,8 @@ def changed_keys(config: configs.Config, workdir: Path) -> list[str]:
         found = dict(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
         raise workdirs.Damaged(
-            f"{path} is damaged ({error}), so that the config of what lies there is not"
-            " known; expected the JSON of a run. Pass another --workdir, or delete the"
-            " file if this is that run's config. Nothing was touched."
+            f"{path} is damaged ({error}); expected the JSON of a run's config. Pass"
+            " another --workdir, or delete the file if this is that run's config."
         ) from error
     return parsing.differences(found, parsing.to_dict(config))
 
@@ -324,8 +306,7 @@ def check_same_config(config: configs.Config, workdir: Path) -> None:
     if changed := changed_keys(config, workdir):
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed)}); pass"
-            " another --workdir, or the same config to continue it. Nothing was"
-            " touched."
+            " another --workdir, or the same config to continue it."
         )
 
 
@@ -336,13 +317,11 @@ def make_report(
     config, task = run.config, run.task
     score, seed = config.score.score, config.seeds[0]
     own = "mean" if ":" in score else DEFAULT_REDUCTION.get(score, "")
-    scores = scores_of(run, seed, score)
+    scores, splits = scores_of(run, seed, score), _splits(task)
     return {
         "task": task.name,
         "data": {
-            "train": len(task.train.labels),
-            "val": len(task.val.labels) if task.val else 0,
-            "test": len(task.test.labels) if task.test else 0,
+            **{k: len(split.labels) if split else 0 for k, split in splits.items()},
             "classes": len(task.class_names),
             "image_size": run.model.image_size,
         },
@@ -366,12 +345,10 @@ def make_report(
 
 def versions() -> dict[str, str]:
     """What a result depends on besides its config."""
+    names = ("jax", "flax", "optax", "numpy")
     return {
         "vpt_jax": vpt_jax.__version__,
-        "jax": jax.__version__,
-        "flax": importlib.metadata.version("flax"),
-        "optax": importlib.metadata.version("optax"),
-        "numpy": np.__version__,
+        **{name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

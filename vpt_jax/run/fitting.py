@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains prompts and head over all epochs, so that any interruption changes nothing.
 
-The state of a training is its checkpoint and nothing else: the step number determines
-the data order, the random keys and the learning rate. An epoch is one compiled call,
-or several where it is long; where calls begin depends on its length alone, so that an
-interrupted training computes what an undisturbed one does. Between calls SIGTERM and
-the numbers are looked at.
+The state of a training is its checkpoint: the step number determines the data order,
+the random keys and the learning rate. An epoch is one compiled call, or several where
+it is long; where calls begin depends on its length alone.
 """
 
 import itertools
@@ -24,7 +22,7 @@ from vpt_jax import parallel, train
 from vpt_jax.files import preemption, states, workdirs
 from vpt_jax.prompts import Mask
 from vpt_jax.run import config as configs
-from vpt_jax.weights.checkpoint import flatten
+from vpt_jax.weights.release import flatten
 
 # The mask of an epoch: `(epoch, {'prompts', 'head'} so far) -> mask`.
 MaskOf = Callable[[int, dict[str, Any]], Mask]
@@ -84,16 +82,9 @@ def calls(
 ) -> Iterator[Call]:
     """The training loop: from the state's step to the last, call by call.
 
-    Args:
-      state: Donated.
-      backbone: Frozen parameters.
-      images: The resident set, see `train.train_epoch`.
-      labels: int32 `[n]`.
-      settings: Epochs, batch size, rates.
-      seed: Of the order and the random keys.
-      head_rates: See `train.make_optimizer`.
-      mask_of: The mask of every epoch, from its number and `{'prompts', 'head'}`.
-      **static: `model`, `recipe` and `losses_of` of `train.train_epoch`.
+    `state` is donated; `seed` is of the order and the random keys; `head_rates` are as
+    in `train.make_optimizer`; `images` and `static` (`model`, `recipe`, `losses_of`) as
+    in `train.train_epoch`.
     """
     num, step = len(labels), int(state.step)
     rates = rates_of(settings, num)
@@ -109,45 +100,14 @@ def calls(
             mask = mask_of(epoch, state.trainable)
         order, real = train.epoch_order(seed, epoch, num, settings.batch_size)
         stop = next(end for end in ends if end > at)
+        steps_now = (x[at:stop] for x in (order, real, rates[epoch]))
         begin = time.perf_counter()
-        state, metrics = train.train_epoch(
-            state,
-            backbone,
-            images,
-            labels,
-            order[at:stop],
-            real[at:stop],
-            rates[epoch, at:stop],
-            decay,
-            key,
-            mask,
-            factors,
-            **static,
-        )
+        given = backbone, images, labels, *steps_now, decay, key, mask, factors
+        state, metrics = train.train_epoch(state, *given, **static)
         found = {name: float(value) for name, value in metrics.items()}
         seconds, seen = time.perf_counter() - begin, int(real[at:stop].sum())
         yield Call(epoch, at, stop, rates[epoch], mask, state, found, seen, seconds)
         step += stop - at
-
-
-def train_in_memory(
-    trainable: dict[str, Any], *args: Any, recipe: train.Recipe, **kwargs: Any
-) -> tuple[dict[str, Any], Mask | None]:
-    """Prompts and head after `calls`, and the last mask; nothing is written.
-
-    Raises:
-      FloatingPointError: If the loss is not finite.
-    """
-    # A copy: the state is donated, and the caller's arrays must live on.
-    state, mask = train.init_state(jax.tree.map(jnp.array, trainable), recipe), None
-    for call in calls(state, *args, recipe=recipe, **kwargs):
-        state, mask = call.state, call.mask
-        if not math.isfinite(call.metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss is {call.metrics['loss']} in epoch {call.epoch + 1} at rate"
-                f" {call.rates.max():g}; lower base_lr."
-            )
-    return state.trainable, mask
 
 
 def fit(
@@ -163,15 +123,8 @@ def fit(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains, from the newest sound checkpoint if there is one.
 
-    Args:
-      job: What it is called, and its recipe.
-      trainable: The start.
-      backbone: Frozen parameters.
-      images: See `calls`.
-      labels: int32 `[n]`.
-      log: Of the run.
-      model: None where `images` are features.
-      watch: Accuracy on val of `{'prompts', 'head'}`; asked ten times, evenly.
+    `trainable` is the start; `model` is None where `images` are features; `watch` says
+    the accuracy on val of `{'prompts', 'head'}` and is asked ten times, evenly.
 
     Returns:
       Prompts and head of the last epoch, or of the last one in which all was finite
@@ -192,17 +145,9 @@ def fit(
     watched = np.array(saved["watched"])
     sums, seconds = np.array(saved["sums"]), float(saved["seconds"])
     step, saved_at = int(state.step), time.perf_counter()
-    loop = calls(
-        state,
-        backbone,
-        images,
-        labels,
-        settings,
-        job.seed,
-        head_rates=job.head_rates,
-        model=model,
-        recipe=job.recipe,
-    )
+    given = state, backbone, images, labels, settings, job.seed
+    static = {"head_rates": job.head_rates, "model": model, "recipe": job.recipe}
+    loop = calls(*given, **static)
     with preemption.deferred():
         for call in loop:
             now = on_host(call.state)
@@ -212,8 +157,8 @@ def fit(
                     raise FloatingPointError(f"{text[0]}; {text[1]}")
                 log.line(f"{job.prefix} {text[0]}; ended with epoch {call.epoch}")
                 break
-            means = call.metrics["loss"], call.metrics["accuracy"]
-            sums += np.array([call.seconds, *(call.num * mean for mean in means)])
+            means = [call.num * call.metrics[name] for name in ("loss", "accuracy")]
+            sums += np.array([call.seconds, *means])
             step += call.stop - call.start
             if call.whole:
                 kept, shown = now.trainable, {"seconds": sums[0]}
@@ -242,18 +187,18 @@ def fit(
             if stopping:
                 log.line(f"{job.prefix} {job.name}: SIGTERM, saved after step {step}")
                 raise preemption.Preempted
-    training = {
-        "seconds": round(seconds, 3),
-        "epochs": step // steps,
-        "planned_epochs": settings.epochs,
-        "losses": [round(float(x), 6) for x in losses if math.isfinite(x)],
-        "watched": [
-            [epoch, round(float(x), 6)]
-            for epoch, x in enumerate(watched, start=1)
-            if math.isfinite(x)
-        ],
+    training = {"seconds": round(seconds, 3), "epochs": step // steps}
+    training |= {"planned_epochs": settings.epochs}
+    return jax.tree.map(jnp.asarray, kept), training | _curves(losses, watched)
+
+
+def _curves(losses: np.ndarray, watched: np.ndarray) -> dict[str, list[Any]]:
+    """What is known of every epoch, without those that were not trained or watched."""
+    pairs = enumerate(watched.tolist(), 1)
+    return {
+        "losses": [round(x, 6) for x in losses.tolist() if math.isfinite(x)],
+        "watched": [[e, round(x, 6)] for e, x in pairs if math.isfinite(x)],
     }
-    return jax.tree.map(jnp.asarray, kept), training
 
 
 def _newest(

@@ -7,7 +7,6 @@ them.
 """
 
 import base64
-import functools
 import io
 from typing import Any
 
@@ -18,12 +17,10 @@ from PIL import Image
 
 import vpt_jax
 from vpt_jax import parallel, train
-from vpt_jax.data import strips
-from vpt_jax.data.tasks import Split
 from vpt_jax.files import workdirs
 from vpt_jax.models.inputs import normalise
 from vpt_jax.report import looks as report_looks
-from vpt_jax.run.stages import Run, Unit, prepared, trained
+from vpt_jax.run.stages import Run, Unit, fixed_of, prefilled, trained
 
 WRONG, RIGHT = 8, 4  # pictures that are shown
 MOST_CLASSES = 40  # of a confusion matrix that a person can read
@@ -57,7 +54,12 @@ def _look(run: Run, unit: Unit) -> dict[str, Any]:
     if not split:
         return {}
     trainable, _ = trained(run, unit)
-    found = _probabilities(run, trainable, split)
+    ready, fixed = prefilled(run, trainable), fixed_of(run)
+    found = train.by_batches(
+        lambda batch, *_: train.probabilities(ready, run.backbone, batch, **fixed),
+        split.images,
+        run.config.eval_batch_size,
+    )
     answers, labels = found.argmax(-1), np.asarray(split.labels)
     classes = run.task.class_names
     confusion = np.zeros((len(classes), len(classes)), int)
@@ -85,26 +87,6 @@ def _look(run: Run, unit: Unit) -> dict[str, Any]:
             for at, i in zip(order, index, strict=True)
         ],
     }
-
-
-@functools.partial(jax.jit, static_argnames=("model", "recipe"))
-def _answer(
-    trainable: Any, backbone: Any, images: jax.Array, *, model: Any, recipe: Any
-) -> jax.Array:
-    images = parallel.spread(images)
-    logits = train.predict(trainable, backbone, images, model=model, recipe=recipe)
-    return parallel.whole(jax.nn.softmax(logits))
-
-
-def _probabilities(run: Run, trainable: dict[str, Any], split: Split) -> np.ndarray:
-    """`[n, k]`, of all pictures of a split."""
-    ready, recipe = prepared(run, trainable)
-    batches = strips.batches(split.images, run.config.eval_batch_size)
-    found = (
-        _answer(ready, run.backbone, batch, model=run.model, recipe=recipe)
-        for batch, *_ in batches
-    )
-    return np.concatenate(list(parallel.one_late(found)))[: len(split.labels)]
 
 
 def _examples(found: np.ndarray, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -11,12 +11,12 @@ that cannot work, before any file is written. Past this door nothing sees a
 import dataclasses
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from vpt_jax.files.messages import did_you_mean, shown
+from vpt_jax.files.messages import expect, shown, unknown_key
 from vpt_jax.run.config import Config
 
 GROUPS = {
@@ -132,23 +132,12 @@ def build(kind: Any, values: Any, prefix: str) -> Any:
 
 def check_keys(kind: Any, values: Any, prefix: str) -> None:
     """Raises ValueError unless `values` is a group with no keys but those of `kind`."""
-    if not isinstance(values, Mapping):
-        raise ValueError(
-            f"{prefix.rstrip('.')} is {shown(values)}; expected a group of keys."
-        )
+    right = isinstance(values, Mapping)
+    expect(right, prefix.rstrip("."), values, "a group of keys")
     fields = [f.name for f in dataclasses.fields(kind)]
     unknown = sorted(_key(name) for name in values if name not in fields)
     if unknown:
         raise ValueError(unknown_key(prefix, unknown[0], fields))
-
-
-def unknown_key(prefix: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a key that is not there; names the near ones, and all."""
-    known = list(known)
-    return (
-        f"unknown config key {prefix}{name}; {did_you_mean(name, known)}known keys"
-        f" there: {', '.join(known)}."
-    )
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
@@ -165,9 +154,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         "tuple[str, ...]": lambda v: _all(v, str),
         "int | tuple[int, ...]": lambda v: _is(v, int) or _all(v, int),
     }.get(str(kind), lambda v: _is(v, kind))
-    if not expected(value):
-        wanted = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise ValueError(f"{name} is {shown(value)}; expected {wanted}.")
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+    expect(expected(value), name, value, wanted)
     return value
 
 

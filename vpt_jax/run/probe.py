@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vpt_jax import parallel
-from vpt_jax.data import strips
+from vpt_jax import parallel, train
 from vpt_jax.models.inputs import normalise
 
 DECAYS = tuple(float(f"{10.0**-e:.3g}") for e in np.arange(-1.0, 5.1, 0.5))
@@ -121,19 +120,13 @@ def _features(
 
 
 def extract_features(
-    backbone: Any,
-    images: Any,
-    *,
-    model: Any,
-    normalisation: str,
-    batch_size: int,
+    backbone: Any, images: Any, *, model: Any, normalisation: str, batch_size: int
 ) -> np.ndarray:
     """Features `[n, d]` of the model without prompts.
 
     Of a strip, which lies on the device, those of the centres: see `strips.view`.
     """
-    found = (
-        _features(backbone, batch, model=model, normalisation=normalisation)
-        for batch, *_ in strips.batches(images, batch_size)
+    fixed = {"model": model, "normalisation": normalisation}
+    return train.by_batches(
+        lambda batch, *_: _features(backbone, batch, **fixed), images, batch_size
     )
-    return np.concatenate(list(parallel.one_late(found)))[: strips.count(images)]

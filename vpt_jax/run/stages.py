@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to one model of a run: start, train, release, evaluate.
 
-A unit is finished when its row lies in `results/`; a training is finished when its
-prompts lie in `prompts/`; within a training the newest checkpoint counts. Whatever a
-unit builds on (tuned prompts, scores) it reads from the workdir, or makes: what is
-damaged there counts as missing. `fitting.py` is the training itself.
+A unit is finished when its row lies in `results/`, a training when its prompts lie in
+`prompts/`. What a unit builds on it reads from the workdir, or makes: what is damaged
+there counts as missing.
 """
 
 import functools
@@ -46,6 +45,11 @@ class Unit(NamedTuple):
             parts.append(f"{100 * self.keep_ratio:g}percent")
         return "-".join(p for p in parts if p)
 
+    @property
+    def trains_as(self) -> str:
+        """The group of the config that says how it is trained."""
+        return "tune" if self.stage == "scratch" else self.stage
+
 
 class Run(NamedTuple):
     """What every unit of a run shares."""
@@ -71,9 +75,10 @@ def run_unit(run: Run, unit: Unit, prefix: str = "") -> dict[str, Any]:
         return result
     trainable, training = trained(run, unit, prefix)
     row = evaluated(run, unit, trainable)
-    row |= {k: training[k] for k in ("decay", "losses", "watched") if training.get(k)}
+    kept = ["decay", "losses", "watched"]
     if training["epochs"] < training["planned_epochs"]:
-        row |= {k: training[k] for k in ("epochs", "planned_epochs")}
+        kept += ["epochs", "planned_epochs"]
+    row |= {k: training[k] for k in kept if k in training and training[k] != []}
     result = {"row": row, "seconds": training["seconds"]}
     if workdirs.writes():
         workdirs.write_record(path, result)
@@ -114,17 +119,11 @@ def trained(
 def release(
     run: Run, unit: Unit, trainable: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    """Writes a unit's prompts and head, and the record that its training is finished.
-
-    Args:
-      run: What units share.
-      unit: Whose they are.
-      trainable: On one device, or on the host.
-      training: `seconds`, `epochs`, `planned_epochs`.
-    """
+    """Writes prompts and head, and the record that their training is finished."""
     if not workdirs.writes():
         return
     path, record_path = _released(run, unit)
+    info = run.backbone_info
     # The record first: prompts without one would not be trusted.
     with workdirs.atomic_path(path) as temporary:
         vpt_jax.save_prompts(
@@ -132,14 +131,14 @@ def release(
             trainable["prompts"],
             trainable["head"],
             model=run.model,
-            backbone=run.backbone_info["hash"],
-            backbone_name=run.backbone_info["name"],
-            normalisation=run.backbone_info["normalisation"],
+            backbone=info["hash"],
+            backbone_name=info["name"],
+            normalisation=info["normalisation"],
             class_names=run.task.class_names,
             deep=run.config.prompts.deep,
             resize=run.task.resize,
             source=run.config.backbone.checkpoint,
-            load=run.backbone_info["load"],
+            load=info["load"],
         )
         prompts = durable.digest(temporary)
         workdirs.write_record(record_path, {**training, "prompts": prompts})
@@ -176,16 +175,14 @@ def starting_point(run: Run, unit: Unit) -> dict[str, Any]:
         mask = vpt_jax.keep_mask(scores, keep_ratio=unit.keep_ratio, scope=unit.scope)
         return {**tuned, "prompts": vpt_jax.condense(tuned["prompts"], mask)}
     prompt_key, head_key = jax.random.split(jax.random.key(unit.seed))
-    tokens = None
-    if unit.stage != "linear" and settings.init in ("tokens", "kmeans"):
-        tokens = tokens_of(run)
+    init = settings.init if unit.stage != "linear" else "reference"
     prompts = vpt_jax.init_prompts(
         prompt_key,
         run.model,
         settings.num_prompts,
         deep=settings.deep,
-        init=settings.init if unit.stage != "linear" else "reference",
-        tokens=tokens,
+        init=init,
+        tokens=tokens_of(run) if init in ("tokens", "kmeans") else None,
     )
     if unit.stage == "linear":
         prompts = tuple(p[:0] for p in prompts)
@@ -260,8 +257,7 @@ def fit(
     run: Run, unit: Unit, trainable: dict[str, Any], prefix: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trains a unit, from its newest checkpoint if there is one; see `fitting.fit`."""
-    stage = {"scratch": "tune"}.get(unit.stage, unit.stage)
-    settings: configs.TrainConfig = getattr(run.config, stage)
+    settings: configs.TrainConfig = getattr(run.config, unit.trains_as)
     model, images = run.model, run.images
     if settings.optimizer == "lbfgs":
         return fit_linear(run, trainable, settings.weight_decay)
@@ -270,7 +266,7 @@ def fit(
     job = fitting.Fit(
         name=unit.name,
         prefix=prefix,
-        config_key=f"config.{stage}.base_lr",
+        config_key=f"config.{unit.trains_as}.base_lr",
         settings=settings,
         recipe=make_recipe(run, settings, unit.stage),
         seed=unit.seed,
@@ -291,8 +287,7 @@ def head_rates_of(
 ) -> tuple[float, float] | None:
     """Rates of the head's kernel and bias over the prompts', see `TrainConfig`.
 
-    AdamW's steps have one size. To move logits as features at unit scale would, the
-    kernel's is divided by the features' deviation.
+    AdamW's steps have one size: the kernel's is divided by the features' deviation.
     """
     if not settings.head_lr:
         return None
@@ -338,8 +333,7 @@ _KNOWN: list[Any] = []  # pictures, backbone, and their features: of one trainin
 def features_of(run: Run) -> jax.Array:
     """Features of the training set without prompts, `[n, d]`; kept until another's.
 
-    Where training draws random crops, those of the centres alone: a linear probe sees
-    one view of each picture, and no flips.
+    Where training draws random crops, those of the centres alone.
     """
     if not _KNOWN or _KNOWN[0] is not run.images or _KNOWN[1] is not run.backbone:
         found = _features(run, run.images)[: len(run.labels)]  # padding lies behind
@@ -368,31 +362,25 @@ def tokens_of(run: Run) -> tuple[np.ndarray, ...]:
     return vpt_jax.block_tokens(run.model, run.backbone, image)
 
 
-def prepared(
-    run: Run, trainable: dict[str, Any]
-) -> tuple[dict[str, Any], train.Recipe]:
-    """Prompts and head as `train.predict` is fastest with, and its recipe."""
-    deep = run.config.prompts.deep
-    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
-    if deep:  # their keys and values do not depend on the picture
-        kv = vpt_jax.prefill(run.model, run.backbone, trainable["prompts"])
-        trainable = {**trainable, "prompts": kv}
-    return trainable, recipe
+def fixed_of(run: Run) -> dict[str, Any]:
+    """The keywords of `train.predict`: nothing is dropped."""
+    deep, rule = run.config.prompts.deep, run.backbone_info["normalisation"]
+    return {"model": run.model, "recipe": train.Recipe(deep=deep, normalisation=rule)}
+
+
+def prefilled(run: Run, trainable: dict[str, Any]) -> dict[str, Any]:
+    """Prompts and head as `train.predict` is fastest with."""
+    if not run.config.prompts.deep:
+        return trainable
+    # Their keys and values do not depend on the picture.
+    kv = vpt_jax.prefill(run.model, run.backbone, trainable["prompts"])
+    return {**trainable, "prompts": kv}
 
 
 def accuracy_on(run: Run, ready: dict[str, Any], split: Split) -> float:
-    """Share of right answers of what `prepared` returns."""
-    deep = run.config.prompts.deep
-    recipe = train.Recipe(deep=deep, normalisation=run.backbone_info["normalisation"])
-    return train.evaluate(
-        ready,
-        run.backbone,
-        split.images,
-        split.labels,
-        model=run.model,
-        recipe=recipe,
-        batch_size=run.config.eval_batch_size,
-    )
+    """Share of right answers of what `prefilled` returns."""
+    given, size = (ready, run.backbone, *split), run.config.eval_batch_size
+    return train.evaluate(*given, **fixed_of(run), batch_size=size)
 
 
 def accuracy_on_some(run: Run, split: Split, trainable: dict[str, Any]) -> float:
@@ -400,43 +388,35 @@ def accuracy_on_some(run: Run, split: Split, trainable: dict[str, Any]) -> float
     num = len(split.labels)
     index = np.arange(0, num, math.ceil(num / 256))
     some = Split(split.images[index], split.labels[index])
-    ready, _ = prepared(run, jax.tree.map(jnp.asarray, trainable))
-    return accuracy_on(run, ready, some)
+    return accuracy_on(run, prefilled(run, jax.tree.map(jnp.asarray, trainable)), some)
 
 
 @parallel.everywhere()
 def evaluated(run: Run, unit: Unit, trainable: dict[str, Any]) -> dict[str, Any]:
     """The unit's row of the report."""
     deep, counts = run.config.prompts.deep, vpt_jax.counts(trainable["prompts"])
-    ready, recipe = prepared(run, trainable)
-
-    def accuracy(split: Split | None) -> float | None:
-        return split and accuracy_on(run, ready, split)
-
-    tuned, test = jax.tree.leaves(trainable), run.task.test
-    middle, spread = latency(run, ready, test, recipe) if test else (None, None)
+    ready, test = prefilled(run, trainable), run.task.test
+    middle, spread = latency(run, ready, test) if test else (None, None)
     return {
         "stage": unit.stage,
         "score": unit.score,
         "scope": unit.scope,
         "keep_ratio": unit.keep_ratio,
         "counts": list(counts),
-        "val_accuracy": accuracy(run.task.val),
-        "test_accuracy": accuracy(run.task.test),
+        "val_accuracy": run.task.val and accuracy_on(run, ready, run.task.val),
+        "test_accuracy": test and accuracy_on(run, ready, test),
         "macs": vpt_jax.macs(run.model, counts, deep=deep),
         "macs_reference": vpt_jax.macs(
             run.model, counts, deep=deep, formulation="tokens"
         ),
         "latency_ms": middle,
         "latency_spread": spread,
-        "tuned_params": sum(x.size for x in tuned),
+        "tuned_params": sum(x.size for x in jax.tree.leaves(trainable)),
         "seed": unit.seed,
     }
 
 
-def latency(
-    run: Run, ready: dict[str, Any], split: Split, recipe: train.Recipe
-) -> tuple[float, float]:
+def latency(run: Run, ready: dict[str, Any], split: Split) -> tuple[float, float]:
     """Milliseconds per picture of the compiled forward pass: the median of 9 batches.
 
     And half of their interquartile range.
@@ -444,16 +424,13 @@ def latency(
     size = parallel.round_up(run.config.eval_batch_size)
     index = np.arange(size) % len(split.labels)
     # On the devices before the clock starts: the model is timed, not the copy.
-    batch = tuple(
-        parallel.feed(x) if parallel.parts() > 1 else jax.device_put(x)
-        for x in (split.images[index], split.labels[index], np.ones(size, bool))
-    )
-    times = []
+    put = parallel.feed if parallel.parts() > 1 else jax.device_put
+    images, labels = split.images[index], split.labels[index]
+    batch = tuple(map(put, (images, labels, np.ones(size, bool))))
+    fixed, times = fixed_of(run), []
     for _ in range(10):
         start = time.perf_counter()
-        train.eval_step(
-            ready, run.backbone, *batch, model=run.model, recipe=recipe
-        ).block_until_ready()
+        train.eval_step(ready, run.backbone, *batch, **fixed).block_until_ready()
         times.append(time.perf_counter() - start)
     low, middle, high = np.quantile(times[1:], (0.25, 0.5, 0.75)) / size * 1000
     return round(float(middle), 5), round(float(high - low) / 2, 5)

@@ -6,7 +6,6 @@
 and uint8 arrays, and `Classifier.stream` any number of them in bounded memory.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -59,7 +58,7 @@ class Classifier:
     """
 
     def __init__(
-        self, model: ViT | Swin, backbone: Any, file: checkpoint.PromptFile, resize: str
+        self, model: ViT | Swin, backbone: Any, file: release.PromptFile, resize: str
     ):
         self.model, self.header = model, file.header
         self.class_names: tuple[str, ...] = tuple(file.header["class_names"])
@@ -156,21 +155,12 @@ class Classifier:
         size = parallel.round_up(1 << (len(good) - 1).bit_length())
         batch = np.zeros((size, *good[0].shape), np.uint8)
         batch[: len(good)] = good
-        return _probabilities(
+        return train.probabilities(
             *self.parameters,
             parallel.feed(batch),
             model=self.model,
             recipe=self.recipe,
         )
-
-
-@functools.partial(jax.jit, static_argnames=("model", "recipe"))
-def _probabilities(
-    trainable: Any, backbone: Any, images: jax.Array, *, model: Any, recipe: Any
-) -> jax.Array:
-    images = parallel.spread(images)
-    logits = train.predict(trainable, backbone, images, model=model, recipe=recipe)
-    return parallel.whole(jax.nn.softmax(logits))
 
 
 def _together(
@@ -230,7 +220,7 @@ def load_classifier(
       (2, (2, 10))
     """
     file, local = find(path)
-    header = checkpoint.load_prompts(file).header
+    header = release.load_prompts(file).header
     rule = resize or header.get("resize", "")
     if not rule:
         raise ValueError(
@@ -246,9 +236,7 @@ def load_classifier(
         header["variant"], source, image_size=header["image_size"], **load
     )
     model = release.with_fields(file, model, header.get("model", {}))
-    return Classifier(
-        model, params, checkpoint.load_prompts(file, backbone=params), rule
-    )
+    return Classifier(model, params, release.load_prompts(file, backbone=params), rule)
 
 
 def find(path: str | os.PathLike) -> tuple[Path, str]:

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpt_jax.files import workdirs
+from vpt_jax.files import cli, workdirs
 from vpt_jax.files.messages import printable
 from vpt_jax.report.cautions import interval
 from vpt_jax.serve import classifier
-from vpt_jax.weights import checkpoint, release
+from vpt_jax.weights import release
 from vpt_jax.weights.backbones import known_backbone
 
 _MANY = 50  # classes; of more the card says how many
@@ -43,7 +43,7 @@ def share(
       >>> share("out/demo", "demo-prompts")
     """
     file, _ = classifier.find(path)
-    header, folder = checkpoint.load_prompts(file).header, Path(folder).expanduser()
+    header, folder = release.load_prompts(file).header, Path(folder).expanduser()
     run = _run_of(file)
     with workdirs.atomic_path(folder / release.FOLDER) as temporary:
         shutil.copyfile(file, temporary)
@@ -122,15 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--licence", default="", help="of the prompts: apache-2.0, ...")
     parser.add_argument("--traceback", action="store_true", help="show where it failed")
-    args = parser.parse_args(argv)
-    try:
-        folder = share(args.run, args.folder, licence=args.licence)
-    except (ValueError, OSError) as error:
-        if args.traceback:
-            raise
-        from vpt_jax.files import cli
+    return cli.answer(_run, parser.parse_args(argv))
 
-        cli.fail(error)
+
+def _run(args: argparse.Namespace) -> int:
+    folder = share(args.run, args.folder, licence=args.licence)
     print(f"written: {folder}; upload it: hf upload ORG/NAME {folder}")
     return 0
 
