@@ -105,6 +105,12 @@ TRANSFORMERS = {
         "",
     ),
     "clip": ("CLIPVision", "clip-vit-base-patch16", {}, "bicubic"),
+    "openclip": (
+        "CLIPVision",
+        "CLIP-ViT-B-32-laion2B-s34B-b79K",
+        {"hidden_act": "gelu"},
+        "bicubic",
+    ),
     "tipsv2": ("Tipsv2Vision", "tipsv2-b14", {}, "half_pixel_antialias"),
     "distilled": (
         "DeiT",
@@ -131,11 +137,11 @@ def test_transformers(case, names, side, tmp_path):
         path = save(torch_model.state_dict(), folder / "pytorch_model.bin")
     images = pictures(side)
     extra = {"interpolate_pos_encoding": True}
-    extra = extra if case in ("siglip", "clip", "distilled") else {}
+    extra = extra if case in ("siglip", "clip", "openclip", "distilled") else {}
     with torch.no_grad():
         out = torch_model(images, **extra)
     expected = out.last_hidden_state[:, 0]
-    if case in ("siglip", "clip"):
+    if case in ("siglip", "clip", "openclip"):
         expected = out.pooler_output
     options = {"posemb": "rotary"} if "dinov3" in case else {}
     _, _, (features, _) = ours(path, images, resize=rule, **options)

@@ -638,6 +638,7 @@ vit_large_patch14_clip_224.dfn2b_s39b/model.safetensors |  | gelu
 hf://openai/clip-vit-large-patch14/model.safetensors | CLIP | clip quick_gelu 1e-05
 vit_base_patch32_clip_224.laion2b/model.safetensors | OpenCLIP | clip gelu 1e-05
 vit_large_patch14_clip_224.laion2b/model.safetensors |  | gelu
+hf://laion/CLIP-ViT-B-32-laion2B-s34B-b79K/model.safetensors | OpenCLIP | clip gelu
 hf://google/tipsv2-b14/model.safetensors | TIPSv2 | none cls half_pixel_antialias
 vit_base_patch14_reg1_tipsv2.webli/model.safetensors | TIPSv2 | none bicubic_antialias
 gs://tips_data/v2_0/scenic/tips_v2_so14_vision.npz | TIPSv2 | none gelu_tanh

@@ -230,6 +230,17 @@ BACKBONES = (
         epsilon=1e-5,
     ),
     Backbone(
+        "OpenCLIP, LAION-2B and DataComp (transformers' file)",
+        "B/32 H/14",
+        r"clip-vit-(b-32|h-14)-(laion2b|datacomp)",
+        "hf://laion/CLIP-ViT-B-32-laion2B-s34B-b79K/model.safetensors",
+        "MIT",
+        "clip",
+        resize="bicubic",
+        activation="gelu",
+        epsilon=1e-5,
+    ),
+    Backbone(
         "TIPSv2 (Google's Linen file)",
         "B/14 L/14 So400m/14 g/14",
         r"(^|/)tips_v2_(b|l|so|g)14_vision\.npz$",
