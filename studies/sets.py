@@ -11,8 +11,8 @@ python -m studies.sets --config=configs/folder.py:DIR --workdir=out/sets
 - Growth: while the kept ones are tuned, the least useful third is replaced by the
   candidates of which the loss has the steepest slope at a gate of 0.
 
-Not part of `studies.all`: on a CPU it takes an hour a set. docs/sets.md has what it
-found.
+Not part of `studies.all`: of real pictures a seed takes one core about an hour.
+docs/sets.md has what it found.
 """
 
 import functools
