@@ -147,6 +147,7 @@ def test_a_third_is_replaced_by_what_gains_most():
     assert new.tolist() == [True, False, False, True, True, False]
 
 
+@pytest.mark.slow  # a minute, to compile
 def test_the_study_measures_and_shows(tmp_path):
     lab = make_lab(tmp_path)
     task = lab.pictures.task
