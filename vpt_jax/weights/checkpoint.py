@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import expect, shown
 from vpt_jax.models.attention import wide
 from vpt_jax.models.posemb import resize_pos_embedding
 from vpt_jax.models.swin import Swin
@@ -139,11 +139,8 @@ def load_backbone(
     given = {"readout": readout, "norm": norm, "resize": resize}
     given |= {"num_heads": num_heads, "activation": activation, "epsilon": epsilon}
     given = {name: value for name, value in given.items() if value}
-    if num_heads < 0 or (epsilon and not 0 < epsilon < 1):
-        raise ValueError(
-            f"num_heads is {num_heads} and epsilon is {epsilon}; expected a positive"
-            " integer, and a number between 0 and 1; or leave them out."
-        )
+    expect(num_heads >= 0, "num_heads", num_heads, "a positive integer, or nothing")
+    expect(0 <= epsilon < 1, "epsilon", epsilon, "a number from 0 to below 1")
     with open_weights(path) as file:
         refuse_families(file.arrays, path)
         card = card_of(path, _own_card(path, file.metadata))
