@@ -191,7 +191,7 @@ def test_importance_is_that_of_our_model(score):
     _, ours, our_params = plain_vit()
 
     class Tokens:
-        apply = functools.partial(ours.apply, formulation="tokens")
+        apply = staticmethod(functools.partial(ours.apply, formulation="tokens"))
 
     got = vpt_jax.importance(model, params, *problem(), score=score)
     expected = vpt_jax.importance(Tokens(), our_params, *problem(), score=score)

@@ -119,7 +119,7 @@ def test_a_few_equal_pictures_are_a_note(run, tmp_path):
         "train and test: 1 of test's 12 pictures are equal to one of train (test[3] is "
         "train[7])",
         "val and test: 2 of test's 12 pictures are equal to one of val (test[3] is "
-        "val[2], test[9] is val[11])",
+        "val[2]; test[9] is val[11])",
     ]
 
 

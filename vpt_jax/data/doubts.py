@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.data import cache, strips
-from vpt_jax.data.found import shown
+from vpt_jax.files.messages import first_of
 
 _CHUNK = 64  # pictures looked at together; a mapped file's memory is given back after
 
@@ -55,7 +55,7 @@ def doubts(
                 found.append(
                     f"{len(pairs)} of {len(prints)} {which} pictures are also in"
                     f" {other}, {differ} with another label, which makes results look"
-                    f" better than they are: {shown(some)}"
+                    f" better than they are: {first_of(some)}"
                 )
         before[which] = prints, labels
     return found

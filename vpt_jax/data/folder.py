@@ -24,8 +24,8 @@ import numpy as np
 import PIL
 
 from vpt_jax.data import cache, doubts, layouts, lists, npz, pictures
-from vpt_jax.data.found import LAYOUTS, SPLITS, Example, Found, shown
-from vpt_jax.files.messages import mismatch, printable
+from vpt_jax.data.found import LAYOUTS, SPLITS, Example, Found
+from vpt_jax.files.messages import first_of, mismatch, printable
 from vpt_jax.prompts import check_choice
 
 VERSION = 3  # to be raised when the same files give other pixels
@@ -80,7 +80,7 @@ def load(
         images, broken = _pictures(data_dir, side, rule, skip_broken, found, report)
         if broken:
             num = sum(map(len, found.splits.values()))
-            some = shown(list(broken.values()))
+            some = first_of(list(broken.values()))
             text = f"{len(broken)} of {num} pictures cannot be read and were left out"
             notes.append(f"{text}; {some}")
         # `images` are those of train, val and test, without the broken ones.
@@ -157,7 +157,7 @@ def _pictures(
                 remedy += "begin in the folder of the lists, or in images)"
             raise ValueError(
                 f"{data_dir}: {len(broken)} of {len(examples)} pictures cannot be "
-                f"read; {shown([text for _, text in broken])}; {remedy}."
+                f"read; {first_of([text for _, text in broken])}; {remedy}."
             )
         report(f"read in {time.perf_counter() - start:.1f} s; keeping them in {folder}")
         return {"broken": broken}
@@ -177,7 +177,7 @@ def _with_pictures(
     new = {label: k for k, label in enumerate(present)}
     if lacking := [name for k, name in enumerate(names) if k not in new]:
         text = f"classes without pictures, left out: {len(lacking):,}"
-        notes.append(f"{text} ({shown(lacking)})")
+        notes.append(f"{text} ({first_of(lacking)})")
     numbered = {
         split: (images, np.array([new[label] for label in labels], np.int32))
         for split, (images, labels) in splits.items()
@@ -200,7 +200,7 @@ def _check(
             got, remedy = f"no pictures for {split}", f"add some, or {cut}"
             raise mismatch(data_dir, got, "at least 1", remedy)
         if not present[split] & present["train"]:
-            some = shown([names[k] for k in sorted(present[split])])
+            some = first_of([names[k] for k in sorted(present[split])])
             got = f"{split} of classes that train has none of ({some})"
             remedy = f"rename them, or {cut}"
             raise mismatch(data_dir, got, "the same classes in each", remedy)
@@ -210,7 +210,7 @@ def _check(
         for k in unseen
     ]
     text = f"{len(unseen)} classes have no picture in train, so that they cannot be"
-    return [f"{text} learned: {shown(texts)}"] if unseen else []
+    return [f"{text} learned: {first_of(texts)}"] if unseen else []
 
 
 def _alike(data_dir: str, found: Found) -> list[str]:
@@ -226,11 +226,11 @@ def _alike(data_dir: str, found: Found) -> list[str]:
             if plain[label] in known
         ]
         if odd:
-            got = f"classes that train and {split} write differently: {shown(odd)}"
+            got = f"classes that train and {split} write differently: {first_of(odd)}"
             raise mismatch(data_dir, got, "the same names in each", "rename them")
     times = collections.Counter(plain.values())
     twice = [names[label] for label, name in plain.items() if times[name] > 1]
-    text = f"classes whose names are the same but for case or blanks: {shown(twice)}"
+    text = f"classes whose names are the same but for case or blanks: {first_of(twice)}"
     return [text] if twice else []
 
 
@@ -281,7 +281,7 @@ def _inner(root: Path) -> Path:
     if len(inside) > 1:
         if not listed:
             layouts.refuse_one_too_deep(root, inside)
-        names = shown([printable(path.name) for path in inside])
+        names = first_of([printable(path.name) for path in inside])
         got = f"{len(inside)} folders that each hold pictures and classes ({names})"
         remedy = f"pass one, such as {printable(os.fspath(inside[0]))}, or join them"
         raise mismatch(root, got, "one data set", remedy)

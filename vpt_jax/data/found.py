@@ -26,7 +26,6 @@ LAYOUTS = (
 )
 SEED = 1401  # of the cut: another one gives other splits
 MAX_CLASSES = 1_000_000  # a label above is a mistake
-SHOWN = 10  # names in a message
 
 
 class Example(NamedTuple):
@@ -60,13 +59,6 @@ def split_of(name: str) -> str:
     """The split that a folder or a part of a file is named after, or nothing."""
     wanted = name.casefold()
     return next((s for s, names in NAMES.items() if wanted in names), "")
-
-
-def shown(texts: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = len(texts) - SHOWN
-    tail = f"; and {more:,} more" if more > 0 else ""
-    return "; ".join(text[:200] for text in texts[:SHOWN]) + tail
 
 
 def relative(path: str | os.PathLike, root: Path) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vpt_jax.data import found, pictures
-from vpt_jax.data.found import LAYOUTS, SPLITS, relative, shown, split_of
-from vpt_jax.files.messages import mismatch, printable
+from vpt_jax.data.found import LAYOUTS, SPLITS, relative, split_of
+from vpt_jax.files.messages import first_of, mismatch, printable
 
 # Folders that systems leave behind: whatever lies in them is nobody's class.
 _LITTER = frozenset(
@@ -95,7 +95,7 @@ def refuse_other_splits(root: Path, names: Iterable[str]) -> None:
             alike[rest][split_of(word[0])] = name
     for names_alike in alike.values():
         if len(names_alike) > 1:
-            some = shown(list(map(printable, names_alike.values())))
+            some = first_of(list(map(printable, names_alike.values())))
             got = f"folders {some}, which are called like splits"
             expected = f"{', '.join(SPLITS)}, with a folder for each class in them"
             remedy = "rename and sort them, or write lists"
@@ -108,7 +108,7 @@ def refuse_one_too_deep(root: Path, folders: list[Path]) -> None:
     inside = [_deeper(os.fspath(folder), look) for folder in folders]
     if all(len(names) == 1 for names in inside):
         places = [f / names[0] for f, names in zip(folders, inside, strict=True)]
-        deep = shown([relative(place, root) for place in places])
+        deep = first_of([relative(place, root) for place in places])
         got = f"pictures one folder too deep, in {deep}"
         raise mismatch(root, got, LAYOUTS, "move them up into their class folders")
 
@@ -137,14 +137,15 @@ def find(root: Path, notes: list[str]) -> found.Found:
         split: _classes(root, folders[split], look, ignored, notes) for split in have
     }
     notes += [
-        f"not taken, {why}: {len(paths):,} ({shown(sorted(paths))})"
+        f"not taken, {why}: {len(paths):,} ({first_of(sorted(paths))})"
         for why, paths in sorted(ignored.items())
     ]
     full = sorted(name for name, group in groups["train"].items() if group)
     if not full:
         raise _nothing(root, " of train" if where else "")
     if len(full) > 1 and (whole := [n for n in full if n.casefold() in _ALL]):
-        got = f"folders {shown(list(map(printable, full)))}, of which {shown(whole)}"
+        some = first_of(list(map(printable, full)))
+        got = f"folders {some}, of which {first_of(whole)}"
         remedy = "give the folder of the classes, or write lists"
         raise mismatch(root, f"{got} is no name of a class", LAYOUTS, remedy)
     names = tuple(sorted({name for split in have for name in groups[split]}))
@@ -169,7 +170,7 @@ def _split_folders(root: Path, look: Look) -> dict[str, str]:
     if len(named) == 1 and flat and len(with_pictures) > 1:
         return {}  # a class of trains, beside others
     if flat:
-        got = f"pictures in {shown(flat)} without a class folder"
+        got = f"pictures in {first_of(flat)} without a class folder"
         expected = "train/<class>/*, and the same in val and test"
         remedy = "sort them into folders, or move those away that have no labels"
         raise mismatch(root, got, expected, remedy)
@@ -215,10 +216,12 @@ def _classes(
         ignored[why].append(relative(path, root))
     flat = sorted(printable(name) for name, group in groups.items() if group)
     if deeper and flat:
-        got = f"pictures in {shown(flat)}, and one folder deeper in {shown(deeper)}"
+        got = (
+            f"pictures in {first_of(flat)}, and one folder deeper in {first_of(deeper)}"
+        )
         raise mismatch(root, got, "all in class folders", "move these up, or away")
     if spellings:
-        notes.append(f"two spellings, one class: {shown(spellings)}")
+        notes.append(f"two spellings, one class: {first_of(spellings)}")
     return groups
 
 
@@ -251,5 +254,5 @@ def _nothing(root: Path, which: str) -> ValueError:
         remedy = "convert them to JPEG or PNG, if they are pictures"
     elif kinds:
         remedy = "move pictures into a folder for each class, or give another path"
-    got = f"no pictures in class folders{which}; seen: {shown(seen) or 'no files'}"
+    got = f"no pictures in class folders{which}; seen: {first_of(seen) or 'no files'}"
     return mismatch(root, got, LAYOUTS, remedy)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vpt_jax.data import found, pictures
-from vpt_jax.files.messages import mismatch, printable, shown
+from vpt_jax.files.messages import first_of, mismatch, printable, shown
 from vpt_jax.weights.readers import (
     MAX_GROWTH,
     MAX_SMALL,
@@ -47,7 +47,7 @@ def find(path: Path, notes: list[str]) -> found.Found:
             got = f"arrays {shown(sorted(arrays), 500)}"
             raise mismatch(path, got, _ARRAYS, "rename them")
         if rest := sorted(map(printable, arrays.keys() - known - {"class_names"})):
-            notes.append(f"arrays that are not used: {found.shown(rest)}")
+            notes.append(f"arrays that are not used: {first_of(rest)}")
         written = arrays.get("class_names")
         _check_size(path, [arrays[n] for n in known] + ([written] if written else []))
         labels = {s: _labels(path, p, arrays) for s, p in prefixes.items()}

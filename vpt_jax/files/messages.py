@@ -5,10 +5,11 @@ An error says what was got, what was expected and what to do, in short sentences
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 LONGEST = 200  # characters of a wrong value that a message shows
+FIRST = 10  # of many names, in a message
 
 
 def mismatch(where: Any, got: str, expected: str, remedy: str) -> ValueError:
@@ -35,6 +36,13 @@ def shown(value: Any, longest: int = LONGEST) -> str:
     except ValueError:  # integers of thousands of digits have no text
         return "a number of thousands of digits"
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def first_of(texts: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(texts) - FIRST
+    tail = f"; and {more:,} more" if more > 0 else ""
+    return "; ".join(text[:LONGEST] for text in texts[:FIRST]) + tail
 
 
 def printable(text: str) -> str:

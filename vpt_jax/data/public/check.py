@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from vpt_jax.data import doubts
-from vpt_jax.data.found import shown
 from vpt_jax.data.public import records, vtab
 from vpt_jax.files import messages
 
@@ -135,7 +134,7 @@ def _count_classes(
         report(f"  {part}: {num:,} examples of {len(present)} classes, {each}")
     lacking = np.flatnonzero(counts == 0).tolist()
     if lacking and whole:  # else what cannot be read has been reported
-        some = shown([str(k) for k in lacking])
+        some = messages.first_of([str(k) for k in lacking])
         text = f"{part}: got no example of {len(lacking)} of {row.classes} classes"
         if part in ("train", "test"):
             more = "expected all; prepare the whole data set."
@@ -152,7 +151,7 @@ def _compare_pictures(
     pairs = doubts.shared(theirs, ours)
     if not pairs:
         return
-    some = shown([f"{second}[{j}] is {first}[{i}]" for j, i in pairs])
+    some = messages.first_of([f"{second}[{j}] is {first}[{i}]" for j, i in pairs])
     text = (
         f"{first} and {second}: {len(pairs):,} of {second}'s {len(theirs):,} "
         f"pictures are equal to one of {first} ({some})"
