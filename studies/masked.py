@@ -6,20 +6,27 @@ A mask takes prompts out of attention exactly, so training under it is training 
 depend on the selection: a study of hundreds of selections compiles once.
 """
 
+import functools
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import vpt_jax
 from vpt_jax import parallel, train
 from vpt_jax.files import workdirs
-from vpt_jax.prompts import Mask
+from vpt_jax.prompts import Mask, counts
 from vpt_jax.run import fitting, stages
 from vpt_jax.run.fitting import MaskOf
 from vpt_jax.run.stages import Run
+
+TOGETHER = 16  # masks that one call measures
+Measure = Callable[[np.ndarray], np.ndarray]
+"""Logits `[c, n, k]` of n pictures under each of the masks `[c, m]`."""
 
 
 class Outcome(NamedTuple):
@@ -135,3 +142,46 @@ def evaluated(run: Run, trainable: dict[str, Any], mask: Mask) -> Outcome:
         [int(np.sum(m)) for m in mask],
         "".join("01"[int(x)] for x in right["val"]),
     )
+
+
+def measure_of(run: Run, trainable: dict[str, Any], pictures: jax.Array) -> Measure:
+    """What `run`'s network says of normalised pictures without some prompts."""
+    num = counts(trainable["prompts"])
+
+    def measure(masks: np.ndarray) -> np.ndarray:
+        padded = np.resize(masks, (-(-len(masks) // TOGETHER) * TOGETHER, sum(num)))
+        parts = []
+        for at in range(0, len(padded), TOGETHER):
+            some = split(padded[at : at + TOGETHER], num)
+            found = logits_under(run.backbone, trainable, pictures, some, run.model)
+            parts.append(np.asarray(found))
+            run.log.progress(f"masks: {at + TOGETHER}/{len(padded)}")
+        return np.concatenate(parts)[: len(masks)]
+
+    return measure
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logits_under(
+    backbone: Any, trainable: dict[str, Any], pictures: Any, masks: Mask, model: Any
+) -> jax.Array:
+    """Logits `[c, n, k]` of pictures under masks, `[c, n_i]` per layer."""
+
+    def logits(mask: Mask) -> jax.Array:
+        given = {"prompts": trainable["prompts"], "prompt_mask": mask}
+        features, _ = model.apply({"params": backbone}, pictures, **given)
+        return vpt_jax.apply_head(trainable["head"], features)
+
+    return jax.lax.map(logits, masks)
+
+
+def split(flat: np.ndarray, num: Sequence[int]) -> tuple[jax.Array, ...]:
+    """Of all prompts (last axis), those of each layer."""
+    return tuple(map(jnp.asarray, np.split(flat, np.cumsum(num)[:-1], axis=-1)))
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """`[..., n]` of `logits [..., n, k]` and `labels [n]`."""
+    top = logits.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+    return total - logits[..., np.arange(len(labels)), labels]

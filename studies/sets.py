@@ -10,6 +10,9 @@ python -m studies.sets --config=configs/folder.py:DIR --workdir=out/sets
 - Doubled: every prompt twice, of which half must go.
 - Growth: while the kept ones are tuned, the least useful third is replaced by the
   candidates of which the loss has the steepest slope at a gate of 0.
+- Relocation, in the manner of PRO-VPT (arXiv 2503.06901): what the loss would rather be
+  without moves to the layer where the loss is least. A policy that is learnt chooses
+  the layer there; here each is tried.
 
 Not part of `studies.all`: of real pictures a seed takes one core about an hour.
 docs/sets.md has what it found.
@@ -27,21 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import vpt_jax
-from studies import ranks, removal, sets_page, study
-from studies.masked import MaskOf, outcome
+from studies import moves, ranks, removal, sets_page, study
+from studies.masked import Measure, cross_entropy, measure_of, outcome, split
 from studies.selection import fixed
 from vpt_jax.condense import keep_mask
 from vpt_jax.files import workdirs
 from vpt_jax.models.scores import example_values
-from vpt_jax.prompts import Mask, counts
+from vpt_jax.prompts import counts
 from vpt_jax.run import stages
 from vpt_jax.run.stages import Run
 
 RATIO = 0.1
-TOGETHER = 16  # masks that one call measures
 MEASURED = 64  # pictures that elimination reads
-Measure = Callable[[np.ndarray], np.ndarray]
-"""Logits `[c, n, k]` of n pictures under each of the masks `[c, m]`."""
 Rows = list[dict[str, Any]]
 
 
@@ -86,24 +86,17 @@ def _selected(lab: study.Lab, run: Run, seed: int, way: str, ratio: float) -> Ro
         order, cpu_s = _kept_order(lab, run, seed, start)
         scores = importance_of(order, counts(start["prompts"]))
     else:
-        score = "removal" if way == "growth" else way
+        score = "removal" if way in moves.NAMES else way
         scores = stages.scores_of(run, seed, score)
     mask, rows = keep_mask(scores, keep_ratio=ratio), []
-    if way == "growth":  # before tuning it is what the default score keeps
-        pool, there = with_candidates(run, seed, start, mask)
-        found = outcome(run, seed, name, pool, growing(lab, run, there), tune=True)
+    if way in moves.NAMES:  # before tuning it is what the default score keeps
+        pool, mask_of = moves.moving(lab, run, seed, way, start, scores, mask)
+        found = outcome(run, seed, name, pool, mask_of, tune=True)
         return [{"way": way, "tuned": True, "cpu_s": None, **found._asdict()}]
     for tune in (False, True):
         found = outcome(run, seed, name, start, fixed(mask), tune=tune)
         rows.append({"way": way, "tuned": tune, "cpu_s": cpu_s, **found._asdict()})
     return rows
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """`[..., n]` of `logits [..., n, k]` and `labels [n]`."""
-    top = logits.max(axis=-1, keepdims=True)
-    total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
-    return total - logits[..., np.arange(len(labels)), labels]
 
 
 def eliminate(
@@ -140,42 +133,6 @@ def importance_of(order: Sequence[int], num: Sequence[int]) -> tuple[jax.Array, 
     late = np.empty(len(order), np.float32)
     late[list(order)] = np.arange(len(order))
     return split(late, num)
-
-
-def split(flat: np.ndarray, num: Sequence[int]) -> tuple[jax.Array, ...]:
-    """Of all prompts (last axis), those of each layer."""
-    return tuple(map(jnp.asarray, np.split(flat, np.cumsum(num)[:-1], axis=-1)))
-
-
-def measure_of(run: Run, trainable: dict[str, Any], pictures: jax.Array) -> Measure:
-    """What `run`'s network says of normalised pictures without some prompts."""
-    num = counts(trainable["prompts"])
-
-    def measure(masks: np.ndarray) -> np.ndarray:
-        padded = np.resize(masks, (-(-len(masks) // TOGETHER) * TOGETHER, sum(num)))
-        parts = []
-        for at in range(0, len(padded), TOGETHER):
-            some = split(padded[at : at + TOGETHER], num)
-            found = logits_under(run.backbone, trainable, pictures, some, run.model)
-            parts.append(np.asarray(found))
-            run.log.progress(f"masks: {at + TOGETHER}/{len(padded)}")
-        return np.concatenate(parts)[: len(masks)]
-
-    return measure
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def logits_under(
-    backbone: Any, trainable: dict[str, Any], pictures: Any, masks: Mask, model: Any
-) -> jax.Array:
-    """Logits `[c, n, k]` of pictures under masks, `[c, n_i]` per layer."""
-
-    def logits(mask: Mask) -> jax.Array:
-        given = {"prompts": trainable["prompts"], "prompt_mask": mask}
-        features, _ = model.apply({"params": backbone}, pictures, **given)
-        return vpt_jax.apply_head(trainable["head"], features)
-
-    return jax.lax.map(logits, masks)
 
 
 def _kept_order(
@@ -311,86 +268,6 @@ def _slopes(
 
     classes = trainable["head"]["bias"].shape[0]
     return jnp.moveaxis(jax.lax.map(of, jnp.arange(classes)), 0, -1)
-
-
-def with_candidates(
-    run: Run, seed: int, start: dict[str, Any], mask: Mask, tokens: int = 10
-) -> tuple[dict[str, Any], Mask]:
-    """All prompts and, behind each layer's own, candidates; which are there at first.
-
-    Candidates are the prompts of the layers before and after, and tokens that enter the
-    block on training pictures. So are the layer's own that the mask has dropped.
-    """
-    rng, prompts = np.random.default_rng(seed), start["prompts"]
-    pool, there = [], []
-    for i, found in enumerate(stages.tokens_of(run)):
-        chosen = found[rng.permutation(len(found))[:tokens]]
-        near = [prompts[j] for j in (i - 1, i + 1) if 0 <= j < len(prompts)]
-        pool.append(jnp.concatenate([prompts[i], *near, jnp.asarray(chosen)]))
-        more = len(pool[-1]) - len(mask[i])
-        there.append(jnp.concatenate([jnp.asarray(mask[i]), jnp.zeros(more, bool)]))
-    return {**start, "prompts": tuple(pool)}, tuple(there)
-
-
-def growing(lab: study.Lab, run: Run, mask: Mask, rounds: int = 3) -> MaskOf:
-    """Replaces a third of the kept prompts by candidates, `rounds` times, evenly.
-
-    Epochs of fine-tuning are the config's: what is tuned before a replacement is tuned
-    as long in all as without any.
-    """
-    epochs = run.config.finetune.epochs
-    at = {epochs * i // rounds for i in range(rounds)}
-    pictures, labels = removal.examples(lab)
-    some = np.linspace(0, len(labels) - 1, min(128, len(labels))).astype(int)
-    batch = {"image": pictures[some], "label": labels[some]}
-    current = [mask]
-
-    def mask_of(epoch: int, trainable: dict[str, Any]) -> Mask:
-        if epoch in at:
-            before = current[-1]
-            worth = stages.score_over(run, trainable, "removal", prompt_mask=before)
-            gain = gains(run.backbone, trainable, batch, before, model=run.model)
-            current.append(replaced(before, worth, gain))
-            at.discard(epoch)
-        return current[-1]
-
-    return mask_of
-
-
-def replaced(mask: Mask, worth: Sequence[Any], gain: Sequence[Any]) -> Mask:
-    """The mask without its least worthy third, with as many others of most gain."""
-    there, w, g = (np.concatenate([*map(np.asarray, t)]) for t in (mask, worth, gain))
-    number = int(there.sum()) // 3
-    gone = np.argsort(np.where(there, w, np.inf), kind="stable")[:number]
-    come = np.argsort(np.where(there, -np.inf, g), kind="stable")[::-1][:number]
-    new = there.copy()
-    new[gone], new[come] = False, True
-    return split(new, [len(x) for x in mask])
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def gains(
-    backbone: Any,
-    trainable: dict[str, Any],
-    batch: dict[str, jax.Array],
-    mask: Mask,
-    *,
-    model: Any,
-) -> tuple[jax.Array, ...]:
-    """The slope `-dL/dg` of the mean loss along every prompt's gate, `[n_i]` per layer.
-
-    Gates are 1 where the mask is True, else 0: there it is the first-order gain of
-    putting the prompt in.
-    """
-
-    def loss(gates: Any) -> jax.Array:
-        given = {"prompts": trainable["prompts"], "prompt_gate": gates}
-        features, _ = model.apply({"params": backbone}, batch["image"], **given)
-        logits = vpt_jax.apply_head(trainable["head"], features)
-        return vpt_jax.cross_entropy(logits, batch).mean()
-
-    gates = tuple(m.astype(jnp.float32) for m in mask)
-    return tuple(-g for g in jax.grad(loss)(gates))
 
 
 show = sets_page.show

@@ -8,12 +8,13 @@ import numpy as np
 from studies.study import Result, Section, Table, percent, spread, with_margin
 
 BASE = "removal"  # what every way is compared with
-WAYS = ("removal", "elimination", "growth", "random")
+WAYS = ("removal", "elimination", "growth", "relocation", "random")
 TEXT = (
     "A few of the tuned prompts are kept: by the default score (removal), by"
-    " elimination of sets, by chance, or the default's with a third replaced three"
-    " times while they are tuned (growth), all for the same epochs. Test accuracies;"
-    " differences are paired by seed, with 95 % intervals."
+    " elimination of sets, by chance, or the default's of which, three times while they"
+    " are tuned, a third is replaced (growth) or idle ones change layer (relocation),"
+    " all for the same epochs. Test accuracies; differences are paired by seed, with"
+    " 95 % intervals."
 )
 
 

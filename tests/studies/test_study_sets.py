@@ -12,7 +12,7 @@ import scipy.special
 from test_study_importance import make_lab
 
 import vpt_jax
-from studies import sets, study
+from studies import masked, moves, sets, study
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NUM = (2, 2, 2)
@@ -58,8 +58,8 @@ def test_of_every_prompt_twice_one_goes(problem):
     twice, num = {**trainable, "prompts": prompts}, vpt_jax.counts(prompts)
 
     def measure(masks):
-        given = backbone, twice, batch["image"], sets.split(masks, num), model
-        return np.asarray(sets.logits_under(*given))
+        given = backbone, twice, batch["image"], masked.split(masks, num), model
+        return np.asarray(masked.logits_under(*given))
 
     order = sets.eliminate(measure, np.asarray(batch["label"]), sum(num))
     single = vpt_jax.importance(model, backbone, twice, [batch])
@@ -116,8 +116,8 @@ def test_of_equal_prompts_the_later_goes():
 
 def test_gains_are_slopes_at_the_gates(problem):
     model, backbone, trainable, batch = problem
-    mask = sets.split(np.array([1, 0, 0, 1, 0, 0], bool), NUM)
-    found = sets.gains(backbone, trainable, batch, mask, model=model)
+    mask = masked.split(np.array([1, 0, 0, 1, 0, 0], bool), NUM)
+    found = moves.gains(backbone, trainable, batch, mask, model=model)
     given = [batch], {"score": "signed", "prompt_mask": mask}
     signed = vpt_jax.importance(model, backbone, trainable, *given[:1], **given[1])
     for gain, score, there in zip(found, signed, mask, strict=True):
@@ -140,11 +140,42 @@ def test_gains_are_slopes_at_the_gates(problem):
 
 
 def test_a_third_is_replaced_by_what_gains_most():
-    mask = sets.split(np.array([1, 1, 0, 0, 1, 0], bool), NUM)
-    worth = sets.split(np.array([3, 1, -np.inf, -np.inf, 2, -np.inf]), NUM)
-    gain = sets.split(np.array([9, 9, 1, 3, 9, 2.0]), NUM)
-    new = np.concatenate(sets.replaced(mask, worth, gain))
+    mask = masked.split(np.array([1, 1, 0, 0, 1, 0], bool), NUM)
+    worth = masked.split(np.array([3, 1, -np.inf, -np.inf, 2, -np.inf]), NUM)
+    gain = masked.split(np.array([9, 9, 1, 3, 9, 2.0]), NUM)
+    new = np.concatenate(moves.replaced(mask, worth, gain))
     assert new.tolist() == [True, False, False, True, True, False]
+
+
+def test_idle_prompts_go_where_the_loss_is_least():
+    """Against all that a move can be, tried one by one; the number stays."""
+    rng = np.random.default_rng(1)
+    changes, labels = rng.normal(size=(6, 9, 3)), rng.integers(0, 3, 9)
+
+    def measure(masks):
+        return np.tanh(np.einsum("cm,mnk->cnk", masks.astype(float), changes))
+
+    worth = np.array([3, 1, 0, 5, 2, 4.0])
+    mask = masked.split(np.array([1, 1, 0, 0, 1, 0], bool), NUM)
+    found = np.concatenate(moves.relocated(measure, labels, mask, worth, [4, 0]))
+    there = {0, 1, 4}
+    for gone in (4, 0):
+        # The first layer has no room at first; of the second comes prompt 3 before 2.
+        losses = {}
+        for layer in ((0, 1), (2, 3), (4, 5)):
+            free = [j for j in layer if j not in there]
+            if free:
+                come = max(free, key=lambda j: worth[j])
+                kept = there - {gone} | {come}
+                log_p = scipy.special.log_softmax(
+                    measure(np.isin(np.arange(6), list(kept))[None])[0], axis=-1
+                )
+                losses[come] = -log_p[np.arange(9), labels].mean()
+        there = there - {gone} | {min(losses, key=losses.get)}
+    assert set(np.flatnonzero(found)) == there
+    assert there != {0, 1, 4}
+    same = moves.relocated(measure, labels, mask, worth, [])
+    assert np.concatenate(same).tolist() == np.concatenate(mask).tolist()
 
 
 @pytest.mark.slow  # a minute, to compile
@@ -163,7 +194,8 @@ def test_the_study_measures_and_shows(tmp_path):
     for way, tuned in itertools.product(("removal", "elimination", "random"), (0, 1)):
         (row,) = [r for r in result["rows"] if (r["way"], r["tuned"]) == (way, tuned)]
         assert sum(row["counts"]) == 3 and way in text
-    (grown,) = [r for r in result["rows"] if r["way"] == "growth"]
-    assert sum(grown["counts"]) == 3
+    for way in moves.NAMES:
+        (moved,) = [r for r in result["rows"] if r["way"] == way]
+        assert sum(moved["counts"]) == 3 and way in text
     ones = [r for r in result["agreement"] if r["size"] == 1]
     assert ones[0]["exact single logits"] == pytest.approx(1)
