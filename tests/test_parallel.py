@@ -324,14 +324,15 @@ def test_the_command_shares_a_backbone_between_devices(small, alone, tmp_path):
     exact, close = trained(small[0], loaded.backbone, mesh, put=lambda tree, _: tree)
     jax.tree.map(np.testing.assert_array_equal, exact, alone[0][0])
     assert_close(close, alone[0][1])
-    with pytest.raises(ValueError, match="cannot share the backbone by 3"):
+    with pytest.raises(ValueError, match="backbone.share is 3; expected a divisor"):
         load_model(BackboneConfig(**settings, share=3))
     with pytest.raises(ValueError, match="backbone.share is 0; expected an integer"):
         BackboneConfig(**settings, share=0)
 
 
 def test_what_cannot_be_split_is_an_error(small):
-    with pytest.raises(ValueError, match="8 devices cannot share the backbone by 3"):
+    expected = "backbone.share is 3; expected a divisor of the 8 devices here"
+    with pytest.raises(ValueError, match=expected):
         parallel.all_devices(3)
     with pytest.raises(ValueError, match="cannot be split over 8 devices"):
         parallel.backbone_shardings(parallel.all_devices(8), small[1])  # two heads

@@ -67,7 +67,7 @@ def _mesh(model: int) -> Mesh | None:
     num = jax.device_count()
     if num % model:
         raise ValueError(
-            f"{num} devices cannot share the backbone by {model}; choose a divisor."
+            f"backbone.share is {model}; expected a divisor of the {num} devices here."
         )
     if num == 1:
         return None

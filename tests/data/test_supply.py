@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import save_small_backbone
+from conftest import QUICK, save_small_backbone
 from fuzzing import ROOT
 
 PACKAGE = ROOT / "vpt_jax"
@@ -152,6 +152,7 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
             "TMPDIR": str(temp),
             "VPT_JAX_CACHE": str(tmp_path / "cache"),
             "JAX_NUM_CPU_DEVICES": "1",
+            **QUICK,
         },
         capture_output=True,
         text=True,
