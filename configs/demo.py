@@ -52,4 +52,5 @@ def get_config(arg: str = "") -> ConfigDict:
         c.prompts.update(num_prompts=10, head_init="probe")
         c.tune.base_lr = c.finetune.base_lr = 0.01
         c.condense.scopes = ("global",)
+        c.baselines = ("linear", "scratch")
     return c
