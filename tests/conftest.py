@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict JAX for every test, and the tiny model that most of them use."""
 
+import contextlib
 import os
 import runpy
 import subprocess
@@ -47,8 +48,18 @@ hypothesis.settings.load_profile("vpt_jax")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the tests' time is LLVM's. Tests of what programs cost compile as users do.
+# Most of the tests' time is LLVM's.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+@contextlib.contextmanager
+def optimised():
+    """Programs as users' are, where tests look at what they cost."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +71,14 @@ def standard_promotion():
 
 @pytest.fixture(autouse=True, scope="module")
 def what_a_module_has(request):
-    """One device unless many are meant; optimised programs where cost is looked at.
+    """One device unless many are meant.
 
     Whole runs would use all eight devices, and two cores take twice as long for them.
     Compiled programs of all files together would take many GB: they are forgotten.
     """
-    name = request.module.__name__
-    costs = name in ("test_speed", "test_parallel")
-    jax.config.update("jax_disable_most_optimizations", not costs)
     with pytest.MonkeyPatch.context() as patch:
         parallel._mesh.cache_clear()
-        if name != "test_parallel":
+        if request.module.__name__ != "test_parallel":
             patch.setattr(jax, "device_count", lambda: 1)
         yield
     parallel._mesh.cache_clear()

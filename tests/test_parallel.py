@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import optimised
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -137,6 +138,7 @@ def test_keep_masks_are_the_same_on_many_devices(small, alone, num):
             jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@optimised()
 def test_crops_of_a_strip_are_the_same_and_no_device_holds_it_all():
     rng = np.random.default_rng(0)
     length, wide = rng.integers(37, 60, 13), rng.random(13) < 0.5
@@ -171,6 +173,7 @@ def collectives(text):
 
 
 @pytest.fixture(scope="module")
+@optimised()
 def epochs():
     """An epoch of a small ViT with 16 pictures a step, compiled for 1 and 8 devices."""
     sizes = {"width": 64, "num_heads": 4, "mlp_dim": 128}

@@ -5,14 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import QUICK
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import faults
 import soak
 
 
-def test_a_killed_command_ends_as_an_undisturbed_one(tmp_path):
+def test_a_killed_command_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
     """While Orbax writes, and then with a flipped bit in what it left."""
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, value)
     kinds = ("orbax", "flip")
     result = faults.inject(tmp_path, kinds, twice=False)
     assert result.complaints == [] and result.lost == 0

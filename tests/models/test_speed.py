@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, optimised
 from ml_collections import ConfigDict
 
 import vpt_jax
@@ -70,6 +70,7 @@ def temporary(program):
 
 
 @pytest.mark.parametrize("num", [(40, 0, 7, 3), (0, 0, 30, 10), (0, 0, 0, 20)])
+@optimised()
 def test_a_training_step_does_hardly_more_than_the_least_work(num):
     # Nothing is computed for prompts as tokens, for the last block's patches, or below
     # the lowest prompted layer. XLA also counts what is not a product: less than 9 % at
@@ -137,6 +138,7 @@ def test_what_another_count_costs_to_compile(dropout, most):
     assert 0 < found[1] - found[0] <= 5 * most, found
 
 
+@optimised()
 def test_memory_of_keys_and_values_of_tokens_and_of_every_remat():
     num = 100
     tokens = temporary(compiled_step(make_model(), num, "tokens"))
