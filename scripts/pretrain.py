@@ -90,7 +90,9 @@ def read_zip(path: str | Path, split: str) -> tuple[np.ndarray, np.ndarray, list
     return np.stack(images), labels, classes
 
 
-def teacher_features(config: Any, images: np.ndarray, path: Path) -> np.ndarray:
+def teacher_features(
+    config: Any, images: np.ndarray, path: Path, log: workdirs.Log
+) -> np.ndarray:
     """Features of the teacher, `[n, d]` float16, each of mean 0 and deviation 1.
 
     They are computed once and kept at `path`: minutes.
@@ -109,9 +111,11 @@ def teacher_features(config: Any, images: np.ndarray, path: Path) -> np.ndarray:
         batch = normalise(resize(images, config.teacher_side), "imagenet")
         return model.apply({"params": params}, batch)[0]
 
-    found = np.concatenate(
-        [apply(params, images[i : i + 100]) for i in range(0, len(images), 100)]
-    )
+    parts = []
+    for i in range(0, len(images), 100):
+        parts.append(apply(params, images[i : i + 100]))
+        log.progress(f"teacher: {i}/{len(images)} pictures")
+    found = np.concatenate(parts)
     found = ((found - found.mean(0)) / found.std(0)).astype(np.float16)
     with durable.atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, found)
@@ -238,7 +242,7 @@ def run(config: Any, workdir: Path) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(config.seed))
     targets = None
     if config.teacher:
-        targets = teacher_features(config, train[0], workdir / "teacher.npy")
+        targets = teacher_features(config, train[0], workdir / "teacher.npy", log)
 
     def fresh(side: int) -> State:
         model = models[side]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_config
+from conftest import load_config, randomised
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +23,8 @@ from vpt_jax.data.pictures import read_picture
 from vpt_jax.data.tasks import load_task
 from vpt_jax.run import experiment, parsing
 from vpt_jax.serve import share
-from vpt_jax.weights import checkpoint, release
+from vpt_jax.weights import release
+from vpt_jax.weights.checkpoint import save_backbone
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -47,20 +48,24 @@ def finished(zoo, standard_promotion, tmp_path_factory):
     """A run with every choice another one than the default: `(config, workdir)`."""
     folder = tmp_path_factory.mktemp("run")
     weights = folder / "my_weights.safetensors"
-    shutil.copy(checkpoint.DEMO_BACKBONE, weights)
+    sizes = {"width": 24, "depth": 3, "num_heads": 2, "mlp_dim": 48, "patch": 16}
+    model = vpt_jax.ViT(**sizes, image_size=32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    save_backbone(weights, randomised(params["params"], scale=0.05), {})
     values = load_config("configs/folder.py", str(zoo)).to_dict()
     values.pop("search", None)
     values["task"]["resize"] = "squash"
     values["backbone"].update(
-        variant="demo/4",
+        variant="",  # a stranger's: what it is, its shapes say
         checkpoint=str(weights),
+        num_heads=2,
         image_size=48,
         readout="mean",
         norm="after",
         resize="half_pixel",
         normalisation="imagenet",
     )
-    values["prompts"].update(num_prompts=(0, 1, 2, 3, 1, 1))
+    values["prompts"].update(num_prompts=(0, 1, 3))
     values["condense"].update(keep_ratios=(0.5,), scopes=("global",))
     values["baselines"] = ()
     for stage in ("linear", "tune", "finetune"):
@@ -121,7 +126,7 @@ def test_the_file_alone_answers_as_the_run_in_a_fresh_process(zoo, finished, tmp
     )
     shown, keys, names, probabilities = json.loads(done.stdout)
     prompts = json.loads((workdir / "best.json").read_text())["num_prompts"]
-    assert shown == f"Classifier(demo/4, 3 classes, {prompts} prompts, 48 px, squash)"
+    assert shown == f"Classifier(24 x 3, 3 classes, {prompts} prompts, 48 px, squash)"
     found = dict(zip(keys, probabilities, strict=True))
     # The run's test pictures, found again by what they look like.
     task = load_task("folder", image_size=48, data_dir=str(zoo), resize="squash")
@@ -144,12 +149,12 @@ def test_what_a_released_file_says(finished):
     assert header["resize"] == "squash" and header["image_size"] == 48
     assert header["source"] == "my_weights.safetensors"  # not where it lay
     assert str(workdir.parent) not in json.dumps(header)
-    assert header["normalisation"] == "imagenet" and header["model"]["num_heads"] == 4
+    assert header["normalisation"] == "imagenet" and header["model"]["num_heads"] == 2
     assert header["load"] == {
         "readout": "mean",
         "norm": "after",
         "resize": "half_pixel",
-        "num_heads": 4,
+        "num_heads": 2,
         "activation": "gelu",
         "epsilon": 1e-6,
         "skip": [],
@@ -166,7 +171,7 @@ def rewritten(path, target, change):
 
 
 def test_a_file_of_an_earlier_version_asks_for_what_it_does_not_say(finished, tmp_path):
-    config, workdir = finished
+    _, workdir = finished
 
     def older(header):
         for name in ("model", "load", "source", "resize"):
@@ -180,18 +185,23 @@ def test_a_file_of_an_earlier_version_asks_for_what_it_does_not_say(finished, tm
         vpt_jax.load_classifier(old)
     with pytest.raises(ValueError, match="needs the backbone 'my_weights.safetensors'"):
         vpt_jax.load_classifier(old, resize="crop")
-    with pytest.raises(ValueError, match="belongs to another backbone"):
-        # The position table was resized by another rule than the default one.
-        vpt_jax.load_classifier(old, resize="crop", backbone=config.backbone.checkpoint)
-
-    def defaults(header):
-        older(header)
-        model, backbone = vpt_jax.load_backbone("demo/4")
-        header |= {"backbone": "demo", "image_size": 32}
-        header["backbone_hash"] = vpt_jax.backbone_hash(backbone)
-
-    old = rewritten(best_file(workdir), tmp_path / "demo.safetensors", defaults)
+    model, backbone = vpt_jax.load_backbone("demo/4")
+    vpt_jax.save_prompts(
+        tmp_path / "demo.safetensors",
+        vpt_jax.init_prompts(jax.random.key(0), model, 1),
+        vpt_jax.init_head(jax.random.key(1), model.width, 3),
+        model=model,
+        backbone=vpt_jax.backbone_hash(backbone),
+        backbone_name="demo",
+        normalisation="half",
+        class_names=["ant", "bee", "cow"],
+    )
+    old = rewritten(tmp_path / "demo.safetensors", tmp_path / "d.safetensors", older)
     assert "squash" in repr(vpt_jax.load_classifier(old, resize="squash"))
+    other = tmp_path / "other.safetensors"
+    save_backbone(other, randomised(backbone), {})
+    with pytest.raises(ValueError, match="belongs to another backbone"):
+        vpt_jax.load_classifier(old, resize="crop", backbone=other)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +348,7 @@ def test_a_shared_folder_is_read_back_from_the_hub(finished, zoo, tmp_path, hub)
     ]
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: vpt_jax\n")
+    assert "a frozen 24 x 3 (48 px)" in card
     assert "license: apache-2.0" in card and "ant, bee, cow" in card
     assert "18 training, 6 validation and 6 test pictures" in card
     row = json.loads((folder / "config.json").read_text())["result"]
@@ -408,7 +419,7 @@ def test_the_command_writes_rows_and_names_what_it_cannot_read(
         assert predict.main([*where, f"--out={out}", "--top=2"]) == 1
         shown = capsys.readouterr()
         assert r"not read: " in shown.err and r"bad\n.jpg: got no picture" in shown.err
-        assert "Classifier(demo/4, 3 classes" in shown.err
+        assert "Classifier(24 x 3, 3 classes" in shown.err
         assert len(shown.out.splitlines()) == 2 and "%" in shown.out
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -113,16 +113,8 @@ def test_xla_counts_the_same(how):
     assert row["outputs"] == 4 * row["batch"] * model.width
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """Compiling is what takes time here, unoptimised it takes less."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("model", [VIT, SWIN])
-def test_all_programs_compute_the_same_features(model, quickly_compiled):
+def test_all_programs_compute_the_same_features(model):
     backbone = inference.initial(model)
     which = [(how, (4, 0, 2)) for how in HOW]
     found = []
@@ -177,7 +169,7 @@ def test_what_is_cheaper(found, noise, much, at_all):
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory, quickly_compiled):
+def result(tmp_path_factory):
     config = parsing.parse(load_config("configs/demo.py", "digits,smoke"))
     model = VIT.clone(depth=2)
     backbone = inference.initial(model)

@@ -75,9 +75,9 @@ class Classifier:
 
     def __repr__(self) -> str:
         return (
-            f"Classifier({self.header['variant']}, {len(self.class_names)} classes,"
-            f" {sum(self.header['counts'])} prompts, {self.model.image_size} px,"
-            f" {self.resize})"
+            f"Classifier({release.variant_of(self.header)},"
+            f" {len(self.class_names)} classes, {sum(self.header['counts'])} prompts,"
+            f" {self.model.image_size} px, {self.resize})"
         )
 
     def predict(self, images: Any, *, batch_size: int = 64) -> Answers:
@@ -292,7 +292,7 @@ def _backbone_of(
         if place.is_file():
             return place
     raise ValueError(
-        f"{file} needs the backbone {shown(source)} ({header['variant'][:40]}),"
+        f"{file} needs the backbone {shown(source)} ({release.variant_of(header)}),"
         f" which is not at {' nor '.join(map(str, places))}; pass its path or address"
         " (docs/backbones.md) as backbone=, or --backbone for the command."
     )

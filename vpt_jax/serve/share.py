@@ -79,7 +79,8 @@ def card(header: Mapping[str, Any], run: Mapping[str, Any], licence: str = "") -
         f"# Visual prompts for {printable(run.get('task', f'{len(names)} classes'))}",
         "",
         f"{sum(header['counts'])} prompts and a linear head for a frozen"
-        f" {header['variant']} ({header['image_size']} px), made with `vpt_jax`.",
+        f" {release.variant_of(header)} ({header['image_size']} px), made with"
+        " `vpt_jax`.",
         "",
         f"- **Classes**: {shown}",
         f"- **Backbone**: {printable(source)}; SHA-256 of its parameters"

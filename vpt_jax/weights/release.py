@@ -26,7 +26,7 @@ from vpt_jax.files.checks import (
     expect,
 )
 from vpt_jax.files.durable import atomic_path
-from vpt_jax.files.messages import shown
+from vpt_jax.files.messages import printable, shown
 from vpt_jax.models.inputs import NORMALISATIONS, check_prompts
 from vpt_jax.models.swin import Swin
 from vpt_jax.models.vit import ViT
@@ -325,6 +325,13 @@ def with_fields(path: Any, model: Any, fields: Mapping[str, Any]) -> Any:
         if value != own[name]:
             changed[name] = tuple(value) if isinstance(value, list) else value
     return model.clone(**changed) if changed else model
+
+
+def variant_of(header: Mapping[str, Any]) -> str:
+    """What a file calls its backbone: the variant, or the sizes of one without."""
+    sizes = header.get("model", {})
+    found = header["variant"] or f"{sizes.get('width')} x {sizes.get('depth')}"
+    return printable(found)[:40]
 
 
 def source_of(path: str | os.PathLike) -> str:
