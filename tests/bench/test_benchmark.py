@@ -412,15 +412,16 @@ def fake_slurm(tmp_path, monkeypatch):
 
 def test_slurm_jobs_in_the_queue_are_found_again(fake_slurm, place):
     """The command was killed and is given again: nothing is submitted twice."""
-    ready = list(protocol.parse(values(place, "svhn")).trials["svhn"]["grid"])
+    four = values(place, "svhn", benchmark__decays=(1e-4, 0.0))
+    ready = list(protocol.parse(four).trials["svhn"]["grid"])
     first = launch.make("slurm", fake_slurm, "", "timeout_min=5")
-    first.submit(ready[:1])
+    first.submit(ready[:3])
     assert first.wait() == []
     again = launch.make("slurm", fake_slurm, "", "timeout_min=5")
-    again.submit(ready[:1])
+    again.submit(ready[:3])
     assert again.wait() == []
     assert (fake_slurm / "sbatch").read_text() == "x\n"
-    again.submit(ready[1:])
+    again.submit(ready[3:])
     assert (fake_slurm / "sbatch").read_text() == "x\nx\n"
     # Jobs that ended are not waited for: what they left is seen from their folders.
     (fake_slurm / "state").write_text("FAILED")

@@ -40,15 +40,14 @@ def archive(tmp_path_factory):
 
 def smoke(archive) -> ConfigDict:
     config = load_config("configs/pretrain_demo.py", "smoke")
-    config.data = str(archive)
+    config.data, config.variant = str(archive), SMALL
     return config
 
 
 def test_pretraining_writes_weights_that_load_and_resumes_exactly(archive, tmp_path):
     card = pretrain.run(smoke(archive), tmp_path / "a")
-    model, backbone = vpt_jax.load_backbone(
-        "demo/4", tmp_path / "a" / "backbone.safetensors"
-    )
+    path = tmp_path / "a" / "backbone.safetensors"
+    model, backbone = vpt_jax.load_backbone(SMALL, path)
     assert model.image_size == 32  # the position table of the last stage
     assert card["hash"] == vpt_jax.backbone_hash(backbone)
     assert card == json.loads((tmp_path / "a" / "model_card.json").read_text())
@@ -64,7 +63,7 @@ def test_a_teacher_trains_the_backbone_and_labels_the_head_alone(
 ):
     config = smoke(archive)
     config.teacher, config.teacher_variant = str(DEMO), "demo/4"
-    config.variant, config.stages, config.teacher_side = SMALL, ((32, 2),), 32
+    config.stages, config.teacher_side = ((32, 2),), 32
     first = pretrain.run(config, tmp_path / "a")
     images, labels, classes = pretrain.read_zip(archive, "train")
     swapped = (images, 1 - labels, classes)
