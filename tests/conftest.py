@@ -12,6 +12,8 @@ from pathlib import Path
 # Before JAX starts: eight devices, so that sharding is tested for real.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Of pytest's workers, which start after this: threads of NumPy's would only wait.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # XLA's older way to write loops compiles unoptimised programs twice as fast and more;
 # 0.11.2 no longer has it, and a flag that XLA does not know ends the process.
 os.environ.setdefault(
