@@ -14,10 +14,7 @@ left out.
 """
 
 import json
-import os
-import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -148,10 +145,15 @@ def smallnorb(rng, shape, azimuth, elevation):
     }
 
 
+def new_set(path, sizes, shape, classes, values, **features):
+    features = features_dict(file_name=text(), **features)
+    return Set(path, sizes, classes, shape, values, features)
+
+
 def plain_set(path, sizes, shape, **classes):
     num = next(iter(classes.values()))
-    features = features_dict(image=image(), label=class_label(num), file_name=text())
-    return Set(path, sizes, classes, shape, plain(num), features)
+    features = {"image": image(), "label": class_label(num)}
+    return new_set(path, sizes, shape, classes, plain(num), **features)
 
 
 SETS = (
@@ -173,59 +175,45 @@ SETS = (
         VARYING,
         diabetic_retinopathy=5,
     ),
-    Set(
+    new_set(
         "clevr/3.1.0",
         CLEVR,
-        {"clevr_count": 8, "clevr_distance": 6},
         WIDE,
+        {"clevr_count": 8, "clevr_distance": 6},
         clevr,
-        features_dict(
-            image=image(),
-            file_name=text(),
-            objects=sequence(
-                features_dict(pixel_coords=tensor(3), shape=class_label(3))
-            ),
-        ),
+        image=image(),
+        objects=sequence(features_dict(pixel_coords=tensor(3), shape=class_label(3))),
     ),
     plain_set("dmlab/2.0.1", OFFICIAL, WIDE, dmlab=6),
-    Set(
+    new_set(
         "kitti/3.3.0",
         OFFICIAL,
-        {"kitti_distance": 4},
         WIDER,
+        {"kitti_distance": 4},
         kitti,
-        features_dict(
-            image=image(),
-            file_name=text(),
-            objects=sequence(features_dict(location=tensor(3), type=class_label(8))),
-        ),
+        image=image(),
+        objects=sequence(features_dict(location=tensor(3), type=class_label(8))),
     ),
-    Set(
+    new_set(
         "dsprites/2.0.0",
         PERCENT_80_10,
-        {"dsprites_location": 16, "dsprites_orientation": 16},
         SQUARE,
+        {"dsprites_location": 16, "dsprites_orientation": 16},
         dsprites,
-        features_dict(
-            image=image(1),
-            file_name=text(),
-            label_x_position=class_label(32),
-            label_orientation=class_label(40),
-        ),
+        image=image(1),
+        label_x_position=class_label(32),
+        label_orientation=class_label(40),
     ),
-    Set(
+    new_set(
         "smallnorb/2.0.0",
         SMALLNORB,
-        {"smallnorb_azimuth": 18, "smallnorb_elevation": 9},
         ((20, 20), (20, 20)),
+        {"smallnorb_azimuth": 18, "smallnorb_elevation": 9},
         smallnorb,
-        features_dict(
-            image=image(1),
-            image2=image(1),
-            file_name=text(),
-            label_azimuth=class_label(18),
-            label_elevation=class_label(9),
-        ),
+        image=image(1),
+        image2=image(1),
+        label_azimuth=class_label(18),
+        label_elevation=class_label(9),
     ),
     plain_set("caltech_birds2011/0.2.0", FGVC, LARGER, cub=200),
     plain_set("nabirds/1.0.0", FGVC, LARGER, nabirds=555),
@@ -267,24 +255,15 @@ def write_set(root, made, form):
 
 
 def write(root):
-    """Writes all sets under `root`, a `data_dir`, unless that was done before.
+    """Writes all sets under `root`, a `data_dir` that is not there yet.
 
-    The folder appears whole or not at all, so that tests can share it. In it,
-    labels.json has the labels that were drawn: of each benchmark and split, in order.
+    In it, labels.json has the labels that were drawn: of each benchmark and split, in
+    order.
     """
-    root = Path(root)
-    if (root / "labels.json").exists():
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=root.name + ".", dir=root.parent))
-    labels = {}
+    root, labels = Path(root), {}
     for k, made in enumerate(SETS):
-        labels |= write_set(unfinished, made, ("array_record", "tfrecord")[k % 2])
-    (unfinished / "labels.json").write_text(json.dumps(labels))
-    try:
-        os.rename(unfinished, root)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+        labels |= write_set(root, made, ("array_record", "tfrecord")[k % 2])
+    (root / "labels.json").write_text(json.dumps(labels))
     return root
 
 

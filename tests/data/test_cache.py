@@ -53,44 +53,30 @@ def test_every_part_of_the_key_counts(tmp_path):
     cache.cached(tmp_path, dict(reversed(KEY.items())), 6, never)  # order does not
 
 
-SIZE = PICTURES.size
-DAMAGED = [("flip", at) for at in (0, 1, SIZE // 2, SIZE - 1)]
-DAMAGED += [("flip", at) for at in (SIZE, SIZE + 5, SIZE + 60, -1, -9, -16)]
-DAMAGED += [("cut", at) for at in (0, 1, 15, SIZE - 1, SIZE, SIZE + 40)]
-
-
-@pytest.mark.parametrize(("how", "at"), DAMAGED)
-def test_a_damaged_file_is_reported_and_made_again(tmp_path, how, at):
-    cache.cached(tmp_path, KEY, 6, make)
-    (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
-    data = bytearray(good[:at] if how == "cut" else good)
-    if how == "flip":
-        data[at] ^= 4
-    path.write_bytes(data)
-    said = []
-    images, info = cache.cached(tmp_path, KEY, 6, make, said.append)
-    np.testing.assert_array_equal(images, PICTURES)
-    assert info == {"note": [1, "two"]}
-    assert len(said) == 1 and str(path) in said[0] and "making it again" in said[0]
-    assert path.read_bytes() == good
-    cache.cached(tmp_path, KEY, 6, never)
-
-
-def test_every_flipped_bit_of_the_description_is_harmless(tmp_path, monkeypatch):
-    """Found out, or it made no difference."""
+def test_a_damaged_file_is_reported_and_made_again(tmp_path, monkeypatch):
+    """Of a flipped bit of the description: or it made no difference."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # it takes its time
     cache.cached(tmp_path, KEY, 6, make)
     (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
-    for at in range(PICTURES.size, len(good)):
-        data = bytearray(good)
-        data[at] ^= 1 << (at % 8)
+    good, size = path.read_bytes(), PICTURES.size
+    damaged = [good[:at] for at in (0, 1, 15, size - 1, size, size + 40)]
+    for at in (0, 1, size // 2, *range(size - 1, len(good))):
+        flipped = good[at] ^ (1 << at % 8)
+        damaged.append(good[:at] + bytes([flipped]) + good[at + 1 :])
+    silent = 0
+    for data in damaged:
         path.write_bytes(data)
-        images, info = cache.cached(tmp_path, KEY, 6, make, lambda text: None)
+        said = []
+        images, info = cache.cached(tmp_path, KEY, 6, make, said.append)
         np.testing.assert_array_equal(images, PICTURES)
         assert info == {"note": [1, "two"]}
-        path.write_bytes(good)
+        if said:
+            assert len(said) == 1 and f"{path} is damaged" in said[0]
+            assert path.read_bytes() == good
+        else:
+            silent += 1
+            assert data[:size] == good[:size] and len(data) == len(good)
+    assert silent < 10
 
 
 def test_an_error_while_making_leaves_nothing(tmp_path):
@@ -122,8 +108,6 @@ def test_a_strip_is_pictures_of_any_length_one_after_the_other(tmp_path):
     said = []
     cache.cached(tmp_path, KEY, 6, make_strip, said.append, strip=True)
     assert len(said) == 1 and "making it again" in said[0]
-    empty, _ = cache.cached(tmp_path, {}, 6, lambda write: 0, strip=True)
-    assert empty.shape == (0, 6, 3) and empty.dtype == np.uint8
 
 
 def test_what_is_forgotten_is_read_again(tmp_path):
@@ -173,21 +157,16 @@ def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
         for _ in range(2000):
             write(PICTURES[0])
 
-    with pytest.raises(ValueError, match="No space left on device"):
+    with pytest.raises(ValueError, match="No space left on device.*VPT_JAX_CACHE"):
         cache.cached(tmp_path, KEY, 6, much)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write .*VPT_JAX_CACHE"):
-        cache.cached(tmp_path / "file" / "pictures", KEY, 6, make)
-
-
-def test_no_pictures_at_all(tmp_path):
+@pytest.mark.parametrize("strip", [False, True])
+def test_no_pictures_at_all(tmp_path, strip):
     for maker in (lambda write: "none", never):
-        images, info = cache.cached(tmp_path, KEY, 6, maker)
-        assert images.shape == (0, 6, 6, 3) and info == "none"
+        images, info = cache.cached(tmp_path, KEY, 6, maker, strip=strip)
+        assert images.shape == ((0, 6, 3) if strip else (0, 6, 6, 3)) and info == "none"
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):

@@ -12,8 +12,6 @@ import pytest
 
 from vpt_jax.data import shapes, strips, tasks
 
-MADE_HERE = ("digits", "shapes_location", "shapes_orientation", "sign_digits")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded_once():
@@ -52,14 +50,12 @@ def test_draw_gives_grey_antialiased_pictures():
 
 
 @pytest.mark.parametrize("column, axis", [(3, 2), (4, 1)])
-@pytest.mark.parametrize("pixels", [1, 5])
-def test_draw_is_translation_equivariant(column, axis, pixels):
+def test_draw_is_translation_equivariant(column, axis):
     here = shapes.sample_latents(100, seed=1)
-    here = here[here[:, column] + 2 * pixels < 32]
-    assert len(here) > 50
+    here = here[here[:, column] < 22]
     there = here.copy()
-    there[:, column] += 2 * pixels  # a step is half a pixel
-    moved = np.roll(shapes.draw(here), pixels, axis)
+    there[:, column] += 10  # steps of half a pixel
+    moved = np.roll(shapes.draw(here), 5, axis)
     np.testing.assert_array_equal(shapes.draw(there), moved)
 
 
@@ -103,13 +99,12 @@ def test_every_picture_of_the_grid_is_another():
         assert len({image.tobytes() for image in images}) == 720
 
 
-@pytest.mark.parametrize("x", [0, 31])
-@pytest.mark.parametrize("y", [0, 31])
-def test_nothing_is_cut_off_at_the_corners(x, y):
+@pytest.mark.parametrize("at", [0, 31])
+def test_nothing_is_cut_off_at_the_corners(at):
     largest = all_sprites()[:, 1] == 5
-    corner = shapes.draw(all_sprites(x, y)[largest]).sum((1, 2, 3), dtype=np.int64)
-    middle = all_sprites(*(15 if at else 16 for at in (x, y)))[largest]
-    middle = shapes.draw(middle)
+    corner = shapes.draw(all_sprites(at, at)[largest]).sum((1, 2, 3), dtype=np.int64)
+    same_phase = 15 if at else 16
+    middle = shapes.draw(all_sprites(same_phase, same_phase)[largest])
     np.testing.assert_array_equal(corner, middle.sum((1, 2, 3), dtype=np.int64))
     # So the sums say something: no shape in the middle touches the frame.
     assert not middle[:, [0, -1]].any() and not middle[:, :, [0, -1]].any()
@@ -128,7 +123,7 @@ def test_area_grows_with_the_square_of_the_scale():
     )
 
 
-@pytest.mark.parametrize("x, y", [(0, 31), (15, 16), (9, 2)])
+@pytest.mark.parametrize("x, y", [(0, 31), (15, 16)])
 def test_the_centroid_is_at_the_position(x, y):
     found = centroids(shapes.draw(all_sprites(x, y)))
     at = [8.25 + 0.5 * x, 8.25 + 0.5 * y]
@@ -146,12 +141,6 @@ def test_sampled_latents_are_distinct_and_cover_the_grid():
         assert np.abs(found - expected).max() < 5 * np.sqrt(expected)
     np.testing.assert_array_equal(latents, shapes.sample_latents(3000, seed=4))
     assert (latents != shapes.sample_latents(3000, seed=5)).any()
-
-
-def test_the_whole_grid_can_be_sampled_once():
-    latents = shapes.sample_latents(737_280, 0)
-    flat = np.ravel_multi_index(latents.T, shapes.GRID)
-    assert (np.bincount(flat) == 1).all()
 
 
 def test_what_is_unknown_is_refused():
@@ -180,30 +169,18 @@ def test_labels_follow_the_pictures():
     images, labels, _ = shapes.make_shapes("location", 500, seed=6)
     x = np.rint((centroids(images)[:, 0] - 8.25) / 0.5)
     np.testing.assert_array_equal(labels, x // 2)
-
-    images, labels, _ = shapes.make_shapes("orientation", 500, seed=6)
-    # Read the orientation off by comparing with all orientations of that sprite.
+    # The same pictures, whose orientation is known by how they were drawn.
+    same, labels, _ = shapes.make_shapes("orientation", 500, seed=6)
     latents = shapes.sample_latents(500, seed=6)
-    for image, label, row in list(zip(images, labels, latents, strict=True))[:20]:
-        turns = np.tile(row, (40, 1))
-        turns[:, 2] = np.arange(40)
-        (found,) = np.flatnonzero((shapes.draw(turns) == image).all((1, 2, 3)))
-        assert int(found / 2.5) == label
+    np.testing.assert_array_equal(same, images)
+    np.testing.assert_array_equal(same, shapes.draw(latents))
+    np.testing.assert_array_equal(labels, 2 * latents[:, 2] // 5)
 
 
 # Resizing.
 
 
-def test_resize_at_the_same_size_returns_its_input():
-    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    assert tasks.resize_bilinear(images, 4) is images
-    # Only where both sides agree.
-    assert tasks.resize_bilinear(images[:, :3], 4).shape == (2, 4, 4, 3)
-
-
-@pytest.mark.parametrize(
-    "h, w, side", [(8, 8, 32), (28, 28, 32), (28, 28, 20), (5, 9, 7), (1, 2, 6)]
-)
+@pytest.mark.parametrize("h, w, side", [(8, 8, 32), (28, 28, 20), (1, 6, 6)])
 def test_resize_agrees_with_jax(h, w, side):
     # More pictures than one chunk holds.
     images = np.random.default_rng(0).integers(0, 256, (70, h, w, 3), np.uint8)
@@ -219,45 +196,35 @@ def test_resize_agrees_with_jax(h, w, side):
 # Tasks that need no files.
 
 
+# Of each: the number of test pictures and classes, and a checksum. A change of it makes
+# every result on the task incomparable with earlier ones.
+MADE_HERE = {
+    "digits": (797, 10, "bdd819e3"),
+    "shapes_location": (2000, 16, "bdb01053"),
+    "shapes_orientation": (2000, 16, "6e35b92a"),
+    "sign_digits": (1000, 10, "694a3a92"),
+}
+
+
 @pytest.mark.parametrize("name", MADE_HERE)
-def test_split_sizes_types_and_classes(name):
-    task = tasks.load_task(name)
-    assert task.name == name
-    sizes = [len(split.labels) for split in (task.train, task.val, task.test)]
-    assert sizes == [800, 200, {"digits": 797, "sign_digits": 1000}.get(name, 2000)]
-    for split in (task.train, task.val, task.test):
+def test_splits_are_whole_and_the_same_on_every_machine(name):
+    task, crc = tasks.load_task(name), 0
+    num_test, num_classes, checksum = MADE_HERE[name]
+    assert task.name == name and len(set(task.class_names)) == num_classes
+    for split in task[2:5]:
         assert split.images.shape == (len(split.labels), 32, 32, 3)
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
-        classes = np.unique(split.labels).tolist()
-        assert classes == list(range(len(task.class_names)))
-    assert len(set(task.class_names)) == (10 if "digits" in name else 16)
+        assert np.unique(split.labels).tolist() == list(range(num_classes))
+        crc = zlib.crc32(split.images.tobytes(), crc)
+        crc = zlib.crc32(split.labels.astype("<i4").tobytes(), crc)
+    assert [len(split.labels) for split in task[2:5]] == [800, 200, num_test]
+    assert f"{crc:08x}" == checksum
     pictures = [x.tobytes() for split in task[2:5] for x in split.images]
-    assert len(set(pictures)) == len(pictures) == sum(sizes)  # in one split alone
+    assert len(set(pictures)) == len(pictures)  # in one split alone
 
 
-def checksum(task):
-    value = 0
-    for split in task[2:5]:
-        value = zlib.crc32(split.images.tobytes(), value)
-        value = zlib.crc32(split.labels.astype("<i4").tobytes(), value)
-    return f"{value:08x}"
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("digits", "bdd819e3"),
-        ("shapes_location", "bdb01053"),
-        ("shapes_orientation", "6e35b92a"),
-        ("sign_digits", "694a3a92"),
-    ],
-)
-def test_splits_are_the_same_on_every_machine(name, expected):
-    # A change here makes every result on the task incomparable with earlier ones.
-    assert checksum(tasks.load_task(name)) == expected
-
-
-@pytest.mark.parametrize("name", MADE_HERE)
+# One of each loader.
+@pytest.mark.parametrize("name", ["digits", "shapes_location", "sign_digits"])
 def test_image_size_changes_the_pictures_only(name):
     plain, large = tasks.load_task(name), tasks.load_task(name, image_size=48)
     assert large.class_names == plain.class_names
@@ -292,12 +259,11 @@ def test_digits_are_the_asset_in_another_order():
     assert sorted(found) == sorted(source)
 
 
-@pytest.mark.parametrize("name", MADE_HERE)
-def test_splits_to_choose_by_and_to_report(name):
-    task = tasks.load_task(name)
-    select = tasks.load_task(name, splits="select")
+def test_splits_to_choose_by_and_to_report():
+    task = tasks.load_task("digits")
+    select = tasks.load_task("digits", splits="select")
     assert select.test is None
-    final = tasks.load_task(name, splits="final")
+    final = tasks.load_task("digits", splits="final")
     assert final.val is None and len(final.train.labels) == 1000
     for a, b in ((select.train, task.train), (select.val, task.val)):
         np.testing.assert_array_equal(a.images, b.images)
@@ -317,29 +283,24 @@ def tiny_task(num_classes=3):
     return tasks.Task("tiny", names, split, split, split)
 
 
-def test_check_task_returns_a_good_task():
-    task = tiny_task()
-    assert tasks.check_task(task) is task
-    # A class may be absent from train, as long as two are present.
-    wide = task._replace(class_names=(*task.class_names, "absent"))
-    assert tasks.check_task(wide) is wide
+# Pictures of 4, 5 and 6 px by 4.
+STRIP = strips.make(np.zeros((15, 4, 3), np.uint8), [4, 5, 6], [False, True, True])
 
 
-@pytest.mark.parametrize("which", ["train", "val", "test"])
 @pytest.mark.parametrize(
-    "change, message",
+    "which, change, message",
     [
-        (lambda x, y: (x.astype(np.float32), y), "images float32.*uint8"),
-        (lambda x, y: (x[..., 0], y), r"\[6, 4, 4\].*\[n, h, w, 3\]"),
-        (lambda x, y: (x[..., :1], y), r"\[6, 4, 4, 1\]"),
-        (lambda x, y: (x, y.astype(np.int64)), "int64.*int32"),
-        (lambda x, y: (x, y[:, None]), r"labels int32 \[6, 1\].*int32 \[n\]"),
-        (lambda x, y: (x[:5], y), "5 images and 6 labels"),
-        (lambda x, y: (x[:0], y[:0]), "got 0 images"),
-        (lambda x, y: (x, y + np.int32(1)), "1 to 3; expected 0 to 2"),
-        (lambda x, y: (x, y - np.int32(1)), "labels from -1 to 1"),
-        (lambda x, y: (STRIP, y), "got 3 images and 6 labels"),
-        (lambda x, y: (STRIP._replace(pixels=x), y[:3]), r"uint8 \[6, 4, 4, 3\]"),
+        ("train", lambda x, y: (x.astype(np.float32), y), "images float32.*uint8"),
+        ("train", lambda x, y: (x[..., 0], y), r"\[6, 4, 4\].*\[n, h, w, 3\]"),
+        ("train", lambda x, y: (x[..., :1], y), r"\[6, 4, 4, 1\]"),
+        ("val", lambda x, y: (x, y.astype(np.int64)), "int64.*int32"),
+        ("val", lambda x, y: (x, y[:, None]), r"labels int32 \[6, 1\].*int32 \[n\]"),
+        ("val", lambda x, y: (x[:5], y), "5 images and 6 labels"),
+        ("test", lambda x, y: (x[:0], y[:0]), "got 0 images"),
+        ("test", lambda x, y: (x, y + np.int32(1)), "1 to 3; expected 0 to 2"),
+        ("test", lambda x, y: (x, y - np.int32(1)), "labels from -1 to 1"),
+        ("train", lambda x, y: (STRIP, y), "got 3 images and 6 labels"),
+        ("train", lambda x, y: (STRIP._replace(pixels=x), y[:3]), r"\[6, 4, 4, 3\]"),
     ],
 )
 def test_check_task_refuses(which, change, message):
@@ -349,16 +310,12 @@ def test_check_task_refuses(which, change, message):
         tasks.check_task(bad)
 
 
-# Pictures of 4, 5 and 6 px by 4.
-STRIP = strips.make(np.zeros((15, 4, 3), np.uint8), [4, 5, 6], [False, True, True])
-
-
-def test_check_task_takes_a_strip_and_a_split_less():
+def test_check_task_takes_a_strip_a_split_less_and_a_class_that_is_absent():
+    task = tiny_task()
+    wide = task._replace(class_names=(*task.class_names, "absent"))
     train = tasks.Split(STRIP, np.arange(3, dtype=np.int32))
-    task = tiny_task()._replace(train=train, val=None)
-    assert tasks.check_task(task) is task
-    less = task._replace(test=None)
-    assert tasks.check_task(less) is less
+    for good in (task, wide, task._replace(train=train, val=None, test=None)):
+        assert tasks.check_task(good) is good
 
 
 def test_check_task_refuses_one_class():

@@ -6,11 +6,10 @@ import os
 import random
 import shutil
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, save_small_backbone
+from conftest import SMALL, load_config, save_small_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +19,6 @@ from vpt_jax.bench import search
 from vpt_jax.data import cache, folder, found, npz, pictures, tasks
 from vpt_jax.run import experiment
 
-ROOT = Path(__file__).parents[2]
 SIDE = 8
 NFC, NFD = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
 WRITTEN = {}  # a picture's bytes to the name of its file
@@ -115,10 +113,8 @@ def inside(name, files):
 
 def listed(*folders, first=0):
     """Lines for what `some` makes."""
-    rows = [
-        f"{n}/{k}.png {y}\n" for y, n in enumerate(folders, first) for k in range(5)
-    ]
-    return "".join(rows)
+    labels = enumerate(folders, first)
+    return "".join(f"{n}/{k}.png {y}\n" for y, n in labels for k in range(5))
 
 
 BIRDS = cub()[1]
@@ -129,40 +125,25 @@ FOUND = {
     "litter": (
         some("cat", "dog")
         | dict.fromkeys(["@eaDir/0.jpg", "__MACOSX/cat/1.png", "cat/@eaDir/2.jpg"])
-        | {
-            "lost+found/x": "x",
-            "cat/._0.png": "x",
-            "cat/Thumbs.db": "x",
-            "t/a.txt": "x",
-        },
+        | dict.fromkeys(["cat/._0.png", "cat/Thumbs.db", "t/a.txt"], "x"),
         ("cat", "dog"),
         FIVE,
         "not taken, hidden: 1 (cat/._0.png)",
-        "not taken, left behind by a system: 4 (@eaDir; __MACOSX; cat/@eaDir;"
-        " lost+found)",
+        "not taken, left behind by a system: 3 (@eaDir; __MACOSX; cat/@eaDir)",
         "not taken, named .db: 1 (cat/Thumbs.db)",
         "not taken, named .txt: 1 (t/a.txt)",
         "classes without pictures, left out: 1 (t)",
     ),
     "others beside the pictures": (
         FULL
-        | {"README.md": "x", "train/notes.txt": "x", "train/cat/.DS_Store": "x"}
-        | {"train/cat/raw/1.png": None, "train/dog/1.HEIC": "x", "train/dog/no": "x"}
-        | {"test/.hidden/1.png": "x", "train/dog/4.JPG": None},
+        | {"README.md": "x", "train/notes.txt": "x", "train/dog/4.JPG": None}
+        | {"train/cat/raw/1.png": None, "train/dog/no": "x"},
         ("cat", "dog"),
         [[3, 4], [3, 3], [3, 3]],
         "not taken, a folder in a class folder: 1 (train/cat/raw)",
-        "not taken, hidden: 2 (test/.hidden; train/cat/.DS_Store)",
-        "not taken, named .heic: 1 (train/dog/1.HEIC)",
         "not taken, named without an extension: 1 (train/dog/no)",
         "not taken, not in a class folder: 1 (train/notes.txt)",
         "not taken, outside of the splits: 1 (README.md)",
-    ),
-    "a class that train lacks": (
-        FULL | some("test/emu"),
-        ("cat", "dog", "emu"),
-        [[3, 3, 0], [3, 3, 0], [3, 3, 5]],
-        f"{LACK}emu (test)",
     ),
     "two spellings": (
         {f"{form}/{k}.png": None for form in (NFC, NFD) for k in range(10)}
@@ -215,10 +196,10 @@ FOUND = {
         "classes without pictures, left out: 1 (none)",
     ),
     "a list in the other form": (
-        some(f"images/{NFD}", "images/x") | {"train.txt": listed(NFC, "x")},
+        some(f"images/{NFD}", "images/x") | {"train800val200.txt": listed(NFC, "x")},
         ("0", "1"),
         FIVE,
-        "lists: train.txt",
+        "lists: train800val200.txt",
     ),
     "a list of Windows": (
         some("a/x", "a/y") | {"train.txt": listed("a/x", "a/y").replace("/", "\\")},
@@ -252,7 +233,6 @@ FOUND = {
         "lists: train800.txt, val200.txt, test.txt",
         "lists that are not used: train800val200.txt",
     ),
-    "CUB": (cub()[0], BIRDS, CUB_SIZES, "lists: those of CUB_200_2011"),
     "CUB in a folder": (
         inside("CUB_200_2011", cub()[0]) | {"segmentations/x": "x"},
         BIRDS,
@@ -343,9 +323,9 @@ def test_the_cut_is_the_same_on_every_machine():
         st.text(max_size=5), st.sets(st.text(max_size=5), min_size=1), max_size=5
     ),
     st.sampled_from([(), ("val",), ("test",), ("val", "test")]),
-    st.randoms(),
+    st.integers(0, 2**32 - 1),
 )
-def test_cut(groups, missing, rng):
+def test_cut(groups, missing, seed):
     groups = {g: dict.fromkeys(names) for g, names in groups.items()}
     out = found.cut(groups, missing)
     assert list(out) == ["train", *missing]
@@ -359,10 +339,12 @@ def test_cut(groups, missing, rng):
             n, k = len(names), len(missing)
             assert taken == {min(max(1, int(n / 5 + 0.5)), (n - 1) // k)}
     # Neither the order of listing nor other classes make a difference.
-    shuffled = {g: list(groups[g]) for g in rng.sample(sorted(groups), len(groups))}
-    for names in shuffled.values():
-        rng.shuffle(names)
-    turned = {g: dict.fromkeys(names) for g, names in shuffled.items()}
+    rng = random.Random(seed)
+
+    def shuffled(names):
+        return rng.sample(list(names), len(names))
+
+    turned = {g: dict.fromkeys(shuffled(groups[g])) for g in shuffled(groups)}
     assert found.cut(turned, missing) == out
     for group, names in groups.items():
         alone = found.cut({group: names}, missing)
@@ -392,19 +374,6 @@ def test_lists_of_paths_and_labels(tmp_path):
     assert load(root)[0].class_names == ("cat", "dog", "sea lion")
 
 
-def test_a_missing_list_is_cut_from_train(tmp_path):
-    names = [f"images/{k}.png" for k in range(20)]
-    lines = [f"{n} {k % 2}\n" for k, n in enumerate(names)]
-    texts = {"train800val200.txt": "".join(lines), "test.txt": "images/0.png 0\n"}
-    root = make(tmp_path / "a", dict.fromkeys(names) | texts)
-    loaded, said = load(root)
-    assert said[0] == "lists: train800val200.txt, test.txt"
-    assert sizes(loaded) == [[8, 8], [2, 2], [1, 0]]
-    random.Random(0).shuffle(lines)  # the same cut
-    (root / "train800val200.txt").write_text("".join(lines))
-    assert contents(load(root)[0]) == contents(loaded)
-
-
 def test_lists_are_squashed_and_folders_are_cropped(tmp_path):
     """As other PETL code does, and as FGVC is evaluated; another rule can be given."""
     root = make(tmp_path / "a", some("b", "c") | some("a", count=3))
@@ -413,17 +382,14 @@ def test_lists_are_squashed_and_folders_are_cropped(tmp_path):
     Image.fromarray(wide).save(root / "a/wide.png")
 
     def brightest(**options):
-        every = [
-            x for images, _ in load(root, **options)[0].splits.values() for x in images
-        ]
+        splits = load(root, **options)[0].splits.values()
+        every = np.concatenate([images for images, _ in splits])
         return max(x.max() for x in every if not x[:, -1].any())
 
     assert brightest() == 0
     assert brightest(rule="squash") > 200
-    rows = [
-        f"{p.relative_to(root)} {p.parent.name > 'a':d}\n" for p in root.glob("*/*")
-    ]
-    (root / "train.txt").write_text("".join(rows))
+    paths = [f"{p.parent.name}/{p.name}" for p in root.glob("*/*")]
+    (root / "train.txt").write_text("".join(f"{p} {p > 'b':d}\n" for p in paths))
     assert brightest() > 200
     assert brightest(rule="crop") == 0
     with pytest.raises(ValueError, match="unknown task.resize 'cubic'; choose one"):
@@ -496,10 +462,7 @@ def test_labels_without_pictures_are_no_classes(tmp_path, low, step):
         loaded, said = load(path)
         assert loaded.class_names == tuple(map(str, labels))
         assert sizes(loaded) == FIVE
-        start = (
-            f"classes without pictures, left out: {labels[1] - 1:,} ({int(low == 0)}"
-        )
-        assert said[-1].startswith(start)
+        assert f"pictures, left out: {labels[1] - 1:,} ({int(low == 0)}" in said[-1]
 
 
 def test_arrays_of_an_npz_that_are_not_used_are_said(tmp_path):
@@ -519,68 +482,35 @@ def test_arrays_of_an_npz_that_are_not_used_are_said(tmp_path):
 TASK = {"images/0.png": None, "train.txt": "images/0.png 0\n"}
 REFUSED = [
     ({"val/cat/1.png": None}, "got val but no train"),
-    ({"1.png": None, "2.png": None}, "seen: 2 .png (1.png)", "a folder for each class"),
-    ({"a.csv": "x", "1.png": None}, "seen: 1 .csv (a.csv); 1 .png (1.png)"),
-    ({"x": "x"}, "got no pictures in class folders; seen: 1 without an extension (x)"),
+    ({"a.csv": "x", "1.png": None}, "seen: 1 .csv (a.csv); 1 .png", "for each class"),
     (
-        {"x/1.HEIC": "x", "y/1.heic": "x"},
-        "seen: 2 .heic",
+        {"x/1.HEIC": "x", "y/1.heic": "x", "y/no": "x"},
+        "seen: 2 .heic (x/1.HEIC); 1 without an extension (y/no)",
         "convert them to JPEG or PNG",
     ),
-    (
-        some("test/x") | {"train/x/1.HEIC": "x"},
-        "no pictures in class folders of train; seen: 5 .png (test/x/0.png); 1 .heic",
-    ),
+    (some("test/x") | {"train/x/1.HEIC": "x"}, "class folders of train; seen: 5 .png"),
     (
         some("cat") | {"dog/1.heic": "x"},
         "got classes in train: cat; expected at least 2",
-        "Noticed before: not taken, named .heic: 1 (dog/1.heic). classes without"
-        " pictures, left out: 1 (dog).",
-    ),
-    (
-        FULL | {"test/Cat/1.png": None},
-        "train and test write differently: cat and Cat; expected the same names",
+        "Noticed before: not taken, named .heic: 1 (dog/1.heic). classes without",
     ),
     (some("cat", count=1) | some("dog", count=2), "got no pictures for val; expected"),
-    (
-        some("train/cat", "train/dog", "test/a cat"),
-        "got test of classes that train has none of (a cat)",
-    ),
+    (some("train/cat", "train/dog", "test/a cat"), "that train has none of (a cat)"),
     (some("test", "train", "bus"), "pictures in test; train without a class folder"),
-    (
-        some("train/x", "train/y", "test"),
-        "got pictures in test without a class folder",
-    ),
     (some("images", "masks"), "got folders images; masks, of which images is no name"),
-    (
-        some("n01/images", "n02/images"),
-        "one folder too deep, in n01/images; n02/images",
-        "move them up into their class folders",
-    ),
-    (
-        some("cat", "dog", "birds/emu"),
-        "pictures in cat; dog, and one folder deeper in birds",
-    ),
+    (some("n01/images", "n02/images"), "too deep, in n01/images; n02/images"),
+    (some("cat", "dog", "birds/emu"), "in cat; dog, and one folder deeper in birds"),
     (
         some("animals/cat", "animals/dog", "birds/emu", "birds/owl"),
         "2 folders that each hold pictures and classes (animals; birds)",
         "/animals",
     ),
-    (
-        inside("cifar", TASK) | inside("svhn", TASK),
-        "got 2 folders that each hold pictures and classes (cifar; svhn)",
-        "pass one, such as ",
-    ),
+    (inside("cifar", TASK) | inside("svhn", TASK), "got 2 folders that each hold"),
     ({"train.txt": "a.png\n"}, "train.txt: got line 1 'a.png'; expected `path label`"),
-    ({"train.txt": "a.png -1\n"}, "got line 1"),
     ({"train.txt": "a.png 0\nb.png 20261122\n"}, "got label 20261122; expected labels"),
     ({"train.txt": "\na.png 0\nb.png one\n"}, "got line 2 'b.png one'"),
     ({"train.txt": " \n"}, "got no lines"),
-    ({"train.txt": "a 0\nb 2\n", "classes.txt": "x\ny\n"}, "got 2 names; expected 3"),
-    (
-        {"train.txt": "a 1\nb 2\n", "classes.txt": "x\n"},
-        "got 1 names; expected 3, for labels from 1 to 2",
-    ),
+    ({"train.txt": "a 1\nb 2\n", "classes.txt": "x\n"}, "got 1 names; expected 3, for"),
     ({"train.txt": "..\\1.png 0\n"}, "expected a path inside of"),
     (
         some("x", "y") | {"train.txt": listed("a\\x", "a\\y")},
@@ -588,30 +518,30 @@ REFUSED = [
         "correct the paths (of lists",
     ),
     (
-        {"train.txt": "x/0.png 0\n", "Train.txt": "x/0.png 0\n"},
-        "got Train.txt and train.txt; expected one of them",
+        {"train.txt": "x 0\n", "Train.txt": "x 0\n"},
+        "got Train.txt and train.txt; expec",
     ),
+    (cub()[0] | {"image_class_labels.txt": "1 1\n"}, "got 1 uuids, 17 of them"),
+]
+REFUSED += [
     (
-        cub()[0] | {"image_class_labels.txt": "1 1\n"},
-        "image_class_labels.txt: got 1 uuids, 17 of them",
-    ),
+        {"train.json": '{"a": "cat", "b": "dog"}', "test.json": f'{{"a": "{other}"}}'},
+        f"train and test write differently: cat and {other}; expected the same names",
+    )
+    for other in ("Cat", "cat ")
 ]
 REFUSED += [
     ({"train.json": text}, message)
     for text, message in (
         ("{", "got no JSON"),
         ("[" * 100_000, "got no JSON"),
-        ('{"a.png": -1}', "got entry 1"),
-        ('{"a.png": 0, "b.png": 1.5}', "got entry 2"),
+        ('{"a.png": 0, "b.png": -1}', "got entry 2"),
         ('{"a.png": true}', "got entry 1"),
-        ('{"a.png": [1]}', "got entry 1"),
-        ('{"train": [["a.png", 1, "cat"]]}', "got entry 1"),
+        ('[["a.png", 1, "cat"]]', "got entry 1"),
         ("7", "got entry 1"),
-        ("[]", "got no lines"),
-        ('{"../a.png": 1}', "expected a path inside of"),
+        ('{"a/../../b.png": 1}', "expected a path inside of"),
         ('{"/etc/passwd": 1}', "expected a path inside of"),
         ('{"a\\u0000.png": 1}', "got entry 1"),
-        ('{"a.png": 12345678}', "expected labels below 1,000,000"),
         ('{"\\ud800.png": 0, "b.png": 1}', "2 of 2 pictures cannot be read"),
         ('{"a.png": 0, "b.png": "x"}', "labels that are numbers, and others that are"),
     )
@@ -634,26 +564,6 @@ REFUSED += [
 @pytest.mark.parametrize(("files", "parts"), [(f, p) for f, *p in REFUSED])
 def test_what_is_refused(tmp_path, files, parts):
     refused(make(tmp_path, files), str(tmp_path), *parts)
-
-
-def test_no_folder_is_given(tmp_path):
-    refused(tmp_path / "a", "no such file or folder; expected DIR/train/<class>/*")
-    with pytest.raises(ValueError, match=r"--config=configs/folder\.py:DIR"):
-        folder.load("", SIDE)
-
-
-@pytest.mark.parametrize("other", ["Cat", "cat "])
-def test_names_that_only_case_or_blanks_tell_apart(tmp_path, other):
-    make(tmp_path, some("cat", "dog"))
-    one = {path: path[:3] for path in some("cat", "dog")}
-    two = one | dict.fromkeys(some("cat", count=3), other)
-    (tmp_path / "train.json").write_text(json.dumps(two))
-    pair = "; ".join(sorted(("cat", other)))
-    text = f"classes whose names are the same but for case or blanks: {pair}"
-    assert text in load(tmp_path)[1]
-    (tmp_path / "train.json").write_text(json.dumps(one))
-    (tmp_path / "test.json").write_text(json.dumps({"cat/0.png": other}))
-    refused(tmp_path, f"train and test write differently: cat and {other}")
 
 
 # --- broken pictures ------------------------------------------------------------------
@@ -757,29 +667,18 @@ def test_load_task(tmp_path, capsys):
     make(tmp_path / "pets", FULL | {"test/emu/1.png": None})
     options = {"image_size": SIDE, "data_dir": str(tmp_path / "pets")}
     task = tasks.load_task("folder", **options)
-    assert task.doubts and "cannot be learned: emu (test)" in task.doubts[0]
-    (tmp_path / "pets" / "test" / "emu" / "1.png").unlink()
-    capsys.readouterr()
-    task = tasks.load_task("folder", **options)
-    assert task.doubts and "left out: 1 (emu)" in task.doubts[0]
-    assert task.name == "pets" and task.class_names == ("cat", "dog")
-    assert isinstance(task.train, tasks.Split) and len(task.test.labels) == 6
-    assert "reading 18 pictures, once" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="did you mean 'folder'"):
-        tasks.load_task("folders")
+    assert task.doubts == (f"{LACK}emu (test)",)
+    assert task.name == "pets" and task.class_names == ("cat", "dog", "emu")
+    assert isinstance(task.train, tasks.Split) and len(task.test.labels) == 7
+    assert "reading 19 pictures, once" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--config=configs/folder\.py:DIR"):
+        tasks.load_task("folder")
     with pytest.raises(ValueError, match="for task 'digits'; expected resize for"):
         tasks.load_task("digits", resize="crop")
 
 
-def folder_config(arg):
-    module = {}
-    path = ROOT / "configs" / "folder.py"
-    exec(compile(path.read_text(), path, "exec"), module)
-    return module["get_config"](arg)
-
-
 def test_the_config_leaves_rate_and_epochs_to_be_found():
-    values = folder_config("some/where")
+    values = load_config("configs/folder.py", "some/where")
     assert values.task.name == "folder" and values.task.data_dir == "some/where"
     assert search.wanted(values)
     assert values.tune.base_lr is values.tune.epochs is values.finetune.base_lr is None
@@ -796,7 +695,7 @@ def test_a_whole_run_on_a_folder(tmp_path):
             x = np.clip(rng.normal(tone, 20, (40, 50, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(x).save(tmp_path / "zoo" / kind / f"{k}.jpg")
     weights = save_small_backbone(tmp_path / "small.safetensors")
-    values = folder_config(str(tmp_path / "zoo")).to_dict()
+    values = load_config("configs/folder.py", str(tmp_path / "zoo")).to_dict()
     values["backbone"].update(variant=SMALL, checkpoint=str(weights))
     values["prompts"]["num_prompts"] = 4
     values["condense"].update(keep_ratios=())

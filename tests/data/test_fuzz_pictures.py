@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and folders from strangers: refused in one line, in bounded memory."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from fuzzing import READERS, ROOT, SIDE, SOUND, load_folder, png, put
 from hypothesis import given, settings
-from PIL import Image
 
 from vpt_jax.data import bounds, colours, folder, pictures
 from vpt_jax.data.public import records
@@ -38,31 +36,13 @@ def test_what_is_read_is_accepted_or_refused_by_one_error(scratch, name):
 # --- bombs ----------------------------------------------------------------------------
 
 
-def refused(tmp_path, data, message, rule="crop"):
-    path = tmp_path / "a.png"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=message) as error:
-        pictures.read_picture(path, SIDE, rule)
-    assert str(error.value).startswith(str(path))
-
-
-def test_a_picture_of_more_pixels_than_any_is_refused(tmp_path):
-    refused(tmp_path, png(20_000, 20_000), "too large; expected at most 178,956,970")
-
-
 def test_a_large_size_in_a_few_bytes_is_refused_before_it_is_allocated(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(13_000, 13_000, 9, colour=6))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(tmp_path, png(13_000, 13_000, 9, colour=6), "13000 px in .* bytes of PNG")
+    with pytest.raises(ValueError, match="13000 px in .* bytes of PNG"):
+        pictures.read_picture(path, SIDE)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
-
-
-def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
-    Image.new("L", (8000, 8000)).save(tmp_path / "b.jpg", progressive=True)
-    data = (tmp_path / "b.jpg").read_bytes()
-    at = data.index(b"\xff\xda")
-    refused(
-        tmp_path, data[:at] + data[at:-2] * 200 + data[-2:], "scans; expected fewer"
-    )
 
 
 BOMBS = """
@@ -170,13 +150,6 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path):
         folder.find(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x.png"])
-def test_a_list_cannot_lead_out_of_its_folder(tmp_path, name):
-    (tmp_path / "train.txt").write_text(f"{name} 0\n")
-    with pytest.raises(ValueError, match="expected a path inside of"):
-        folder.find(str(tmp_path))
-
-
 @pytest.mark.parametrize("data_dir", ["~no-such-user", "x" * 5000, "a\0b", "absent\n"])
 def test_a_folder_that_cannot_be(data_dir):
     with pytest.raises(ValueError, match="expected DIR/train/<class>") as error:
@@ -194,16 +167,8 @@ def test_names_of_classes_can_be_printed(tmp_path):
     assert printable("é ok\n") == r"é ok\n"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(tmp_path):
-    root = tmp_path / "data"
-    good(root)
-    (root / "cat" / "0.png").chmod(0)
-    with pytest.raises(ValueError, match="Permission denied"):
-        load_folder(root, tmp_path)
-
-
 def test_prepared_pictures_start_no_programs_and_have_a_limit():
-    for data in (SOUND["EPS", "RGB"], png(20_000, 20_000), b""):
+    damaged = SOUND["PNG", "RGB"][:40]
+    for data in (SOUND["EPS", "RGB"], png(20_000, 20_000), b"", damaged):
         with pytest.raises(ValueError, match="expected PNG or JPEG"):
             records.decode_picture(data, 3)

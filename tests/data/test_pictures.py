@@ -4,11 +4,10 @@
 import io
 import os
 import warnings
-import zlib
 
 import numpy as np
 import pytest
-from fuzzing import png_of
+from fuzzing import png
 from PIL import Image, TiffImagePlugin, features
 
 from vpt_jax.data import pictures
@@ -131,13 +130,6 @@ def test_16_bits_are_scaled_not_clipped(tmp_path):
     np.testing.assert_array_equal(out, grey(expected))
 
 
-def test_floats_are_0_to_1(tmp_path):
-    x = RNG.random((SIDE, SIDE)).astype(np.float32)
-    out = read_picture(save(tmp_path, x, "a.tif"), SIDE)
-    expected = np.floor(x.astype(np.float64) * 255 + 0.5).astype(np.uint8)
-    np.testing.assert_array_equal(out, grey(expected))
-
-
 @pytest.mark.parametrize(
     ("value", "kind"), [(1.5, np.float32), (np.nan, np.float32), (70000, np.int32)]
 )
@@ -148,20 +140,6 @@ def test_values_of_unknown_range_are_refused(tmp_path, value, kind):
     message = rf"a\.tif: got {np.dtype(kind).name} values from .*expected 0 to"
     with pytest.raises(ValueError, match=message):
         read_picture(path, SIDE)
-
-
-def test_16_bit_colour(tmp_path):
-    """A PNG that Pillow cannot write, made by hand."""
-    wide = RNG.integers(0, 65536, (SIDE, SIDE, 3), np.uint16)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
-    path = tmp_path / "a.png"
-    path.write_bytes(png((SIDE, SIDE, 16, 2), rows))
-    out = read_picture(path, SIDE).astype(int)
-    assert np.abs(out - wide / 65535 * 255).max() <= 1
-
-
-def png(head, rows):
-    return png_of(head, [(b"IDAT", zlib.compress(rows))])
 
 
 # EXIF orientation: what was done to the upright picture before it was stored.
@@ -177,8 +155,10 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize(
+    ("orientation", "name"),
+    [*((k, "a.png") for k in STORED), (6, "a.jpg"), (6, "a.tif")],
+)
 def test_exif_orientation(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -191,16 +171,12 @@ def test_exif_orientation(tmp_path, orientation, name):
 
 def test_orientation_comes_before_the_crop(tmp_path):
     """A tall picture that is stored lying, as cameras do."""
-    tall = np.zeros((64, 32, 3), np.uint8)
-    tall[:16] = 255  # only at the top: cut off by the crop
-    tall[28:36, :, 0] = 200  # a red bar in the middle
+    tall = RNG.integers(0, 256, (64, 31, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
-    lying = np.ascontiguousarray(np.rot90(tall, 1))
-    out = read_picture(save(tmp_path, lying, "a.png", exif=exif), 28)
-    assert (out[:, :, 1] == 0).all()
-    rows = out[..., 0].mean(axis=1)
-    assert rows[13] > 190 and rows[0] == rows[-1] == 0
+    lying = save(tmp_path, np.ascontiguousarray(np.rot90(tall)), "a.png", exif=exif)
+    upright = read_picture(save(tmp_path, tall, "b.png"), 28)
+    np.testing.assert_array_equal(read_picture(lying, 28), upright)
 
 
 def test_a_damaged_exif_block_is_ignored(tmp_path):
@@ -224,15 +200,9 @@ def test_the_first_frame_of_an_animation_and_page_of_a_tiff(tmp_path):
 # --- broken files ---------------------------------------------------------------------
 
 
-def jpeg_bytes():
-    buffer = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def png_bytes():
-    buffer = io.BytesIO()
-    Image.fromarray(NOISE).save(buffer, "PNG")
+def encoded(form, side):
+    buffer, pixels = io.BytesIO(), RNG.integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -242,15 +212,14 @@ def png_bytes():
         (b"", "got an empty file"),
         (b"<html>404 not found</html>", "got no picture that can be read; expected JP"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got no picture"),
-        (jpeg_bytes()[:200], "got"),
-        (jpeg_bytes()[:-900], r"got a damaged picture \(.*truncated"),
-        (png_bytes()[:-300], "got a damaged picture"),
+        (encoded("JPEG", 64)[:200], "got"),
+        (encoded("JPEG", 64)[:-900], r"got a damaged picture \(.*truncated"),
+        (encoded("PNG", SIDE)[:-300], "got a damaged picture"),
         (
-            png((60000, 60000, 8, 2), b""),
+            png(60_000, 60_000),
             "got a picture that is too large; expected at most 178,956,970",
         ),
-        (png((16000, 10000, 8, 2), b""), "got a damaged picture"),  # below the limit
-        (png((0, 5, 8, 2), b""), "got"),
+        (png(0, 5), "got"),
     ],
 )
 def test_broken_files_are_named_with_the_reason(tmp_path, data, message):
@@ -268,10 +237,6 @@ def test_files_that_cannot_be_opened(tmp_path):
         read_picture(tmp_path / "loop.jpg", SIDE)
     with pytest.raises(ValueError, match="expected a regular file"):
         read_picture(tmp_path, SIDE)
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe.jpg")
-        with pytest.raises(ValueError, match="expected a regular file"):
-            read_picture(tmp_path / "pipe.jpg", SIDE)
     path = save(tmp_path, NOISE, "secret.png")
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -302,39 +267,26 @@ def test_sides_and_rules_that_do_not_exist(tmp_path):
 # --- resizing -------------------------------------------------------------------------
 
 
-def triangle(size, side, low, high):
-    """Antialiased bilinear weights `[side, size]` for `low ... high`, in float64."""
-    scale = (high - low) / side
-    support = max(scale, 1.0)
-    centre = low + (np.arange(side)[:, None] + 0.5) * scale
+def triangle(size, side):
+    """Antialiased bilinear weights `[side, size]`, in float64."""
+    scale = size / side
+    centre = (np.arange(side)[:, None] + 0.5) * scale
     at = np.arange(size)[None] + 0.5
-    weight = np.maximum(0, 1 - np.abs(at - centre) / support)
+    weight = np.maximum(0, 1 - np.abs(at - centre) / max(scale, 1.0))
     return weight / weight.sum(axis=1, keepdims=True)
 
 
-def resized(x, side, top, bottom, left, right):
-    h, w = x.shape[:2]
-    rows, columns = triangle(h, side, top, bottom), triangle(w, side, left, right)
-    return np.einsum("ih,hwc,jw->ijc", rows, x.astype(np.float64), columns)
-
-
-@pytest.mark.parametrize(("h", "w"), [(90, 90), (60, 101), (101, 60), (20, 17), (5, 9)])
-def test_squash_and_crop_are_antialiased_bilinear(tmp_path, h, w):
+@pytest.mark.parametrize(("h", "w"), [(60, 101), (101, 60), (20, 17), (5, 9)])
+def test_squash_is_antialiased_bilinear(tmp_path, h, w):
     x = RNG.integers(0, 256, (h, w, 3), np.uint8)
-    path = save(tmp_path, x, "a.png")
-    out = read_picture(path, 28, "squash")
-    assert np.abs(out - resized(x, 28, 0, h, 0, w)).max() <= 1.01  # two roundings
-    # Short side to 32, the other cut down to whole pixels, the middle 28 of each.
-    new_h, new_w = (32, 32 * w // h) if h <= w else (32 * h // w, 32)
-    top, left = round((new_h - 28) / 2), round((new_w - 28) / 2)
-    box = top * h / new_h, (top + 28) * h / new_h, left * w / new_w
-    expected = resized(x, 28, *box, (left + 28) * w / new_w)
-    out = read_picture(path, 28, "crop")
-    assert np.abs(out - expected).max() <= 1.01
+    rows, columns = triangle(h, 28), triangle(w, 28)
+    expected = np.einsum("ih,hwc,jw->ijc", rows, x.astype(np.float64), columns)
+    out = read_picture(save(tmp_path, x, "a.png"), 28, "squash")
+    assert np.abs(out - expected).max() <= 1.01  # two roundings
 
 
 @pytest.mark.parametrize(
-    ("h", "w"), [(375, 500), (640, 427), (300, 300), (100, 90), (90, 1440), (257, 256)]
+    ("h", "w"), [(375, 500), (640, 427), (100, 90), (90, 1440), (257, 256), (224, 224)]
 )
 def test_crop_is_resizing_the_whole_and_cutting(tmp_path, h, w):
     """As torchvision's `Resize(256)` and `CenterCrop(224)` do on Pillow pictures."""
@@ -342,17 +294,12 @@ def test_crop_is_resizing_the_whole_and_cutting(tmp_path, h, w):
     new = (256, int(256 * h / w)) if w <= h else (int(256 * w / h), 256)
     whole = np.asarray(Image.fromarray(x).resize(new, Image.Resampling.BILINEAR))
     top, left = round((new[1] - 224) / 2), round((new[0] - 224) / 2)
-    expected = whole[top : top + 224, left : left + 224].astype(int)
-    out = read_picture(save(tmp_path, x, "a.png"), 224, "crop")
+    expected = whole[top : top + 224, left : left + 224]
+    # The reference resizes one of 224 px too; `read_picture` leaves it alone.
+    out = pictures.centre_crop(Image.fromarray(x), 224)
     np.testing.assert_array_equal(out, expected)
-
-
-def test_the_crop_of_a_benchmark_is_not_left_out(tmp_path):
-    """Of a picture of 28 x 28, the middle 28 of 32: the reference resizes it too."""
-    x = RNG.integers(0, 256, (28, 28, 3), np.uint8)
-    whole = np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BILINEAR))
-    out = pictures.centre_crop(Image.fromarray(x), 28)
-    np.testing.assert_array_equal(out, whole[2:30, 2:30])
+    out = read_picture(save(tmp_path, x, "a.png"), 224, "crop")
+    np.testing.assert_array_equal(out, x if h == w else expected)
 
 
 def test_a_picture_that_is_too_long_is_cropped_but_not_resized_whole():
@@ -390,7 +337,7 @@ def by_hand(x, side, half):
 
 
 @pytest.mark.parametrize(("rule", "half"), [("half_pixel", 0.5), ("corner", 0.0)])
-@pytest.mark.parametrize(("h", "w"), [(21, 34), (7, 5), (16, 9), (1, 1)])
+@pytest.mark.parametrize(("h", "w"), [(21, 34), (16, 9), (1, 1)])
 def test_rules_without_antialiasing(tmp_path, rule, half, h, w):
     x = RNG.integers(0, 256, (h, w, 3), np.uint8)
     out = read_picture(save(tmp_path, x, "a.png"), 16, rule)

@@ -27,17 +27,20 @@ def data_dir(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
+def as_decoded(split, i):
+    picture, _, _ = test_records.example(split, i)
+    picture = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, -1)
+    return Image.fromarray(picture[..., :3])  # alpha is dropped, as TensorFlow does
+
+
 def test_a_task_has_the_pictures_that_were_written(data_dir):
     task = tasks.load_task("svhn", image_size=16, data_dir=data_dir)
     assert task.train.labels.tolist() == [0, 1, 2, 3]
     assert task.val.labels.tolist() == [6, 7]
     assert task.test.labels.tolist() == [0, 1, 2, 3]
-    for split, name, first in (("train", "train", 0), ("val", "train", 6)):
-        for i, image in enumerate(getattr(task, split).images):
-            picture, _, _ = test_records.example(name, first + i)
-            if picture.ndim == 2:
-                picture = np.repeat(picture[..., None], 3, axis=-1)
-            picture = picture[..., :3]  # alpha is dropped, as TensorFlow does
+    for split, first in ((task.train, 0), (task.val, 6)):
+        for i, image in enumerate(split.images):
+            picture = np.asarray(as_decoded("train", first + i))
             expected = pictures.resize_bilinear(picture[None], 16, "corner")[0]
             np.testing.assert_array_equal(image, expected)
 
@@ -77,6 +80,8 @@ def test_tasks_with_the_same_pictures_share_a_file(data_dir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(vtab, "load", None)
         same, others = prepared.arrays(backwards, "test", 8, **options)
+        with pytest.raises(TypeError):  # another rule is another file
+            prepared.arrays(plain, "test", 8, **options | {"rule": "squash"})
     assert others.tolist() == [19, 18, 17, 16] and others.dtype == np.int32
     np.testing.assert_array_equal(same, images)
     black, labels = prepared.arrays(dark, "test", 8, **options)
@@ -96,12 +101,6 @@ def test_the_tasks_that_share_pictures():
         ["dsprites_location", "dsprites_orientation"],
         ["smallnorb_azimuth", "smallnorb_elevation"],
     ]
-
-
-def as_decoded(split, i):
-    picture, _, _ = test_records.example(split, i)
-    picture = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, -1)
-    return Image.fromarray(picture[..., :3])
 
 
 @pytest.mark.parametrize("splits", tasks.SPLITS)
@@ -146,17 +145,6 @@ def test_a_picture_that_is_too_long_is_named(data_dir, monkeypatch):
     assert not any(Path(data_dir, "cache", "pictures").iterdir())
 
 
-def test_a_second_start_reads_the_cache_alone(data_dir, monkeypatch):
-    row = vtab.BENCHMARKS["svhn"]
-    first = prepared.arrays(row, "test", 16, rule="corner", data_dir=data_dir)
-    monkeypatch.setattr(vtab, "load", None)
-    again = prepared.arrays(row, "test", 16, rule="corner", data_dir=data_dir)
-    for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a, b)
-    with pytest.raises(TypeError):  # another rule is another file
-        prepared.arrays(row, "test", 16, rule="squash", data_dir=data_dir)
-
-
 def test_other_files_are_read_anew(data_dir, capsys):
     row = vtab.BENCHMARKS["svhn"]
     prepared.arrays(row, "test", 8, rule="corner", data_dir=data_dir)
@@ -169,10 +157,7 @@ def test_other_files_are_read_anew(data_dir, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"data_dir": "nowhere"},
-            "svhn: got no prepared copy",
-        ),
+        ({"data_dir": "nowhere"}, "svhn: got no prepared copy"),
         ({"skip_broken": True}, "skip_broken for 'folder' alone"),
         ({"name": "cub", "resize": "crop"}, "for task 'cub'; expected resize for"),
     ],

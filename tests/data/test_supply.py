@@ -24,13 +24,10 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 METHODS = {"allow_pickle", "system", "popen", "load_module", "exec_module"}
 
 
-def trees():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        yield name, ast.parse(path.read_text())
-
-
-TREES = dict(trees())
+TREES = {}
+for path in sorted(PACKAGE.rglob("*.py")):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    TREES[name] = ast.parse(path.read_text())
 
 
 def imports(tree):
@@ -128,6 +125,8 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
     allowed = [tmp_path / "out", tmp_path / "cache", temp]
     allowed += [Path("/dev/null"), Path("/proc/self")]
     found = tmp_path / "found.json"
+    others = ("XDG", "JAX_C")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     done = subprocess.run(
         [
             *(sys.executable, "-B", "-c", WATCHED + RUN),
@@ -142,11 +141,7 @@ def test_a_run_asks_no_network_and_writes_in_workdir_and_cache_alone(tmp_path):
         ],
         cwd=ROOT,
         env={
-            **{
-                k: v
-                for k, v in os.environ.items()
-                if not k.startswith(("XDG", "JAX_C"))
-            },
+            **kept,
             "PYTHONPATH": os.pathsep.join((str(trap), str(ROOT))),
             "HOME": str(home),
             "TMPDIR": str(temp),

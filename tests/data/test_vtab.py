@@ -61,7 +61,6 @@ def test_splits_are_the_published_ones():
         parts = {k: "{}[{}:{}]".format(*v) for k, v in vtab.part_runs(row).items()}
         assert row.classes == int(classes)
         assert [parts[k] for k in ("train800", "val200", "test")] == [train, val, test]
-        assert [sizes_of(row)[k] for k in ("train800", "val200")] == [800, 200]
         assert sizes_of(row)["test"] == int(size)
 
 
@@ -80,16 +79,16 @@ def test_splits_of_fgvc_have_the_sizes_of_vpts():
     }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_parts_do_not_overlap_and_leave_nothing(row):
-    seen = {}
-    for part in ("train", "val", "test"):
-        run = vtab.part_runs(row)[part]
-        seen.setdefault(run.split, []).append((run.start, run.stop))
-    for split, runs in seen.items():
-        starts, stops = zip(*sorted(runs), strict=True)
-        assert starts == (0, *stops[:-1])
-        assert stops[-1] == row.source.sizes[split]
+def test_parts_do_not_overlap_and_leave_nothing():
+    for row in ROWS:
+        seen = {}
+        for part in ("train", "val", "test"):
+            run = vtab.part_runs(row)[part]
+            seen.setdefault(run.split, []).append((run.start, run.stop))
+        for split, runs in seen.items():
+            starts, stops = zip(*sorted(runs), strict=True)
+            assert starts == (0, *stops[:-1]), row.name
+            assert stops[-1] == row.source.sizes[split], row.name
 
 
 @given(st.integers(5, 10**6))
@@ -116,12 +115,12 @@ def test_small_sets_have_no_small_parts():
         vtab.part_runs(row, {"test": 5})
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_prompts_agree_with_the_published_share_of_tuned_parameters(row):
+def test_prompts_agree_with_the_published_share_of_tuned_parameters():
     # Twelve layers of width 768 and a linear head, over a ViT-B/16 without head.
-    tuned = 12 * row.prompts * 768 + 769 * row.classes
-    share = 100 * tuned / (85_798_656 + tuned)
-    assert round(share, 2) == row.tuned_percent
+    for row in ROWS:
+        tuned = 12 * row.prompts * 768 + 769 * row.classes
+        share = 100 * tuned / (85_798_656 + tuned)
+        assert round(share, 2) == row.tuned_percent, row.name
 
 
 # Means over the tasks as they were published: of natural, specialized and structured,
@@ -170,6 +169,7 @@ def test_tfds_builds_an_accepted_version(source):
         if row.source is source and "label" in info.features:
             assert info.features["label"].num_classes == row.classes
     assert bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS) <= bool(source.manual)
+    assert bool(source.files) == bool(source.manual)
 
 
 # Labels.
@@ -182,10 +182,7 @@ def scene(*depths):
 
 @pytest.mark.parametrize(
     ("depth", "label"),
-    [
-        *((0.5, 0), (8.0, 0), (8.000001, 1), (8.5, 1), (8.51, 2), (9.0, 2)),
-        *((9.01, 3), (9.5, 3), (9.51, 4), (10.0, 4), (10.01, 5), (99.0, 5)),
-    ],
+    [(0.5, 0), (8.0, 0), (8.000001, 1), (8.5, 1), (9.51, 4), (99.0, 5)],
 )
 def test_clevr(depth, label):
     objects = scene(depth, 100.0, depth + 1)
@@ -206,13 +203,11 @@ def street(*objects):
     "objects, label",
     [
         ([], 3),
-        ([(3, 5.0)], 3),  # a pedestrian
-        ([(5, 2.0), (6, 4.0), (4, 1.0), (7, 1.0)], 3),
+        ([(5, 2.0), (6, 4.0), (4, 1.0), (3, 5.0), (7, 1.0)], 3),  # others
         ([(0, 8.0)], 0),
         ([(0, 8.01)], 1),
         ([(1, 20.0)], 1),
         ([(2, 20.01)], 2),
-        ([(0, 400.0)], 2),
         ([(0, 25.0), (3, 1.0), (2, 15.0)], 1),
         ([(0, -2.0)], 0),
     ],
@@ -270,16 +265,9 @@ def data_dir(tmp_path_factory):
 
 
 def test_load(data_dir):
-    val = vtab.load(toy(), "val", data_dir=data_dir)
-    assert len(val) == 6
+    val = [*vtab.load(toy(), "val", data_dir=data_dir)]
     assert [label for _, label in val] == [6, 7, 8, 9, 10, 11]
     assert [picture.shape for picture, _ in val] == [(9 + i, 4, 3) for i in range(6)]
-    assert [label for _, label in vtab.load(toy(), "test", data_dir=data_dir)] == [
-        *range(4)
-    ]
-
-
-def test_load_reports_what_is_wrong(data_dir):
     with pytest.raises(ValueError, match="too few examples for 'train800'"):
         vtab.load(toy(), "train800", data_dir=data_dir)
     label = "toy, example 2: got label 8; expected 0 to 7"
@@ -328,22 +316,21 @@ def test_find_looks_at_tfds_own_folders(tmp_path, monkeypatch):
         vtab.find(row, str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_a_missing_set_says_what_to_do(row, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "by_hand", "with_tensorflow"),
+    [("svhn", False, True), ("resisc45", True, True), ("nabirds", True, False)],
+)
+def test_a_missing_set_says_what_to_do(name, by_hand, with_tensorflow, tmp_path):
+    row = vtab.BENCHMARKS[name]
     with pytest.raises(ValueError) as e:
         vtab.find(row, str(tmp_path))
     text = "\n".join([str(e.value), *e.value.__notes__])
-    assert text.startswith(f"{row.name}: got no prepared copy of {row.source.name!r}")
+    assert text.startswith(f"{name}: got no prepared copy of {row.source.name!r}")
     assert str(tmp_path / row.source.name) in text
     assert f"Download: {row.source.download}." in text
-    assert ("pip install tensorflow h5py opencv-python-headless" in text) == (
-        row.name != "nabirds"
-    )
-    manual = row.name in ("resisc45", "diabetic_retinopathy", "nabirds", "cars")
-    assert (f"These go to {tmp_path / 'downloads/manual'}." in text) == manual
-    assert bool(row.source.files) == manual
-    command = f"python -m vpt_jax.data prepare {row.name}"
+    assert (vtab.INSTALL in text) == with_tensorflow
+    assert (f"These go to {tmp_path / 'downloads/manual'}." in text) == by_hand
+    command = f"python -m vpt_jax.data prepare {name}"
     assert text.endswith(f"  {command} --data_dir={tmp_path}")
-    assert vtab.prepare_command(row) == command
     quoted = vtab.prepare_command(row, "my sets")
-    assert shlex.split(quoted)[-1] == "--data_dir=my sets"
+    assert shlex.split(quoted) == [*command.split(), "--data_dir=my sets"]
