@@ -4,13 +4,14 @@
 import copy
 import csv
 import io
+import itertools
 import json
 import re
 import statistics
 
 import numpy as np
 import pytest
-from test_report import Page, check_figures
+from test_report import Page, check_figures, make_rows, refused
 from test_report import make_row as row_of_a_report
 from test_vtab import DEEP_GROUP_MEANS, DEEP_MEAN_OVER_GROUPS, MEANS_OVER_TASKS
 
@@ -27,10 +28,13 @@ RATES = (0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0)
 
 def make_row(*values):
     """As a report's, of a model of the base size."""
-    row = row_of_a_report(*values)
-    del row["latency_ms"]  # a board has nothing that is timed
+    return of_a_board(row_of_a_report(*values))
+
+
+def of_a_board(row):
     total = sum(row["counts"])
-    return row | {
+    untimed = {name: value for name, value in row.items() if name != "latency_ms"}
+    return untimed | {
         "val_accuracy": None,
         "macs": 17_000_000_000 + 1_000_000 * total,
         "macs_reference": 17_500_000_000 + 8_000_000 * total,
@@ -40,75 +44,48 @@ def make_row(*values):
     }
 
 
-def make_task(rng, name, seeds=(42, 44, 82), ratios=(0.5, 0.3, 0.1), layers=12):
+def make_task(rng, name, seeds=(42, 44), ratios=(0.5, 0.3), layers=12):
     """A made-up task with a level of its own, as real ones have."""
     known = BENCHMARKS.get(name)
     each = known.prompts if known else 10
     level = known.published.deep / 100 if known else 0.8
     low = known.published.linear / 100 if known else 0.6
-    rows = []
-    for seed in seeds:
 
-        def add(stage, score, scope, ratio, counts, test, seed=seed):
-            test = float(np.clip(test + rng.normal(0, 0.004), 0, 1))
-            rows.append(make_row(stage, score, scope, ratio, counts, test, seed))
+    def free(ratio):
+        kept = max(1, round(ratio * each * layers))
+        return rng.multinomial(kept, [1 / layers] * layers).tolist()
 
-        add("linear", None, None, 0.0, [0] * layers, low)
-        add("tune", None, None, 1.0, [each] * layers, level)
-        for r in ratios:
-            kept = max(1, round(r * each * layers))
-            free = rng.multinomial(kept, [1 / layers] * layers).tolist()
-            lost = 0.002 / r
-            add("condense", "key_gate", "global", r, free, level - 0.1 * (1 - r))
-            add("finetune", "key_gate", "global", r, free, level - lost)
-            add("finetune", "key_gate", "layer", r, free, level - lost - 0.004)
-            add("finetune", "random", "global", r, free, level - 2 * lost)
-            add("scratch", None, None, r, free, level - 2 * lost)
+    rows = make_rows(rng, seeds, ratios, [each] * layers, free, level, low)
     grid = []
-    for decay in (0.01, 0.001, 0.0001, 0.0):
-        for rate in RATES:
-            value = level - 0.02 * abs(np.log2(rate / 5)) + rng.normal(0, 0.01)
-            finite = rate < 50 or decay > 0.001
-            grid.append(
-                {
-                    "base_lr": rate,
-                    "weight_decay": decay,
-                    "num_prompts": each,
-                    "val_accuracy": float(value) if finite else None,
-                    "epochs": 100 if finite else 7,
-                    "planned_epochs": 100,
-                }
-            )
+    for decay, rate in itertools.product((0.01, 0.001, 0.0001, 0.0), RATES):
+        value = float(level - 0.02 * abs(np.log2(rate / 5)) + rng.normal(0, 0.01))
+        finite = rate < 50 or decay > 0.001
+        entry = {"base_lr": rate, "weight_decay": decay, "num_prompts": each}
+        entry |= {"val_accuracy": value if finite else None}
+        grid.append(entry | {"epochs": 100 if finite else 7, "planned_epochs": 100})
     chosen = max(grid, key=lambda entry: entry["val_accuracy"] or 0)
     return {
         "group": known.group if known else "own",
         "classes": known.classes if known else 4,
         "chosen": {k: chosen[k] for k in CHOSEN} | {"batch_size": 64, "how": "sweep"},
         "grid": grid,
-        "rows": rows,
+        "rows": [of_a_board(row) for row in rows],
         "missing": 0,
     }
 
 
-def make_board(names=published.VTAB, benchmark="vtab", seeds=(42, 44, 82), **more):
+def make_board(names=published.VTAB, benchmark="vtab", seeds=(42, 44), **more):
     """A made-up board that looks like a real one; by default of 19 tasks."""
     rng = np.random.default_rng(0)
+    backbone = {"name": "ViT-B_16.npz", "variant": "B/16"}
+    backbone |= {"hash": "0123456789abcdef" * 4, "parameters": 85_798_656}
+    config = {"benchmark": {"mode": "sweep"}, "tune": {"epochs": 100}}
     return {
         "benchmark": benchmark,
         "command": "python -m vpt_jax.bench.benchmark --config=configs/vtab.py",
         "versions": {"vpt_jax": "0.1.0", "jax": "0.9.0"},
-        "backbone": {
-            "name": "ViT-B_16.npz",
-            "variant": "B/16",
-            "hash": "0123456789abcdef" * 4,
-            "parameters": 85_798_656,
-            "normalisation": "imagenet",
-        },
-        "config": {
-            "benchmark": {"mode": "sweep"},
-            "tune": {"epochs": 100},
-            "score": {"score": "key_gate"},
-        },
+        "backbone": backbone | {"normalisation": "imagenet"},
+        "config": config | {"score": {"score": "key_gate"}},
         "tasks": {name: make_task(rng, name, seeds, **more) for name in names},
     }
 
@@ -132,12 +109,10 @@ def by_name(board, ours=True):
 
 def simple(values, names, seeds):
     """All prompts alone, with the accuracies `values[task][seed]`."""
-    board = make_board(names, seeds=seeds, ratios=())
+    board, kind = make_board(names, seeds=seeds, ratios=()), ("tune", None, None, 1.0)
     for name in names:
-        board["tasks"][name]["rows"] = [
-            make_row("tune", None, None, 1.0, [10] * 12, values[name][s], s)
-            for s in values[name]
-        ]
+        rows = [make_row(*kind, [10] * 12, v, s) for s, v in values[name].items()]
+        board["tasks"][name]["rows"] = rows
     return board
 
 
@@ -158,16 +133,10 @@ def test_published_averages_are_those_that_were_published():
 
 def test_published_averages_of_fgvc():
     lines = by_name(make_board(published.FGVC, "fgvc"), ours=False)
-    for name, mean in {
-        "Full fine-tuning (VPT)": 88.54,
-        "Linear probe (VPT)": 79.32,
-        "VPT-Shallow": 84.62,
-        "VPT-Deep": 89.11,
-        "E2VPT": 89.22,
-        "Adapter+ (no prompts)": 90.7,
-        "PRO-VPT": 91.7,
-        "DA-VPT": 91.94,
-    }.items():
+    means = {"Full fine-tuning (VPT)": 88.54, "Linear probe (VPT)": 79.32}
+    means |= {"VPT-Shallow": 84.62, "VPT-Deep": 89.11, "E2VPT": 89.22}
+    means |= {"Adapter+ (no prompts)": 90.7, "PRO-VPT": 91.7, "DA-VPT": 91.94}
+    for name, mean in means.items():
         averages = lines[name]["averages"]
         # They are computed from rounded accuracies.
         assert averages["mean_tasks"]["mean"] == pytest.approx(mean, abs=0.05)
@@ -266,28 +235,29 @@ def test_missing_tasks_leave_averages_out():
     part = board["tasks"]["kitti_distance"]
     part["rows"] = [row for row in part["rows"] if row["stage"] != "scratch"]
     part["missing"] = 3
-    line = by_name(board)["All prompts (100 %)"]
+    ours = by_name(board)
+    line = ours["All prompts (100 %)"]
     averages = line["averages"]
-    assert averages["natural"]["n"] == 3
+    assert averages["natural"]["n"] == 2
     for key in ("structured", "mean_tasks", "mean_groups"):
         assert averages[key] is None
     assert line["tasks_in"] == 18
     # 17 tasks are complete; all is averaged over these, published numbers too.
     whole = set(published.VTAB) - {"dmlab", "kitti_distance"}
-    expected = np.mean([line["tasks"][name]["mean"] for name in whole])
-    assert averages["mean_complete"]["mean"] == pytest.approx(expected)
     deep = by_name(board, ours=False)["VPT-Deep"]["averages"]
-    expected = np.mean([BENCHMARKS[name].published.deep for name in whole])
-    assert deep["mean_complete"]["mean"] == pytest.approx(expected)
+    for found, values in (
+        (averages, [line["tasks"][name]["mean"] for name in whole]),
+        (deep, [BENCHMARKS[name].published.deep for name in whole]),
+    ):
+        assert found["mean_complete"]["mean"] == pytest.approx(np.mean(values))
     assert deep["mean_tasks"]["mean"] == pytest.approx(69.43, abs=0.006)
-    scratch = by_name(board)["From scratch 50 %"]
-    assert scratch["averages"]["mean_complete"]
-    assert scratch["prompts"] is not None
+    scratch = ours["From scratch 50 %"]
+    assert scratch["averages"]["mean_complete"] and scratch["prompts"] is not None
     text = markdown(board)
-    assert "17 of 19 tasks are complete, 63 runs" in text
-    assert "nothing yet of dmlab" in text
-    assert "| Mean over 17 complete tasks |" in text
-    assert f"| {tables.DASH} |" in text
+    for part in ("17 of 19 tasks are complete, 63 runs", "nothing yet of dmlab"):
+        assert part in text
+    for cell in ("Mean over 17 complete tasks", tables.DASH):
+        assert f"| {cell} |" in text
 
 
 def test_a_subset_is_called_so():
@@ -322,18 +292,20 @@ def test_diverged_runs_are_marked():
 def test_notes_say_what_is_comparable():
     board = make_board(NATURAL)
     said = markdown(board)
-    assert "swept, chosen by validation accuracy" in said
-    assert "Validation is VTAB-1k's: 200 pictures" in said
-    assert "as VPT did" in said
+    for part in ("swept, chosen by", "is VTAB-1k's: 200 pictures", "as VPT did"):
+        assert part in said
     board["backbone"].update(normalisation="half", variant="S/16")
     for task in board["tasks"].values():
         task["chosen"]["how"] = "published"
     board["tasks"]["dtd"]["chosen"]["how"] = "default"
     said = markdown(board)
-    assert "published, without a sweep of ours (6 of 7 tasks)" in said
-    assert "which favours its rows" in said
-    assert "VPT normalised with ImageNet's" in said
-    assert "Another model: they are no comparison." in said
+    for part in (
+        "without a sweep of ours (6 of 7 tasks)",
+        "which favours its rows",
+        "VPT normalised with ImageNet's",
+        "Another model: they are no comparison.",
+    ):
+        assert part in said
 
 
 def test_csv_holds_every_number():
@@ -360,7 +332,7 @@ def test_latex_is_balanced_and_escaped():
     for tabular in re.findall(r"\\begin\{tabular\}.*?\\end\{tabular\}", text, re.S):
         columns = re.match(r"\\begin\{tabular\}\{(l?r*)\}", tabular).group(1)
         rows = [row for row in tabular.splitlines() if row.endswith(r" \\")]
-        assert len(rows) > 20
+        assert len(rows) > 15
         for row in rows:
             assert len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1
     plain = re.sub(r"\\[&%$#_{}\\]", "", text.split("\n", 1)[1])
@@ -389,12 +361,11 @@ def reversed_keys(value):
 
 def test_nothing_is_written_of_a_bad_board(tmp_path):
     board = make_board(NATURAL)
-    del board["tasks"]["dtd"]["group"]
-    with pytest.raises(KeyError):
-        lb.write(board, tmp_path)
-    board = make_board(NATURAL)
     board["tasks"]["dtd"]["rows"][0]["test_accuracy"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
+        lb.write(board, tmp_path)
+    del board["tasks"]["dtd"]["group"]
+    with pytest.raises(KeyError):
         lb.write(board, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -413,7 +384,7 @@ def test_table_is_plain_and_uses_the_room_that_there_is(monkeypatch):
     for names in (published.VTAB, ("mugs",)):
         narrow, wide = (printed(make_board(names), w, monkeypatch) for w in (80, 200))
         for text in (narrow, wide):
-            assert "All prompts (100 %)" in text and "PC global 10 %" in text
+            assert "All prompts (100 %)" in text and "PC global 30 %" in text
             assert sum(line.startswith(names[0]) for line in text.splitlines()) == 1
         assert ("Specialized" in wide) == (len(names) > 1)
         assert "Specialized" not in narrow
@@ -512,6 +483,4 @@ def test_render_again(whole, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "PC global 30 %" in shown and "leaderboard.html" in shown
     source.write_text("{}")
-    with pytest.raises(SystemExit):
-        command.main([str(tmp_path)])
-    assert "is not a leaderboard" in capsys.readouterr().err
+    assert "is not a leaderboard" in refused(capsys, tmp_path)

@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import http.server
 import re
+import socket
 import threading
+import types
 
 
 class Hub:
@@ -17,6 +19,8 @@ class Hub:
         self.cuts = []  # of the next downloads, how many bytes they get before the end
         self.announced = {}  # another SHA-256 than the file's
         self.gated = set()  # "org/name/file" that need a licence
+        self.hashes = []  # what a bucket says of its files
+        self.address = ""
 
     def downloads(self):
         """Which files were sent, or begun to be."""
@@ -43,6 +47,8 @@ def _handler(hub):
             if start:
                 span = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 self.send_header("Content-Range", span)
+            for told in hub.hashes:
+                self.send_header("x-goog-hash", told)
             self.send_header("X-Repo-Commit", "1" * 40)
             self.send_header("ETag", f'"{etag}"')
             self.send_header("Content-Length", str(len(data) - start))
@@ -66,18 +72,36 @@ def _handler(hub):
 @contextlib.contextmanager
 def serve(monkeypatch, cache):
     """Yields a `Hub` in the place of the real one, with `cache` as the cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
-    hub = Hub()
+    hub, no_clock = Hub(), types.SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr(file_download, "time", no_clock)  # between its attempts
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        point_at(hub.address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield hub
         server.shutdown()
         thread.join()
+
+
+def point_at(address, monkeypatch):
+    """Makes the real package ask there."""
+    from huggingface_hub import constants
+
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+
+
+def unplug(monkeypatch):
+    """No name of a server is known any more."""
+
+    def refuse(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)

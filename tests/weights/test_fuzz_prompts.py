@@ -22,13 +22,11 @@ from vpt_jax.weights.readers import CheckpointError
 
 
 def written(arrays=None, **header):
-    arrays = prompt_arrays() | (arrays or {})
-    text = json.dumps(prompt_header() | header)
-    return safetensors_of(arrays, {"vpt_jax": text})
+    return headed(json.dumps(prompt_header() | header), arrays or {})
 
 
-def test_the_sound_file_is_accepted(tmp_path):
-    assert try_prompts(written(), tmp_path) == "accepted"
+def headed(text, arrays=()):
+    return safetensors_of(prompt_arrays() | dict(arrays), {"vpt_jax": text})
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +34,28 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("prompts")
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(PROMPT_FILES)
 def test_a_file_is_accepted_or_refused_by_one_error(scratch, data):
     try_prompts(data, scratch)
 
 
-def test_a_file_cut_anywhere_is_refused(tmp_path):
-    whole = written()
-    for size in range(0, len(whole), 7):
-        assert try_prompts(whole[:size], tmp_path) == "refused"
-
-
-def test_flipped_bits_of_the_header_never_crash(tmp_path):
+def test_a_damaged_file_is_refused_and_nothing_crashes(tmp_path):
     whole, rng = written(), np.random.default_rng(0)
-    outcomes = [try_prompts(changed(whole, rng), tmp_path) for _ in range(300)]
-    assert outcomes.count("refused") > 150
+    assert try_prompts(whole, tmp_path) == "accepted"
+    for size in range(0, len(whole), 17):
+        assert try_prompts(whole[:size], tmp_path) == "refused"
+    outcomes = [try_prompts(changed(whole, rng), tmp_path) for _ in range(100)]
+    assert outcomes.count("refused") > 50
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (written({"prompts/00": np.full((2, 4), np.nan, "f4")}), "infinite or NaN"),
-        (written({"head/bias": np.full(3, np.inf, "f4")}), "infinite or NaN"),
         (written({"prompts/00": np.zeros((2, 4), "f8")}), "float64.*expected float32"),
         (written({"prompts/00": np.zeros(4, "f4")}), r"prompts/00 float32 \[4\]"),
-        (
-            written({"head/kernel": np.zeros((4, 2), "f4")}),
-            r"expected float32 \[d, 3\]",
-        ),
+        (written({"head/kernel": np.zeros((4, 2), "f4")}), r"expected .* \[d, 3\]"),
         (written({"more": np.zeros(1, "f4")}), "holds .*more"),
         (written(counts=[1, 2]), r"expected float32 \[1, d\]"),
         (written(counts=[2]), r"expected \['prompts/00', 'head/bias', 'head/kernel'\]"),
@@ -74,12 +65,9 @@ def test_flipped_bits_of_the_header_never_crash(tmp_path):
         (written(version=2), "format version 2.*reads version 1"),
         (written(backbone_hash="other"), "belongs to another backbone"),
         (safetensors_of(prompt_arrays(), {}), "without a vpt_jax header"),
-        (
-            safetensors_of(prompt_arrays(), {"vpt_jax": "[1]"}),
-            r"is \[1\]; expected an object",
-        ),
-        (safetensors_of(prompt_arrays(), {"vpt_jax": "[" * 99999}), "is no JSON"),
-        (safetensors_of(prompt_arrays(), {"vpt_jax": 5}), "expected a string"),
+        (headed("[1]"), r"is \[1\]; expected an object"),
+        (headed("[" * 99999), "is no JSON"),
+        (headed(5), "expected a string"),
         (struct.pack("<Q", 2**63) + b"{}", "bytes of header"),
         (written().replace(b"prompts/01", b"prompts/00", 1), "invalid offset"),
     ],
@@ -95,12 +83,12 @@ def test_what_does_not_fit_is_named(tmp_path, data, message):
     assert str(path) in str(error.value) and peak < 50 << 20
 
 
-@pytest.mark.parametrize("card", ["[", "7", '{"normalisation": ["half"]}'])
-def test_a_model_card_that_is_no_card_is_refused(tmp_path, card):
+def test_a_model_card_that_is_no_card_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(safetensors_of({"a": np.zeros(1, "f4")}, {"model_card": card}))
-    with pytest.raises(CheckpointError, match=r"weights.safetensors (is|has) "):
-        vpt_jax.read_card(path)
+    for card in ("[", '{"normalisation": ["half"]}'):
+        path.write_bytes(safetensors_of({"a": np.zeros(1, "f4")}, {"model_card": card}))
+        with pytest.raises(CheckpointError, match=r"weights.safetensors (is|has) "):
+            vpt_jax.read_card(path)
 
 
 def test_a_user_without_a_home_is_one_error():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files with other people's names load as the same network, or say what is wrong."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from vpt_jax.weights.naming import read_names
 from vpt_jax.weights.readers import Lazy
 from vpt_jax.weights.release import flatten
 
+DOCS = Path(__file__).parents[2] / "docs" / "backbones.md"
 ATTENTION = "MultiHeadDotProductAttention_0"
 PARTS = ("query", "key", "value")
 
@@ -58,10 +60,9 @@ def names(block, both, attention, other):
     return result | dict(zip(whole, other.split(), strict=True))
 
 
-EMBEDDINGS = (
-    "embeddings.cls_token embeddings.position_embeddings"
-    " embeddings.patch_embeddings{} {}"
-).format
+EMBEDDINGS = "embeddings.cls_token embeddings.position_embeddings "
+EMBEDDINGS += "embeddings.patch_embeddings.projection layernorm"
+ATTENTIONS = " ".join(f"attention.attention.{n}" for n in PARTS)
 NAMES = {
     "timm": names(
         "blocks.{}.",
@@ -75,14 +76,14 @@ NAMES = {
         "encoder.layer.{}.",
         "layernorm_before layernorm_after attention.output.dense intermediate.dense"
         " output.dense",
-        "attention.attention.query attention.attention.key attention.attention.value",
-        EMBEDDINGS(".projection", "layernorm"),
+        ATTENTIONS,
+        EMBEDDINGS,
     ),
     "Dinov2Model": names(
         "encoder.layer.{}.",
         "norm1 norm2 attention.output.dense mlp.fc1 mlp.fc2",
-        "attention.attention.query attention.attention.key attention.attention.value",
-        EMBEDDINGS(".projection", "layernorm"),
+        ATTENTIONS,
+        EMBEDDINGS,
     )
     | {f"LayerScale_{i}": f"layer_scale{i + 1}.lambda1" for i in (0, 1)}
     | {"registers": "embeddings.register_tokens"},
@@ -90,13 +91,14 @@ NAMES = {
         "encoder.layer.{}.",
         "attention_norm ffn_norm attn.out ffn.fc1 ffn.fc2",
         "attn.query attn.key attn.value",
-        EMBEDDINGS("", "encoder.encoder_norm"),
+        "embeddings.cls_token embeddings.position_embeddings"
+        " embeddings.patch_embeddings encoder.encoder_norm",
     ),
     "in memory": names(
         "layers.{}.",
         "layernorm_before layernorm_after attention.o_proj mlp.fc1 mlp.fc2",
         "attention.q_proj attention.k_proj attention.v_proj",
-        EMBEDDINGS(".projection", "layernorm"),
+        EMBEDDINGS,
     ),
 }
 
@@ -106,47 +108,68 @@ def pytorch(flat, names, prefix=""):
     result = {names[n]: flat[n] for n in ("cls", "registers") if n in flat}
     if (place := "Transformer/posembed_input/pos_embedding") in flat:
         result[names["positions"]] = flat[place]
-
-    def put(there, here, change=np.transpose):
-        for ours, theirs in (("kernel", "weight"), ("scale", "weight"), ("bias",) * 2):
-            if (array := flat.get(f"{here}/{ours}")) is not None:
-                result[f"{there}.{theirs}"] = change(array)
-
-    put(names["patches"], "embedding", oihw)
-    put(names["norm"], "Transformer/encoder_norm")
+    result |= layer(flat, "embedding", names["patches"], oihw)
+    result |= layer(flat, "Transformer/encoder_norm", names["norm"])
     for i in range(6):
         here, there = f"Transformer/encoderblock_{i}/", names["block"].format(i)
-        for n in ("LayerNorm_0", "LayerNorm_1"):
-            put(there + names[n], here + n)
-        for n in ("Dense_0", "Dense_1"):
-            put(there + names[n], f"{here}MlpBlock_0/{n}")
-        put(there + names["out"], f"{here}{ATTENTION}/out", one_axis)
-        if "qkv" in names:
-            for kind in ("kernel", "bias"):
-                three = [one_axis(flat[f"{here}{ATTENTION}/{n}/{kind}"]) for n in PARTS]
-                leaf = "weight" if kind == "kernel" else kind
-                result[f"{there}{names['qkv']}.{leaf}"] = np.concatenate(three)
-        else:
-            for n in PARTS:
-                put(there + names[n], f"{here}{ATTENTION}/{n}", one_axis)
-        for n in ("LayerScale_0", "LayerScale_1"):
-            if f"{here}{n}/gamma" in flat:
-                result[there + names[n]] = flat[f"{here}{n}/gamma"]
+        result |= in_block(flat, here, there, names)
     return {prefix + n: a for n, a in result.items()}
+
+
+def layer(flat, ours, theirs, change=np.transpose):
+    """What there is of a layer."""
+    leaves = (("kernel", "weight"), ("scale", "weight"), ("bias", "bias"))
+    return {
+        f"{theirs}.{leaf}": change(flat[f"{ours}/{own}"])
+        for own, leaf in leaves
+        if f"{ours}/{own}" in flat
+    }
+
+
+def in_block(flat, here, there, names, attention=ATTENTION):
+    """Norms, attention and MLP below `here`, as they are called below `there`."""
+    result = layer(flat, f"{here}{attention}/out", there + names["out"], heads_in)
+    for n in ("LayerNorm_0", "LayerNorm_1"):
+        result |= layer(flat, here + n, there + names.get(n, ""))
+    for n in ("Dense_0", "Dense_1"):
+        result |= layer(flat, f"{here}MlpBlock_0/{n}", there + names[n])
+    for n in ("LayerScale_0", "LayerScale_1"):
+        if f"{here}{n}/gamma" in flat:
+            result[there + names[n]] = flat[f"{here}{n}/gamma"]
+    three = [
+        layer(flat, f"{here}{attention}/{n}", there + names.get(n, "qkv"), heads_out)
+        for n in PARTS
+    ]
+    if "qkv" not in names:
+        return result | three[0] | three[1] | three[2]
+    for leaf in ("weight", "bias"):
+        parts = [part[f"{there}qkv.{leaf}"] for part in three]
+        result[f"{there}{names['qkv']}.{leaf}"] = np.concatenate(parts)
+    return result
 
 
 def oihw(x):
     return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
 
 
-def one_axis(x):
+def heads_out(x):
     """Heads and their width as one axis, `[out, in]`."""
-    return x.reshape(128, 128).T if x.ndim == 3 else x.reshape(-1)
+    return x.reshape(len(x), -1).T if x.ndim == 3 else x.ravel()
 
 
-def load(tmp_path, arrays, variant="demo/16", **options):
-    np.savez(tmp_path / "file.npz", **arrays)
-    return vpt_jax.load_backbone(variant, tmp_path / "file.npz", **options)
+def heads_in(x):
+    return x.reshape(-1, x.shape[-1]).T if x.ndim == 3 else x
+
+
+def load(tmp_path, arrays, variant="demo/16", file="file.npz", **options):
+    np.savez(tmp_path / file, **arrays)
+    args = (variant, tmp_path / file) if variant else (tmp_path / file,)
+    return vpt_jax.load_backbone(*args, **options)
+
+
+def refused(message, tmp_path, arrays, **options):
+    with pytest.raises(vpt_jax.CheckpointError, match=message):
+        load(tmp_path, arrays, **options)
 
 
 def assert_same(backbone, flat):
@@ -156,18 +179,26 @@ def assert_same(backbone, flat):
         np.testing.assert_array_equal(loaded[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize("prefix", ["", "vit.", "module.base_encoder."])
-@pytest.mark.parametrize("names", ["timm", "transformers", "in memory", "VPT"])
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        ("timm", ""),
+        ("timm", "module.base_encoder."),
+        ("transformers", "vit."),
+        ("in memory", ""),
+        ("VPT", ""),
+    ],
+)
 def test_names_of_pytorch_projects(flat, tmp_path, names, prefix):
     arrays = pytorch(flat, NAMES[names], prefix)
-    # What a head, a tuned prompt or a second network would leave in the file.
-    arrays |= {f"{prefix}head.weight": np.zeros((3, 128)), "epoch": np.zeros(())}
-    arrays |= {f"{prefix}prompt_embeddings": np.zeros((1, 5, 128))}
-    arrays |= {f"module.momentum_encoder.{n}": a for n, a in flat.items()}
-    if not prefix:
-        arrays = {
-            n: a for n, a in arrays.items() if "momentum" not in n and n != "epoch"
-        }
+    # What a head, a tuned prompt, a decoder or a second network leaves in the file.
+    more = ["head.weight", "prompt_embeddings", "mask_token", "decoder_pos_embed"]
+    more += ["decoder_blocks.0.attn.qkv.weight"]
+    arrays |= {prefix + n: np.zeros(1) for n in more}
+    if prefix:
+        more = ["predictor.1.running_mean", "base_encoder.head.1.running_var", "epoch"]
+        arrays |= {f"module.{n}": np.zeros(1) for n in more}
+        arrays |= {f"module.momentum_encoder.{n}": a for n, a in flat.items()}
     model, backbone = load(tmp_path, arrays)
     assert (model.registers, model.layer_scale, model.image_size) == (0, False, 32)
     assert_same(backbone, flat)
@@ -204,22 +235,18 @@ def test_dinov3(tmp_path, bias):
             both = np.split(arrays.pop(f"{here}mlp.fc1.{leaf}"), 2)
             for name, half in zip(("fc1_g", "fc1_x"), both, strict=True):
                 arrays[f"{here}mlp.{name}.{leaf}"] = half
-    np.savez(tmp_path / "w.npz", **arrays)
-    model, backbone = vpt_jax.load_backbone(tmp_path / "w.npz", num_heads=4)
+    model, backbone = load(tmp_path, arrays, "", num_heads=4)
     assert (model.posemb, model.epsilon, model.image_size) == ("rotary", 1e-5, 224)
     assert (model.readout, model.swiglu, model.registers) == ("cls", True, 4)
     assert_same(backbone, flat)
+    if not bias:
+        return
     # Another size: nothing is resized.
-    _, same = vpt_jax.load_backbone(
-        tmp_path / "w.npz", num_heads=4, posemb="rotary", image_size=64
-    )
+    _, same = load(tmp_path, arrays, "", num_heads=4, posemb="rotary", image_size=64)
     assert_same(same, flat)
     for gone in ("blocks.3.attn.q_bias", "blocks.3.mlp.fc1_g.bias"):
         some = {n: a for n, a in arrays.items() if n != gone}
-        if len(some) < len(arrays):
-            np.savez(tmp_path / "w.npz", **some)
-            with pytest.raises(vpt_jax.CheckpointError, match=r"block_3|blocks\.3"):
-                vpt_jax.load_backbone(tmp_path / "w.npz", num_heads=4)
+        refused(r"block_3|blocks\.3", tmp_path, some, variant="", num_heads=4)
 
 
 CLIP = names(
@@ -252,40 +279,32 @@ def test_clip(tmp_path):
     assert_same(backbone, flat)
     # Without a final norm it is no CLIP, however it is read.
     arrays = {n: a for n, a in arrays.items() if "post_layernorm" not in n}
-    with pytest.raises(vpt_jax.CheckpointError, match="a Perception Encoder"):
-        load(tmp_path, arrays, activation="gelu", readout="mean", norm="after")
+    options = {"activation": "gelu", "readout": "mean", "norm": "after"}
+    refused("a Perception Encoder", tmp_path, arrays, **options)
 
 
 @pytest.mark.parametrize("whose", ["big_vision", "timm", "transformers"])
 def test_siglip(tmp_path, whose):
     flat = flat_vit(class_token=False, readout="map")
-    arrays = {f"params/img/{n}": a for n, a in flat.items()}
-    if whose != "big_vision":
-        table = CLIP if whose == "transformers" else NAMES["timm"]
-        arrays = pytorch(flat, table)
-        pool = "head." if whose == "transformers" else "attn_pool."
-        inside = {f"MAPHead_0/{ATTENTION}/out": "proj", "MAPHead_0/LayerNorm_0": "norm"}
-        inside |= {f"MAPHead_0/MlpBlock_0/Dense_{i}": f"mlp.fc{i + 1}" for i in (0, 1)}
-        inside |= {f"MAPHead_0/{ATTENTION}/{n}": n for n in PARTS}
-        parts = {}
-        for name, array in flat.items():
-            place, _, leaf = name.rpartition("/")
-            if place in inside:
-                array = one_axis(array) if ATTENTION in name else array.T
-                leaf = "bias" if leaf == "bias" else "weight"
-                parts[inside[place], leaf] = array
+    pool = {"Dense_0": "mlp.fc1", "Dense_1": "mlp.fc2"}
+    if whose == "big_vision":
+        arrays = {f"params/img/{n}": a for n, a in flat.items()}
+    elif whose == "timm":
+        arrays = pytorch(flat, NAMES["timm"])
+        pool |= {"LayerNorm_0": "norm", "out": "proj", "qkv": "qkv"}
+        arrays |= in_block(flat, "MAPHead_0/", "attn_pool.", pool)
+        arrays["attn_pool.latent"] = flat["MAPHead_0/probe"]
         for leaf in ("weight", "bias"):
-            q, k, v = (parts.pop((n, leaf)) for n in PARTS)
-            if whose == "timm":
-                arrays[f"{pool}q.{leaf}"] = q
-                arrays[f"{pool}kv.{leaf}"] = np.concatenate([k, v])
-            else:
-                arrays[f"{pool}attention.in_proj_{leaf}"] = np.concatenate([q, k, v])
-        own = {"proj": "attention.out_proj", "norm": "layernorm"}
-        own = own if whose == "transformers" else {}
-        arrays |= {f"{pool}{own.get(n, n)}.{leaf}": a for (n, leaf), a in parts.items()}
-        probe = "probe" if whose == "transformers" else "latent"
-        arrays[f"{pool}{probe}"] = flat["MAPHead_0/probe"]
+            q, k, v = np.split(arrays.pop(f"attn_pool.qkv.{leaf}"), 3)
+            arrays[f"attn_pool.q.{leaf}"] = q
+            arrays[f"attn_pool.kv.{leaf}"] = np.concatenate([k, v])
+    else:
+        arrays = pytorch(flat, CLIP)
+        pool |= {"LayerNorm_0": "layernorm", "out": "attention.out_proj"}
+        pool |= {"qkv": "attention.in_proj"}
+        arrays |= in_block(flat, "MAPHead_0/", "head.", pool)
+        arrays["head.probe"] = flat["MAPHead_0/probe"]
+        arrays = {n.replace("in_proj.", "in_proj_"): a for n, a in arrays.items()}
     model, backbone = load(tmp_path, arrays, activation="gelu_tanh")
     assert (model.readout, model.class_token) == ("map", False)
     assert_same(backbone, flat)
@@ -296,8 +315,7 @@ def test_siglip(tmp_path, whose):
     # With a class token it would be another network (a Perception Encoder).
     name = {"timm": "cls_token", "big_vision": "params/img/cls"}
     arrays[name.get(whose, "embeddings.class_embedding")] = np.zeros((1, 1, 128))
-    with pytest.raises(vpt_jax.CheckpointError, match="a Perception Encoder"):
-        load(tmp_path, arrays, activation="gelu")
+    refused("a Perception Encoder", tmp_path, arrays, activation="gelu")
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -312,35 +330,31 @@ def test_tips(tmp_path, gated):
         f"{tokens}/posembed_input": table[:, 1:].reshape(1, 2, 2, 128),
     }
     for name, array in flat.items():
+        name = name.replace("Transformer/encoder_", "encoder/encoder_")
+        name = name.replace("Transformer", "encoder/transformer")
         if name.startswith("embedding/"):
             arrays[f"{tokens}/{name}"] = array
-        if name.startswith("Transformer/encoder_norm/"):
-            arrays[name.replace("Transformer", "encoder")] = array
-        if "encoderblock" not in name:
-            continue
-        name = name.replace("Transformer", "encoder/transformer")
-        if gated and "MlpBlock_0" in name:
-            own = name.replace("MlpBlock_0", "FFNSwiGluFused_0")
-            if "Dense_1" in name:
-                arrays[own.replace("Dense_1", "Dense_2")] = array
-                continue
-            first, second = np.split(array, 2, axis=-1)
-            arrays |= {own: first, own.replace("Dense_0", "Dense_1"): second}
-        else:
+        elif gated and "MlpBlock_0/Dense_0" in name:
+            for i, half in enumerate(np.split(array, 2, axis=-1)):
+                own = f"FFNSwiGluFused_0/Dense_{i}"
+                arrays[name.replace("MlpBlock_0/Dense_0", own)] = half
+        elif gated and "MlpBlock_0/Dense_1" in name:
+            own = "FFNSwiGluFused_0/Dense_2"
+            arrays[name.replace("MlpBlock_0/Dense_1", own)] = array
+        elif name.startswith("encoder/") and "posembed" not in name:
             arrays[name] = array
-    file = tmp_path / "tips_v2_b14_vision.npz"
-    np.savez(file, **arrays)
-    model, backbone = vpt_jax.load_backbone(file, num_heads=4)
+    options = {"variant": "", "file": "tips_v2_b14_vision.npz", "num_heads": 4}
+    model, backbone = load(tmp_path, arrays, **options)
     assert (model.registers, model.layer_scale, model.swiglu) == (1, False, gated)
     assert (model.activation, model.readout) == ("gelu_tanh", "cls")
     assert_same(backbone, flat)
-    np.savez(file, **arrays | {f"{tokens}/cls": flat["cls"][:, :, :5]})
-    with pytest.raises(vpt_jax.CheckpointError, match=r"/cls has shape \(1, 1, 5\)"):
-        vpt_jax.load_backbone(file, num_heads=4)
+    arrays[f"{tokens}/cls"] = flat["cls"][:, :, :5]
+    refused(r"/cls has shape \(1, 1, 5\)", tmp_path, arrays, **options)
 
 
-@pytest.mark.parametrize(("token", "num"), [("dist_token", 1), ("reg_token", 3)])
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(
+    ("token", "num", "class_token"), [("dist_token", 1, True), ("reg_token", 3, False)]
+)
 def test_registers_with_positions(tmp_path, token, num, class_token):
     """A distilled DeiT's second token is a register: its position is added to it."""
     readout = "cls" if class_token else "mean"
@@ -368,8 +382,7 @@ def test_rows_of_patches_are_refused_by_name(flat, tmp_path):
     arrays = pytorch(flat, CLIP)
     name = "embeddings.patch_embedding.weight"
     arrays[name] = arrays[name].reshape(128, -1)
-    with pytest.raises(vpt_jax.CheckpointError, match=r"all proportions \(NaFlex\)"):
-        load(tmp_path, arrays)
+    refused(r"all proportions \(NaFlex\)", tmp_path, arrays)
 
 
 def test_a_table_without_a_row_for_the_class_token_gets_zeros(flat, tmp_path):
@@ -377,29 +390,22 @@ def test_a_table_without_a_row_for_the_class_token_gets_zeros(flat, tmp_path):
     arrays["pos_embed"] = arrays["pos_embed"][:, 1:]
     model, backbone = load(tmp_path, arrays)
     table = backbone["Transformer"]["posembed_input"]["pos_embedding"]
-    assert float(jnp.abs(table[:, 0]).max()) == 0
+    assert np.all(table[:, 0] == 0)
     np.testing.assert_array_equal(table[:, 1:], arrays["pos_embed"])
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("place", ["pos_embedding", "Transformer/pos_embedding"])
+@pytest.mark.parametrize(
+    ("scan", "place"), [(False, "pos_embedding"), (True, "Transformer/pos_embedding")]
+)
 def test_big_visions_names(flat, tmp_path, scan, place):
     arrays = {n: a for n, a in flat.items() if n != "cls"}
     table = arrays.pop("Transformer/posembed_input/pos_embedding")
     arrays[place] = table[:, 1:]
     if scan:
-        blocks = [
-            {
-                n.partition(f"_{i}/")[2]: a
-                for n, a in arrays.items()
-                if f"block_{i}/" in n
-            }
-            for i in range(6)
-        ]
-        arrays = {n: a for n, a in arrays.items() if "encoderblock" not in n}
-        for n in blocks[0]:
-            stacked = np.stack([b[n] for b in blocks])
-            arrays[f"Transformer/encoderblock/{n}"] = stacked
+        first = "Transformer/encoderblock_0/"
+        for n in [n for n in arrays if n.startswith(first)]:
+            blocks = [arrays.pop(n.replace("_0/", f"_{i}/", 1)) for i in range(6)]
+            arrays[n.replace("_0/", "/", 1)] = np.stack(blocks)
     arrays["head/kernel"] = np.zeros((128, 3))
     arrays = {f"params/{n}": a for n, a in arrays.items()}
     model, backbone = load(tmp_path, arrays)
@@ -412,8 +418,7 @@ def test_big_visions_names(flat, tmp_path, scan, place):
 def test_a_file_without_a_table_needs_to_be_told_so(flat, tmp_path):
     place = "Transformer/posembed_input/pos_embedding"
     arrays = {n: a for n, a in flat.items() if n not in ("cls", place)}
-    with pytest.raises(vpt_jax.CheckpointError, match=f"missing {place}"):
-        load(tmp_path, arrays)
+    refused(f"missing {place}", tmp_path, arrays)
     model, backbone = load(tmp_path, arrays, posemb="sincos", image_size=48)
     assert (model.posemb, model.image_size) == ("sincos", 48)
     assert_same(backbone, arrays)
@@ -427,57 +432,44 @@ def test_read_out_and_norm(flat, tmp_path):
     # After pooling, a norm that was trained on tokens is not used.
     model, backbone = load(tmp_path, timm, readout="mean", norm="after")
     norm = backbone["Transformer"]["encoder_norm"]
-    assert (float(norm["scale"].min()), float(norm["scale"].max())) == (1.0, 1.0)
-    assert float(jnp.abs(norm["bias"]).max()) == 0
+    assert np.all(norm["scale"] == 1) and np.all(norm["bias"] == 0)
     # The class token is a token: there it is used, wherever the norm stands.
     model, backbone = load(tmp_path, timm, readout="cls", norm="after")
     assert_same(backbone, flat)
     # One that was trained after pooling is.
-    pooled = {
-        n.replace("norm.", "fc_norm.", n.startswith("norm.")): a
-        for n, a in timm.items()
-    }
+    pooled = pytorch(flat, NAMES["timm"] | {"norm": "fc_norm"})
     model, backbone = load(tmp_path, pooled)
     assert (model.readout, model.norm) == ("mean", "after")
     assert_same(backbone, flat)
 
 
+def small_swin(window):
+    sizes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "patch": 4}
+    return vpt_jax.Swin(**sizes, window=window, image_size=8 * window)
+
+
 @pytest.fixture(scope="module")
 def flat_swin():
-    return random_parameters(vpt_jax.Swin("T"))
-
-
-SWIN = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
-SWIN["norm"] = "norm"
+    return random_parameters(small_swin(7))
 
 
 def swin_names(flat, late):
     """Names of timm (`late`: merging starts a stage) or of the original code."""
-    result = {}
-    for name, a in flat.items():
-        parts = name.split("/")
-        leaf = {"kernel": "weight", "scale": "weight"}.get(parts[-1], parts[-1])
-        if parts[0] in SWIN:
-            result[f"{SWIN[parts[0]]}.{leaf}"] = oihw(a)
-        elif parts[0].startswith("merging"):
-            stage = int(parts[0][-1]) + late
-            result[f"layers.{stage}.downsample.{parts[1]}.{leaf}"] = a.T
-        else:
-            _, stage, block = parts[0].split("_")
-            here = f"layers.{stage}.blocks.{block}"
-            if parts[-2] == "query":
-                three = [flat[name.replace("query", n)] for n in PARTS]
-                rows = [
-                    x.reshape(len(a), -1).T if x.ndim == 3 else x.ravel() for x in three
-                ]
-                result[f"{here}.attn.qkv.{leaf}"] = np.concatenate(rows)
-            elif parts[-2] == "out":
-                a = a.reshape(a.shape[-1], -1).T if a.ndim == 3 else a
-                result[f"{here}.attn.proj.{leaf}"] = a
-            elif parts[-1] == "relative_position_bias_table":
-                result[f"{here}.attn.relative_position_bias_table"] = a
-            elif parts[-2] not in PARTS:
-                result[f"{here}.{NAMES['timm'][parts[-2]]}.{leaf}"] = a.T
+    result = layer(flat, "patch_embed", "patch_embed.proj", oihw)
+    result |= layer(flat, "patch_norm", "patch_embed.norm") | layer(
+        flat, "norm", "norm"
+    )
+    for place in {name.split("/")[0] for name in flat}:
+        kind, *at = place.split("_")
+        if kind == "merging":
+            there = f"layers.{int(at[0]) + late}.downsample"
+            for n in ("norm", "reduction"):
+                result |= layer(flat, f"{place}/{n}", f"{there}.{n}")
+        if kind == "blocks":
+            there = f"layers.{at[0]}.blocks.{at[1]}."
+            result |= in_block(flat, f"{place}/", there, NAMES["timm"], "attention")
+            table = "relative_position_bias_table"
+            result[f"{there}attn.{table}"] = flat[f"{place}/attention/{table}"]
     return result
 
 
@@ -486,46 +478,42 @@ def test_swin(flat_swin, tmp_path, late):
     arrays = swin_names(flat_swin, late)
     arrays["layers.0.blocks.1.attn_mask"] = np.zeros((64, 49, 49))
     arrays["layers.0.blocks.1.attn.relative_position_index"] = np.zeros((49, 49))
-    arrays["head.weight"] = np.zeros((10, 768))
-    model, backbone = load(tmp_path, arrays, "Swin-T", readout="mean_with_prompts")
-    assert (model.window, model.image_size) == (7, 224)
+    arrays["head.weight"] = np.zeros((10, 32))
+    model, backbone = load(tmp_path, arrays, "")
+    assert (model.window, model.image_size) == (7, 56)
     assert model.readout == "mean_with_prompts"
     assert_same(backbone, flat_swin)
 
 
 def test_swin_on_pictures_smaller_than_its_window(tmp_path):
     """Patches at the same distance keep their bias in the one smaller window."""
-    sizes = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
-    flat = random_parameters(vpt_jax.Swin(**sizes, window=8, image_size=256))
-    small, backbone = load(tmp_path, swin_names(flat, True), "Swin-T", image_size=128)
-    assert (small.window, small.image_size) == (8, 128)
+    flat = random_parameters(small_swin(8))
+    small, backbone = load(tmp_path, swin_names(flat, True), "", image_size=32)
+    assert (small.window, small.image_size) == (8, 32)
     table = "attention/relative_position_bias_table"
     loaded = flatten(backbone)
     np.testing.assert_array_equal(
         loaded[f"blocks_0_0/{table}"], flat[f"blocks_0_0/{table}"]
     )
-    whole, part = flat[f"blocks_3_1/{table}"], loaded[f"blocks_3_1/{table}"]
-    assert (whole.shape, part.shape) == ((225, 24), (49, 24))
-    for down in range(-3, 4):
-        for right in range(-3, 4):
-            np.testing.assert_array_equal(
-                part[(down + 3) * 7 + right + 3], whole[(down + 7) * 15 + right + 7]
-            )
+    whole, part = flat[f"blocks_1_1/{table}"], loaded[f"blocks_1_1/{table}"]
+    assert (whole.shape, part.shape) == ((225, 4), (49, 4))
+    square = whole.reshape(15, 15, 4)[4:11, 4:11]
+    np.testing.assert_array_equal(part, square.reshape(49, 4))
 
 
-def test_wrong_variants_say_what_the_file_is(flat, flat_swin, tmp_path):
+def test_wrong_variants_say_what_the_file_is(flat, tmp_path):
     timm = pytorch(flat, NAMES["timm"])
+    swin = swin_names(random_parameters(vpt_jax.Swin("T")), True)
+    shallow = {n: a for n, a in timm.items() if "s.5." not in n}
+    table = "layers.0.blocks.{}.attn.relative_position_bias_table"
+    several = swin | {table.format(i): np.zeros((121, 3)) for i in range(2)}
     for variant, arrays, message in [
-        ("B/16", timm, "holds a 'demo/16', not 'B/16'"),
         ("demo/8", timm, "holds a 'demo/16', not 'demo/8'"),
         ("Swin-T", timm, "holds a 'demo/16', not 'Swin-T'"),
-        ("B/16", swin_names(flat_swin, True), "holds a 'Swin-T' with window 7"),
-        ("Swin-S", swin_names(flat_swin, True), "holds a 'Swin-T' with window 7"),
-        (
-            "B/16",
-            {n: a for n, a in timm.items() if "s.5." not in n},
-            "depth 5.*none of",
-        ),
+        ("B/16", swin, "holds a 'Swin-T' with window 7"),
+        ("Swin-T", several, r"windows of \(6, 7, 7, 7\) \(Swin S3\)"),
+        ("Swin-S", swin, "holds a 'Swin-T' with window 7"),
+        ("B/16", shallow, "depth 5.*none of"),
         ("B/33x", timm, "unknown variant 'B/33x'"),
         ("Swin-X", timm, "unknown variant 'Swin-X'"),
     ]:
@@ -535,57 +523,38 @@ def test_wrong_variants_say_what_the_file_is(flat, flat_swin, tmp_path):
 
 def test_what_does_not_fit_is_named(flat, tmp_path):
     timm = pytorch(flat, NAMES["timm"])
-    fused = timm["blocks.2.attn.qkv.weight"]
-    three = timm["pos_embed"][:, :3]
-    for change, options, message in [
-        ({"norm.bias": None}, {}, "missing Transformer/encoder_norm/bias"),
-        ({"blocks.0.extra.weight": fused}, {}, "unused blocks.0.extra.weight"),
-        (
-            {"blocks.2.attn.qkv.weight": fused[1:]},
-            {},
-            "unused blocks.2.attn.qkv.weight",
-        ),
-        (
-            {"norm.bias": fused[0, :5]},
-            {},
-            r"norm.bias has shape \(5,\), expected \(128,",
-        ),
-        ({"norm.bias": fused[0][None]}, {}, r"norm.bias has shape \(1, 128\)"),
-        ({"pos_embed": three}, {}, "expected .1, n . n, d. or .1, 1"),
-        ({"cls_token": None}, {}, "the file has no class token"),
-        ({"fc_norm.bias": fused[0]}, {}, "twice, as norm.bias and fc_norm.bias"),
-        ({}, {"skip": ("nrom",)}, "skip names 'nrom', which is neither"),
-        (
-            {f"a.{n}": a for n, a in timm.items()},
-            {},
-            "holds 2 networks, below '', 'a.'",
-        ),
-        (dict.fromkeys(timm) | {"x": fused}, {}, "holds no ViT or Swin.*1 arrays: x"),
+    qkv = "blocks.2.attn.qkv.weight"
+    row, three = timm[qkv][0], timm["pos_embed"][:, :3]
+    second = {f"a.{n}": a for n, a in timm.items()}
+    for change, message in [
+        ({"norm.bias": None}, "missing Transformer/encoder_norm/bias"),
+        ({"blocks.0.extra.weight": row}, "unused blocks.0.extra.weight"),
+        ({qkv: timm[qkv][1:]}, f"unused {qkv}"),
+        ({"norm.bias": row[:5]}, r"norm.bias has shape \(5,\), expected \(128,"),
+        ({"norm.bias": row[None]}, r"norm.bias has shape \(1, 128\)"),
+        ({"pos_embed": three}, "expected .1, n . n, d. or .1, 1"),
+        ({"cls_token": None}, "the file has no class token"),
+        (second, "holds 2 networks, below '', 'a.'"),
+        (dict.fromkeys(timm) | {"x": row}, "holds no ViT or Swin.*1 arrays: x"),
     ]:
         arrays = {n: a for n, a in (timm | change).items() if a is not None}
-        with pytest.raises(vpt_jax.CheckpointError, match=message):
-            load(tmp_path, arrays, **options)
+        refused(message, tmp_path, arrays)
 
 
 def test_only_what_is_no_part_of_the_features_can_be_skipped(flat, tmp_path):
     timm = pytorch(flat, NAMES["timm"])
     more = timm | {"my_head.weight": np.zeros((3, 128)), "fc_norm.bias": np.zeros(128)}
-    with pytest.raises(vpt_jax.CheckpointError, match="twice, as norm.bias and fc_no"):
-        load(tmp_path, more)
-    with pytest.raises(
-        vpt_jax.CheckpointError, match=r"unused my_head.weight\. .*skip="
-    ):
-        load(tmp_path, more, skip=("fc_norm",))
+    refused("twice, as norm.bias and fc_no", tmp_path, more)
+    refused(r"unused my_head.weight\. .*skip=", tmp_path, more, skip=("fc_norm",))
     _, backbone = load(tmp_path, more, skip=("fc_norm", "my_head"))
     assert_same(backbone, flat)
     more["blocks.0.extra.weight"] = more.pop("my_head.weight")
-    with pytest.raises(vpt_jax.CheckpointError) as error:
-        load(tmp_path, more, skip=("fc_norm",))
-    assert "unused blocks.0.extra.weight" in str(error.value)
-    assert "skip" not in str(error.value)
-    for skip in ("extra", "encoder_norm", "embedding/bias", "patch_embed.proj.bias"):
-        with pytest.raises(vpt_jax.CheckpointError, match="function needs|missing emb"):
-            load(tmp_path, more, skip=("fc_norm", "extra", skip))
+    # Of a block nothing can be: no word of skip=.
+    no_advice = r"unused blocks.0.extra.weight((?!skip).)*$"
+    refused(no_advice, tmp_path, more, skip="fc_norm")
+    for name in ("extra", "encoder_norm", "embedding/bias", "patch_embed.proj.bias"):
+        skip = ("fc_norm", "extra", name)
+        refused("function needs|missing emb", tmp_path, more, skip=skip)
 
 
 def test_other_dtypes_in_file_and_out(flat, tmp_path):
@@ -596,101 +565,50 @@ def test_other_dtypes_in_file_and_out(flat, tmp_path):
     assert {x.dtype for x in jax.tree.leaves(backbone)} == {jnp.dtype(jnp.bfloat16)}
 
 
+# A path that no row's source names, the beginning of its row, facts that are told. With
+# DINOv2's 24 heads features of timm's giantopt are off by 7 %: benchmarks/timm_scan.py.
 KNOWN = """
-a/vit-s-300ep.pth.tar                                                   | MoCo
-0123456789abcdef-vit-b-300ep.pth                                        | MoCo
-mocov3_linear-vit-b-300ep.pth.tar                                       | MoCo
-models--timm--vit_base_patch16_224.mae/snapshots/25/model.safetensors   | MAE
-/c/models--facebook--vit-mae-base/snapshots/25/w/model.safetensors      | MAE
-vit-mae-large/pytorch_model.bin                                         | MAE
-https://huggingface.co/facebook/vit-mae-base/resolve/main/w.safetensors | MAE
-mae_pretrain_vit_base.pth                                               | MAE
-google--vit-base-patch16-224-in21k/model.safetensors    | ViT, ImageNet-21k (orig
-gs://vit_models/imagenet21k/ViT-B_16.npz                | ViT, ImageNet-21k (orig
-imagenet21k_ViT-B_16.npz                                | ViT, ImageNet-21k (orig
-a/B_16-i21k-300ep-lr_0.001-aug_medium1.npz              | ViT, ImageNet-21k (Aug
-hf://timm/vit_base_patch16_224.augreg_in21k@main/x.bin  | ViT, ImageNet-21k (Aug
-swin-tiny-patch4-window7-224/model.safetensors          | Swin
-swin_base_patch4_window7_224_22k.pth                    | Swin
-vit_small_patch16_224.dino/model.safetensors            | DINO,
-dinov2_vits14_reg4_pretrain.pth                         | DINOv2 with
-hf://facebook/dinov2-base/model.safetensors             | DINOv2,
-deit_small_patch16_224-cd65a155.pth                     | DeiT
-deit_small_distilled_patch16_224-649709d9.pth           | DeiT
+a/vit-s-300ep.pth.tar                                                   | MoCo |
+0123456789abcdef-vit-b-300ep.pth                                        | MoCo |
+mocov3_linear-vit-b-300ep.pth.tar                                       | MoCo |
+models--timm--vit_base_patch16_224.mae/snapshots/25/model.safetensors   | MAE |
+/c/models--facebook--vit-mae-base/snapshots/25/w/model.safetensors      | MAE |
+https://huggingface.co/facebook/vit-mae-base/resolve/main/w.safetensors | MAE |
+mae_pretrain_vit_base.pth/mine.npz                                      | MAE |
+mae_pretrain_vit_base.pth/run/mine.npz                                  | |
+weights.npz                                                             | |
+google--vit-base-patch16-224-in21k/model.safetensors    | ViT, ImageNet-21k (orig |
+imagenet21k_ViT-B_16.npz                                | ViT, ImageNet-21k (orig |
+hf://timm/vit_base_patch16_224.augreg_in21k@main/x.bin  | ViT, ImageNet-21k (Aug |
+webli_en_b16_224_63724782.npz                           | SigLIP | gelu_tanh
+timm/vit_base_patch16_siglip_224.v2_webli/x.bin         | SigLIP | gelu
+timm/vit_base_patch32_siglip_256.v2_webli/x.bin         | SigLIP | gelu_tanh
+timm/vit_large_patch16_siglip_512.v2_webli/x.bin        | SigLIP | gelu_tanh
+vit_7b_patch16_dinov3.sat493m/model.safetensors         | | gelu
+vit_base_patch16_clip_224.openai_ft_in1k/x.bin          | | gelu
+vit_base_patch16_clip_224.metaclip_400m/x.bin           | | quick_gelu
+vit_base_patch32_clip_224.laion2b/model.safetensors     | OpenCLIP | gelu
+vit_large_patch14_clip_224.laion2b/model.safetensors    | | gelu
+vit_giantopt_patch16_siglip_gap_256/model.safetensors   | | 16 gelu_tanh
 """
-
-# A path, the beginning of its row's name, and facts of its card.
-NEW = """
-siglip2_b16_224.npz | SigLIP | half map gelu_tanh
-webli_en_b16_224_63724782.npz | SigLIP | half map gelu_tanh
-hf://google/siglip2-so400m-patch14-384/model.safetensors | SigLIP | half map gelu_tanh
-timm/vit_base_patch16_siglip_224.v2_webli/model.safetensors | SigLIP | half map gelu
-timm/vit_base_patch32_siglip_256.v2_webli/x.bin | SigLIP | half map gelu_tanh
-timm/vit_large_patch16_siglip_512.v2_webli/x.bin | SigLIP | half map gelu_tanh
-dinov3_vits16_pretrain_lvd1689m-08c60483.pth | DINOv3 | imagenet cls 1e-05
-hf://facebook/dinov3-vith16plus-pretrain-lvd1689m/model.safetensors | DINOv3 | cls 1e-05
-vit_small_patch16_dinov3.lvd1689m/model.safetensors | DINOv3 | imagenet cls 1e-05
-vit_7b_patch16_dinov3.sat493m/model.safetensors |  | gelu
-vit_base_patch16_clip_224.openai/open_clip_model.safetensors | CLIP | clip quick_gelu
-vit_base_patch16_clip_224.openai_ft_in1k/model.safetensors |  | gelu
-vit_base_patch16_clip_224.metaclip_400m/model.safetensors |  | quick_gelu
-vit_large_patch14_clip_224.dfn2b_s39b/model.safetensors |  | gelu
-hf://openai/clip-vit-large-patch14/model.safetensors | CLIP | clip quick_gelu 1e-05
-vit_base_patch32_clip_224.laion2b/model.safetensors | OpenCLIP | clip gelu 1e-05
-vit_large_patch14_clip_224.laion2b/model.safetensors |  | gelu
-hf://laion/CLIP-ViT-B-32-laion2B-s34B-b79K/model.safetensors | OpenCLIP | clip gelu
-hf://google/tipsv2-b14/model.safetensors | TIPSv2 | none cls half_pixel_antialias
-vit_base_patch14_reg1_tipsv2.webli/model.safetensors | TIPSv2 | none bicubic_antialias
-gs://tips_data/v2_0/scenic/tips_v2_so14_vision.npz | TIPSv2 | none gelu_tanh
-tips_v2_oss_g14_vision.npz | TIPSv2 (Google's PyTorch | none half_pixel_antialias
-hf://microsoft/swin-tiny-patch4-window7-224/model.safetensors | Swin | Apache-2.0
-"""
-
-
-@pytest.mark.parametrize("line", NEW.strip().splitlines())
-def test_known_files_of_newer_families(line):
-    path, start, facts = (part.strip() for part in line.split("|"))
-    known = known_backbone(path)
-    assert (known.name if known else "").startswith(start) and bool(known) == bool(
-        start
-    )
-    told = architecture(path) | (known.card() if known else {})
-    assert set(facts.split()) <= set(map(str, told.values()))
 
 
 @pytest.mark.parametrize("line", KNOWN.strip().splitlines())
 def test_known_files(line):
-    path, start = (part.strip() for part in line.split("|"))
+    path, start, facts = (part.strip() for part in line.split("|"))
     known = known_backbone(path)
-    assert known is not None and known.name.startswith(start)
-    half, mean = start.startswith("ViT"), start in ("MAE", "Swin")
-    assert known.normalisation == ("half" if half else "imagenet")
-    assert known.readout == ("mean_with_prompts" if mean else "cls")
-    assert known.card()["normalisation"] == known.normalisation
-    assert known.card().get("num_heads") == (12 if start == "MoCo" else None)
+    assert (known.name if known else "").startswith(start)
+    assert bool(known) == bool(start)
+    told = architecture(path) | (known.card() if known else {})
+    assert set(facts.split()) <= set(map(str, told.values()))
 
 
-@pytest.mark.parametrize(
-    ("path", "rule"),
-    [
-        ("dinov2_vits14_pretrain.pth", "bicubic_offset"),
-        ("hf://facebook/dinov2-small/model.safetensors", "bicubic"),
-        ("models--facebook--dinov2-base/snapshots/1/model.safetensors", "bicubic"),
-        ("vit_small_patch14_dinov2.lvd142m/model.safetensors", "bicubic_antialias"),
-        ("dinov2_vits14_reg4_pretrain.pth", "bicubic_antialias"),
-        ("facebook/dinov2-with-registers-small/x", "bicubic_antialias"),
-    ],
-)
-def test_every_project_resizes_dinov2s_table_in_its_own_way(path, rule):
-    known = known_backbone(path)
-    assert known is not None and known.resize == rule
-
-
-def test_the_table_of_backbones_is_consistent():
-    assert known_backbone("mae_pretrain_vit_base.pth/mine.npz") is not None
-    assert known_backbone("mae_pretrain_vit_base.pth/run/mine.npz") is None
-    assert known_backbone("weights.npz") is None
+def test_the_table_of_backbones_is_consistent_and_in_the_docs():
+    text = DOCS.read_text(encoding="utf-8")
     for row in BACKBONES:
+        assert row.row() in text
+        for address in re.split(", | or ", row.source):
+            assert known_backbone(address.strip()) is row
         assert row.normalisation in NORMALISATIONS
         assert row.readout in READOUTS and row.norm in NORMS
         assert row.resize in ("", *RESIZES)
@@ -699,18 +617,15 @@ def test_the_table_of_backbones_is_consistent():
 @pytest.mark.parametrize("kind", ["google", "timm", "Dinov2Model", "swin", "scan"])
 def test_hostile_names_and_shapes_are_our_error(kind, flat_dinov2, flat_swin):
     """Whatever names and shapes a file claims: an error of ours, or a model."""
-    arrays = {
-        "google": lambda: flat_dinov2,
-        "timm": lambda: pytorch(flat_dinov2, NAMES["timm"]),
-        "Dinov2Model": lambda: pytorch(flat_dinov2, NAMES["Dinov2Model"]),
-        "swin": lambda: swin_names(flat_swin, True),
-        "scan": lambda: {
-            "embedding/kernel": flat_dinov2["embedding/kernel"],
-            "Transformer/encoderblock/LayerNorm_0/bias": np.zeros((6, 128)),
-        },
-    }[kind]()
+    if kind == "scan":
+        arrays = {"embedding/kernel": flat_dinov2["embedding/kernel"]}
+        arrays["Transformer/encoderblock/LayerNorm_0/bias"] = np.zeros((6, 128))
+    elif kind == "swin":
+        arrays = swin_names(flat_swin, True)
+    else:
+        arrays = pytorch(flat_dinov2, NAMES[kind]) if kind in NAMES else flat_dinov2
     shapes = {name: a.shape for name, a in arrays.items()}
-    wanted = vpt_jax.Swin("T") if kind == "swin" else vpt_jax.ViT("demo/16")
+    wanted = small_swin(7) if kind == "swin" else vpt_jax.ViT("demo/16")
     rng, errors = np.random.default_rng(0), 0
     sizes = (0, 1, 2, 3, 4, 5, 16, 128, 384, 2**20, 2**40)
     for _ in range(60):
@@ -751,10 +666,3 @@ class Unread(Exception):
 
 def unread():
     raise Unread
-
-
-def test_the_docs_print_the_table():
-    docs = Path(__file__).parents[2] / "docs" / "backbones.md"
-    text = docs.read_text(encoding="utf-8")
-    for row in BACKBONES:
-        assert row.row() in text

@@ -9,10 +9,7 @@ import errno
 import hashlib
 import json
 import re
-import socket
-import subprocess
-import sys
-import types
+import runpy
 from pathlib import Path
 
 import hub_server
@@ -26,10 +23,10 @@ from safetensors.numpy import save
 from test_naming import NAMES, flat_vit, pytorch
 
 import vpt_jax
+from vpt_jax.models.variants import canonical
 from vpt_jax.models.vit import NAMED_VARIANTS
 from vpt_jax.run import parsing
 from vpt_jax.weights import __main__ as command
-from vpt_jax.weights import remote
 from vpt_jax.weights.published import MEGABYTES, PUBLISHED, Published, published
 from vpt_jax.weights.release import source_of
 
@@ -53,8 +50,6 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, cache, weights):
-    clock = types.SimpleNamespace(sleep=lambda seconds: None)
-    monkeypatch.setattr(huggingface_hub.file_download, "time", clock)
     with hub_server.serve(monkeypatch, cache) as hub:
         monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)
         hub.files[WEIGHTS] = weights
@@ -80,10 +75,18 @@ def test_sizes_are_those_of_the_networks(variant):
         model = model.clone(class_token=False, readout="map")
     if side == 518:
         model = model.clone(layer_scale=True)
-    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)
-    size = 4e-6 * sum(x.size for x in jax.tree.leaves(params))
-    assert abs(MEGABYTES[variant] / size - 1) < 0.006, size
+
+    def size(model):
+        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)
+        return 4e-6 * sum(x.size for x in jax.tree.leaves(params))
+
+    if kind is vpt_jax.Swin:
+        expected = size(model)
+    else:  # all blocks are alike, and tracing forty takes long
+        one, two = (size(model.clone(depth=depth)) for depth in (1, 2))
+        expected = one + (model.depth - 1) * (two - one)
+    assert abs(MEGABYTES[variant] / expected - 1) < 0.006
 
 
 def test_every_name_has_its_family_and_its_variant():
@@ -94,15 +97,16 @@ def test_every_name_has_its_family_and_its_variant():
     assert all(row.megabytes in MEGABYTES.values() for row in rows)
     for name, row in PUBLISHED.items():
         assert row.name == name and row.variant in row.family.variants.split()
+        assert canonical(name) in (name, row.variant)
         assert published(name) == published(name.removeprefix("timm/")) == row
         assert row.family.card()["licence"] == row.family.licence
+    assert sum(canonical(name) == row.variant for name, row in PUBLISHED.items()) > 100
 
 
 def test_clips_files_have_other_names():
     """As the repositories' own pages list them: no `model.safetensors`."""
     for name, file in (
         ("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
-        ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors"),
         ("openai/clip-vit-base-patch32", "pytorch_model.bin"),
         ("timm/vit_base_patch16_clip_224.laion2b", "model.safetensors"),
     ):
@@ -142,9 +146,6 @@ def test_the_list_is_narrow_plain_and_in_the_docs(capsys):
     assert "DINOv3\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
     assert command.main(["list", "DINO_"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4 + 3
-    with pytest.raises(SystemExit):
-        command.main(["list", "nothing-of-the-kind"])
-    assert "got 'nothing-of-the-kind', expected a part" in capsys.readouterr().err
 
 
 # --- from a name to a model -----------------------------------------------------------
@@ -165,8 +166,6 @@ def test_a_name_loads_and_the_second_time_nothing_is_asked(hub, cache):
     card = vpt_jax.read_card(SMALL)
     assert (card["normalisation"], card["licence"]) == ("half", "Apache-2.0")
     assert hub.requests == []
-    with pytest.raises(ValueError, match="holds a 'demo/16', not 'S/16'"):
-        vpt_jax.load_backbone("S/16", SMALL)
 
 
 def test_the_tables_variant_is_held_against_the_file(hub, monkeypatch):
@@ -187,104 +186,52 @@ def test_a_broken_connection_is_taken_up_again(hub):
     assert hub.requests == []
 
 
-def test_a_connection_that_stays_broken_leaves_nothing(hub, cache):
-    hub.cuts = [8192] + [0] * 6
-    with pytest.raises(vpt_jax.CheckpointError, match="cannot be fetched"):
-        vpt_jax.load_backbone(SMALL)
-    assert left(cache) == []
-    hub.cuts = []
-    assert vpt_jax.load_backbone(SMALL)[0].width == 128
+def test_what_fails_leaves_nothing_and_can_be_tried_again(
+    hub, cache, weights, monkeypatch
+):
+    def refused(message):
+        with pytest.raises(vpt_jax.CheckpointError, match=message):
+            vpt_jax.load_backbone(SMALL)
+        assert left(cache) == []
 
-
-def test_a_file_that_is_not_the_announced_one_is_not_kept(hub, cache, weights):
-    hub.announced[WEIGHTS] = hashlib.sha256(b"another").hexdigest()
-    with pytest.raises(
-        vpt_jax.CheckpointError,
-        match=f"its SHA-256 is {hashlib.sha256(weights).hexdigest()[:12]}",
-    ):
-        vpt_jax.load_backbone(SMALL)
-    assert left(cache) == []
-    hub.announced.clear()
-    assert vpt_jax.load_backbone(SMALL)[0].width == 128
-
-
-def test_a_full_disk_is_said(hub, cache, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    hub.cuts = [8192] + [0] * 6
+    refused("cannot be fetched")
+    hub.cuts = []
+    hub.announced[WEIGHTS] = hashlib.sha256(b"another").hexdigest()
+    refused(f"its SHA-256 is {hashlib.sha256(weights).hexdigest()[:12]}")
+    hub.announced.clear()
+    hub.gated.add(WEIGHTS)
+    refused(f"accept at https://huggingface.co/timm/{SMALL} \\(then")
+    hub.gated.clear()
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.file_download, "http_get", full)
-        with pytest.raises(vpt_jax.CheckpointError, match=r"Free some room.*HF_HOME"):
-            vpt_jax.load_backbone(SMALL)
-    assert left(cache) == []
+        refused(r"Free some room.*HF_HOME")
     assert vpt_jax.load_backbone(SMALL)[0].width == 128
-
-
-def test_a_licence_that_must_be_accepted_is_said(hub):
-    hub.gated.add(WEIGHTS)
-    page = f"https://huggingface.co/timm/{SMALL}"
-    with pytest.raises(vpt_jax.CheckpointError, match=f"accept at {page} \\(then"):
-        vpt_jax.load_backbone(SMALL)
 
 
 def test_offline_one_sentence_says_what_to_fetch_and_where_to_put_it(
     cache, tmp_path, weights, monkeypatch
 ):
-    def refuse(*args, **kwargs):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
-    )
-    with pytest.raises(vpt_jax.CheckpointError) as error:
-        vpt_jax.load_backbone(SMALL)
+    hub_server.unplug(monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     url = f"https://huggingface.co/timm/{SMALL}/resolve/main/model.safetensors"
     place = f"{SMALL}/model.safetensors"
-    assert f"download {url} elsewhere, keep it as {place}, and pass" in str(error.value)
     bucket = "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
-    with pytest.raises(
-        vpt_jax.CheckpointError, match=f"{bucket} elsewhere, keep it as ViT-B_16.npz,"
-    ):
-        vpt_jax.load_backbone("ViT-B_16")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        vpt_jax.CheckpointError, match=f"pip install.*keep it as {place}"
-    ):
-        vpt_jax.load_backbone(SMALL)
+    for name, said in [
+        (SMALL, f"download {url} elsewhere, keep it as {place}, and pass"),
+        ("ViT-B_16", f"{bucket} elsewhere, keep it as ViT-B_16.npz,"),
+    ]:
+        with pytest.raises(vpt_jax.CheckpointError, match=said):
+            vpt_jax.load_backbone(name)
     # There it is known by its folder.
     path = tmp_path / place
     path.parent.mkdir()
     path.write_bytes(weights)
     vpt_jax.load_backbone(path)
     assert vpt_jax.read_card(path)["normalisation"] == "half"
-
-
-def test_a_buckets_hash_is_looked_at(cache, monkeypatch):
-    class Answer:
-        def __init__(self, md5):
-            self.headers = types.SimpleNamespace(
-                get=lambda name: "4", get_all=lambda name: ["crc32c=AAAAAA==", md5]
-            )
-            self.parts = [b"abcd", b""]
-
-        def read(self, size=-1):
-            return self.parts.pop(0)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            pass
-
-    right = "md5=4vxxTEcn7pOV8yTNLn8zHw=="  # of abcd
-    answers = [Answer("md5=AAAAAAAAAAAAAAAAAAAAAA=="), Answer(right)]
-    opened = lambda url, timeout: answers.pop(0)  # noqa: E731
-    monkeypatch.setattr(remote.urllib.request, "urlopen", opened)
-    with pytest.raises(vpt_jax.CheckpointError, match="its MD5 is e2fc714c4727ee9395f"):
-        remote.local_path("gs://bucket/x.npz")
-    assert remote.local_path("gs://bucket/x.npz").read_bytes() == b"abcd"
 
 
 # --- the command ----------------------------------------------------------------------
@@ -302,10 +249,8 @@ def test_the_name_alone_is_enough_for_the_command():
     assert source_of("ViT-B_16") == "gs://vit_models/imagenet21k/ViT-B_16.npz"
 
 
-def test_list_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "vpt_jax.weights", "list", "siglip9"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "got 'siglip9'" in done.stderr
+def test_list_runs_as_a_program(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["weights", "list", "siglip9"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert "got 'siglip9', expected a part" in capsys.readouterr().err

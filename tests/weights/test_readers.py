@@ -3,7 +3,6 @@
 
 import contextlib
 import pickle
-import re
 import resource
 import time
 import tracemalloc
@@ -73,17 +72,20 @@ def test_arrays_come_back_whatever_the_name_of_the_file(kind, tmp_path):
     check_same(got, arrays)
     assert metadata == ({"note": "x"} if kind == "safetensors" else {})
     with open_arrays(str(path)) as (lazy, _):
-        assert {n: (a.shape, a.dtype) for n, a in lazy.items()} == {
-            n: (a.shape, a.dtype) for n, a in got.items()
-        }
-        first, again = lazy["a/kernel"].load(), lazy["a/kernel"].load()
-        np.testing.assert_array_equal(first, again)
+        for name, a in lazy.items():
+            assert (a.shape, a.dtype) == (got[name].shape, got[name].dtype)
+        for _ in range(2):
+            np.testing.assert_array_equal(lazy["a/kernel"].load(), got["a/kernel"])
     with pytest.raises(CheckpointError, match="closed file"):
         lazy["a/kernel"].load()
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_of_all_orders_and_types(save, tmp_path):
+def read(path, data):
+    path.write_bytes(data)
+    return read_arrays(path)[0]
+
+
+def test_npz_of_all_orders_and_types(tmp_path):
     base = RNG.normal(size=(2, 3, 4))
     arrays = {
         "fortran": np.asfortranarray(base),
@@ -91,10 +93,8 @@ def test_npz_of_all_orders_and_types(save, tmp_path):
         "big fortran": np.asfortranarray(base.astype(">i2")),
     }
     arrays |= {code: base.astype(code) for code in "?bhilqBHILQefd"}
-    (tmp_path / "a").write_bytes(npz(arrays, save))
-    got, _ = read_arrays(tmp_path / "a")
     native = {n: a.astype(a.dtype.newbyteorder("=")) for n, a in arrays.items()}
-    check_same(got, native)
+    check_same(read(tmp_path / "a", npz(arrays)), native)
 
 
 def test_npy_headers_of_other_writers(tmp_path):
@@ -106,15 +106,14 @@ def test_npy_headers_of_other_writers(tmp_path):
     for text in texts:
         for version in (1, 2, 3):
             data = zipped({"x.npy": npy(text, payload, version)})
-            (tmp_path / "a").write_bytes(data)
-            check_same(read_arrays(tmp_path / "a")[0], {"x": np.float32([0, 1])})
+            check_same(read(tmp_path / "a", data), {"x": np.float32([0, 1])})
 
 
 def test_float8_in_safetensors(tmp_path):
     values = np.arange(4).astype(jnp.float8_e4m3fn)
     header = {"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
-    (tmp_path / "a").write_bytes(safetensors(header, values.tobytes()))
-    check_same(read_arrays(tmp_path / "a")[0], {"x": values})
+    data = safetensors(header, values.tobytes())
+    check_same(read(tmp_path / "a", data), {"x": values})
 
 
 @pytest.mark.parametrize("write", [torch_zip, torch_legacy])
@@ -130,18 +129,17 @@ def test_views_of_torch_storages(write, tmp_path):
         b"ctorch._utils\n_rebuild_parameter\n" + opcodes((whole, True, {}), {}) + b"R"
     )
     views = {
+        "rows": (view(6, (2, 6), (6, 1)), square[1:3]),
         "whole": (whole, square),
         "parameter": (parameter, square),
         "transposed": (view(0, (6, 4), (1, 6)), square.T),
-        "rows": (view(6, (2, 6), (6, 1)), square[1:3]),
         "column": (view(3, (4,), (6,)), square[:, 3]),
         "every other": (view(1, (2, 3), (12, 2)), square[::2, 1::2]),
         "one": (view(23, (), ()), base[23]),
         "none": (view(24, (3, 0), (1, 1)), np.zeros((3, 0), np.float32)),
     }
     data = pickled({name: made for name, (made, _) in views.items()})
-    (tmp_path / "a").write_bytes(write(data, {"0": base}))
-    got, _ = read_arrays(tmp_path / "a")
+    got = read(tmp_path / "a", write(data, {"0": base}))
     check_same(got, {name: expected for name, (_, expected) in views.items()})
     assert all(a.flags.c_contiguous for a in got.values())
 
@@ -169,13 +167,12 @@ def test_the_state_dict_is_found_in_a_training_checkpoint(write, tmp_path):
         {"model_state": weights, "epoch": 1},
         {"model": "ViT-B", "module": weights},
     ):
-        (tmp_path / "a").write_bytes(write(tree))
-        check_same(read_arrays(tmp_path / "a")[0], {"w": weights["w"]})
+        check_same(read(tmp_path / "a", write(tree)), {"w": weights["w"]})
     # The attribute `_metadata` of PyTorch's state dicts is ignored.
     storages = {}
     body = opcodes(weights, storages) + opcodes({"_metadata": {}}, {}) + b"b"
-    (tmp_path / "a").write_bytes(write(b"\x80\x02" + body + b".", storages))
-    check_same(read_arrays(tmp_path / "a")[0], {"w": weights["w"]})
+    data = write(b"\x80\x02" + body + b".", storages)
+    check_same(read(tmp_path / "a", data), {"w": weights["w"]})
 
 
 def test_only_what_is_loaded_is_allocated(tmp_path):
@@ -215,24 +212,19 @@ def bounded(seconds=10, megabytes=100):
             tracemalloc.stop()
 
 
-def check_refused(path, data):
-    """Refused by one error of our own, and nothing else happens; what it says."""
-    path.write_bytes(data)
-    with bounded(), pytest.raises(CheckpointError) as error:
-        read_arrays(path)
-    check_error(error.value, path)
-    assert len(str(error.value)) < 1500
-    assert list(path.parent.iterdir()) == [path]
-    return str(error.value)
-
-
 @pytest.mark.parametrize("kind", hostile.FILES)
 def test_hostile_files(kind, tmp_path, monkeypatch):
+    """Refused by one error of our own, and nothing else happens."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch_files, "MAX_OPCODES", 60_000)  # with checked types: slow
+    path = tmp_path / "weights.npz"
     for data, message in hostile.FILES[kind]():
-        said = check_refused(tmp_path / "weights.npz", data)
-        assert re.search(message, said), f"expected {message!r} in {said!r}"
+        path.write_bytes(data)
+        with bounded(), pytest.raises(CheckpointError, match=message) as error:
+            read_arrays(path)
+        check_error(error.value, path)
+        assert len(str(error.value)) < 1500
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_no_model_expects_is_listed_and_costs_nothing(tmp_path):
@@ -243,8 +235,7 @@ def test_what_no_model_expects_is_listed_and_costs_nothing(tmp_path):
 
 def test_the_length_of_a_zips_comment_is_of_no_importance(tmp_path):
     data = raw_zip({"name": "x.npy", "data": hostile.GOOD}, comment=999)
-    (tmp_path / "w.npz").write_bytes(data)
-    check_same(read_arrays(tmp_path / "w.npz")[0], {"x": np.zeros(2, np.float32)})
+    check_same(read(tmp_path / "a", data), {"x": np.zeros(2, np.float32)})
 
 
 def test_no_file_at_all(tmp_path):
@@ -268,17 +259,16 @@ def test_damaged_files_are_refused_and_nothing_else_happens(
     path, rng = tmp_path / "weights", np.random.default_rng(0)
     make, checksums = FUZZED[kind]
     whole = make(lambda data: data)
-    path.write_bytes(whole)
-    check_same(dict(sorted(read_arrays(path)[0].items())), fuzz_sample())
-    cases = [whole[: k * len(whole) // 333] for k in range(333)]
-    cases += [make(lambda data: changed(data, rng)) for _ in range(667)]
+    check_same(dict(sorted(read(path, whole).items())), fuzz_sample())
+    # benchmarks/fuzz.py tries thousands.
+    cases = [whole[: k * len(whole) // 100] for k in range(100)]
+    cases += [make(lambda data: changed(data, rng)) for _ in range(200)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused, slowest = 0, 0.0
     for data in cases:
-        path.write_bytes(data)
         start = time.thread_time()
         with or_refused(path) as outcome:
-            outcome.append(read_arrays(path)[0])
+            outcome.append(read(path, data))
         slowest = max(slowest, time.thread_time() - start)
         if outcome == ["refused"]:
             refused += 1
@@ -287,5 +277,5 @@ def test_damaged_files_are_refused_and_nothing_else_happens(
         else:
             assert all(a.dtype != object for a in outcome[0].values())
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert refused > 500 and slowest < 2 and (after - before) / 1024 < 200
+    assert refused > 150 and slowest < 2 and (after - before) / 1024 < 200
     assert list(tmp_path.iterdir()) == [path]
