@@ -188,13 +188,12 @@ class BigVision(nn.Module):
         out = {}
         p = (self.patch, self.patch)
         x = nn.Conv(self.width, p, p, padding="VALID", name="embedding")(image)
-        n, h, w, c = x.shape
-        x = x.reshape(n, h * w, c)
-        init = nn.initializers.normal(c**-0.5)
-        x = x + self.param("pos_embedding", init, (1, h * w, c))
+        x = x.reshape(x.shape[0], -1, self.width)
+        init = nn.initializers.normal(self.width**-0.5)
+        x = x + self.param("pos_embedding", init, (1, *x.shape[1:]))
         if self.pool_type == "tok":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, c))
-            x = jnp.concatenate([jnp.tile(cls, [n, 1, 1]), x], axis=1)
+            cls = self.param("cls", nn.initializers.zeros, (1, 1, self.width))
+            x = jnp.concatenate([jnp.tile(cls, [x.shape[0], 1, 1]), x], axis=1)
         x, out["encoder"] = BigVisionEncoder(
             self.depth,
             self.mlp_dim,
@@ -205,8 +204,6 @@ class BigVision(nn.Module):
         )(x, deterministic=not train)
         out["encoded"] = x
         x = x[:, 0] if self.pool_type == "tok" else x.mean(axis=1)
-        patches = out["encoded"][:, int(self.pool_type == "tok") :]
-        out["pre_logits_2d"] = patches.reshape(n, h, w, c)
         out["pre_logits"] = x
         if self.num_classes:
             x = out["logits"] = nn.Dense(self.num_classes, name="head")(x)
@@ -303,11 +300,8 @@ class RotaryBlock(nnx.Module):
         self.num_heads = num_heads
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
         linear = functools.partial(nnx.Linear, width, width, rngs=rngs)
-        self.q, self.k, self.v, self.o = (
-            linear(),
-            linear(use_bias=False),
-            *(linear() for _ in range(2)),
-        )
+        self.q, self.v, self.o = (linear() for _ in range(3))
+        self.k = linear(use_bias=False)
 
     def __call__(self, x, angles):
         y = self.norm1(x)

@@ -14,37 +14,31 @@ import numpy as np
 import pytest
 from flax import nnx
 from foreign import NnxVit, RotaryVit, nnx_params
+from test_intercept import (
+    BATCH,
+    IMAGES,
+    NUM,
+    SHALLOW,
+    WIDTH,
+    AsTokens,
+    check_agreement,
+    make_case,
+    make_prompts,
+    relative,
+    setting,
+    some_mask,
+)
+from test_intercept import adapter as linen_adapter
 
 import vpt_jax
 
-WIDTH, DEPTH, BATCH = 16, 3, 4
-NUM, SHALLOW = (3, 0, 2), (3, 0, 0)
-IMAGES = jax.random.normal(jax.random.key(3), (BATCH, 8, 8, 3))
-LIST, NESTED = r"layers/(\d+)", r"layers/layers/(\d+)"
-
-
-def noisy(vit):
-    """A module with parameters that are no initial values."""
-    rng = np.random.default_rng(0)
-    state = nnx.state(vit, nnx.Param)
-    new = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), state
-    )
-    nnx.update(vit, new)
-    return vit
+LIST, NESTED, ROTARY = r"layers/(\d+)", r"layers/layers/(\d+)", r"layer/(\d+)"
 
 
 @functools.cache
 def plain_vit(nested=False):
     """`(NNX module, our model, our parameters)`, with the same numbers."""
-    model = vpt_jax.ViT(
-        width=WIDTH, depth=DEPTH, num_heads=2, mlp_dim=24, patch=4, image_size=8
-    )
-    init = jax.eval_shape(model.init, jax.random.key(0), IMAGES)["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(0, 0.4, s.shape), s.dtype), init
-    )
+    *_, model, params = setting("vit_jax")
     vit = NnxVit(nnx.Rngs(0), nested=nested)
     nnx.update(vit, nnx_params(params, nested=nested))
     return vit, model, params
@@ -52,16 +46,14 @@ def plain_vit(nested=False):
 
 @functools.cache
 def rotary():
-    return noisy(RotaryVit(nnx.Rngs(0)))
+    """A module with parameters that are no initial values."""
+    vit, rng = RotaryVit(nnx.Rngs(0)), np.random.default_rng(0)
 
+    def draw(x):
+        return jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype)
 
-def make_prompts(num=NUM, seed=1):
-    rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(rng.normal(size=(n, WIDTH)), jnp.float32) for n in num)
-
-
-def some_mask(prompts):
-    return tuple(jnp.arange(len(p)) % 2 == 0 for p in prompts)
+    nnx.update(vit, jax.tree.map(draw, nnx.state(vit, nnx.Param)))
+    return vit
 
 
 def run(vit, block, images=IMAGES, **given):
@@ -69,22 +61,14 @@ def run(vit, block, images=IMAGES, **given):
         return vit(images)
 
 
-def adapter(vit, block, **kwargs):
+def adapter(vit, block=LIST, **kwargs):
     graphdef, params = nnx.split(vit)
-    sizes = {"depth": DEPTH, "width": WIDTH, "patch": 4, "block": block}
-    return vpt_jax.PromptedModel(graphdef, **sizes, **kwargs), params
+    return linen_adapter(graphdef, block=block, **kwargs), params
 
 
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-ROTARY = {"read": lambda result: result["pooled"]}
 MODELS = {
-    "list": lambda: adapter(plain_vit()[0], LIST),
-    "nested": lambda: adapter(plain_vit(True)[0], NESTED),
-    "rotary": lambda: adapter(rotary(), r"layer/(\d+)", **ROTARY),
+    "list": lambda: adapter(plain_vit()[0]),
+    "rotary": lambda: adapter(rotary(), ROTARY, read=lambda result: result["pooled"]),
 }
 
 
@@ -107,54 +91,29 @@ def by_hand(prompts, deep=True):
 # --- the same network as ours ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["list", "sequential"])
-@pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
-def test_agrees_with_our_model_forward_and_gradient(nested, deep):
-    vit, model, params = plain_vit(nested)
-    prompts = make_prompts(NUM if deep else SHALLOW)
-    rng = np.random.default_rng(2)
-    gates = tuple(
-        jnp.asarray(rng.uniform(0.1, 2, (BATCH, len(p))), jnp.float32) for p in prompts
-    )
-    fixed = {"deep": deep, "prompt_mask": some_mask(prompts)}
-
-    def theirs(given):
-        block = NESTED if nested else LIST
-        return run(vit, block, prompts=given[0], prompt_gate=given[1], **fixed)
-
-    def ours(given):
-        return model.apply(
-            {"params": params},
-            IMAGES,
-            prompts=given[0],
-            prompt_gate=given[1],
-            formulation="tokens",
-            **fixed,
-        )[0]
-
-    def grad(function):
-        return jax.grad(lambda given: jnp.sin(function(given)).sum())((prompts, gates))
-
-    given = (prompts, gates)
-    assert relative(theirs(given), ours(given)) < 1e-5
-    assert relative(theirs(given), vit(IMAGES)) > 1e-2
-    for a, b in zip(
-        jax.tree.leaves(grad(theirs)), jax.tree.leaves(grad(ours)), strict=True
-    ):
-        if a.size:
-            assert np.abs(b).max() > 0 and relative(a, b) < 1e-5
+@pytest.mark.parametrize(
+    ("nested", "case"),
+    [(False, "deep masked gated"), (True, "shallow masked gated")],
+    ids=["list, deep", "sequential, shallow"],
+)
+def test_agrees_with_our_model_forward_and_gradient(nested, case):
+    vit, *ours = plain_vit(nested)
+    theirs = functools.partial(run, vit, NESTED if nested else LIST)
+    got = check_agreement(theirs, *ours, make_case(case))
+    assert relative(got, vit(IMAGES)) > 1e-2
 
 
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
 def test_rotary_blocks_agree_with_the_loop_by_hand(deep):
     prompts = make_prompts(NUM if deep else SHALLOW)
-    got = run(rotary(), r"layer/(\d+)", prompts=prompts, deep=deep)["pooled"]
+    got = run(rotary(), ROTARY, prompts=prompts, deep=deep)["pooled"]
     assert relative(got, by_hand(prompts, deep)) < 1e-6
     assert relative(got, rotary()(IMAGES)["pooled"]) > 1e-2
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
+@pytest.mark.parametrize(
+    ("name", "deep"), [("list", True), ("rotary", True), ("rotary", False)]
+)
 def test_mask_equals_condense_equals_a_gate_of_zero(name, deep):
     model, params = MODELS[name]()
     prompts = make_prompts(NUM if deep else SHALLOW)
@@ -167,10 +126,8 @@ def test_mask_equals_condense_equals_a_gate_of_zero(name, deep):
     assert relative(call(prompts=prompts, prompt_gate=gate)[0], removed) < 1e-5
     assert relative(call(prompts=prompts)[0], removed) > 1e-2
     for i, block in enumerate(out["blocks"]):
-        weights, n = block["prompt_attention"], NUM[i] if deep else SHALLOW[0]
-        tokens = 5 if name != "rotary" else 7
-        assert weights.shape == (BATCH, 2, tokens, n)
-        keep = mask[i if deep else 0]
+        weights, keep = block["prompt_attention"], mask[i if deep else 0]
+        assert weights.shape == (BATCH, 2, 7 if name == "rotary" else 5, len(keep))
         np.testing.assert_array_equal(weights[..., ~keep], 0)
         assert weights[..., keep].size == 0 or weights[..., keep].min() > 0
 
@@ -185,16 +142,11 @@ def problem():
     return {"prompts": make_prompts(), "head": head}, [batch]
 
 
-@pytest.mark.parametrize("score", ["key_gate", "attention", "leave_one_out"])
+@pytest.mark.parametrize("score", ["attention", "leave_one_out"])
 def test_importance_is_that_of_our_model(score):
-    model, params = MODELS["list"]()
     _, ours, our_params = plain_vit()
-
-    class Tokens:
-        apply = staticmethod(functools.partial(ours.apply, formulation="tokens"))
-
-    got = vpt_jax.importance(model, params, *problem(), score=score)
-    expected = vpt_jax.importance(Tokens(), our_params, *problem(), score=score)
+    got = vpt_jax.importance(*MODELS["list"](), *problem(), score=score)
+    expected = vpt_jax.importance(AsTokens(ours), our_params, *problem(), score=score)
     assert relative(np.concatenate(got), np.concatenate(expected)) < 1e-4
 
 
@@ -202,30 +154,28 @@ def test_importance_of_rotary_blocks_is_what_removal_changes():
     """`removal` is exact in the softmax; at its gate a finite difference agrees."""
     model, params = MODELS["rotary"]()
     trainable, batches = problem()
-    exact = vpt_jax.importance(model, params, trainable, batches, score="leave_one_out")
-    (batch,) = batches
+    importance = functools.partial(
+        vpt_jax.importance, model, params, trainable, batches
+    )
+    exact = importance(score="leave_one_out")
 
+    @jax.jit
     def loss(gate):
         features, _ = model.apply(
             {"params": params}, IMAGES, prompts=trainable["prompts"], prompt_gate=gate
         )
         logits = vpt_jax.apply_head(trainable["head"], features)
-        return vpt_jax.cross_entropy(logits, batch).mean()
+        return vpt_jax.cross_entropy(logits, batches[0]).mean()
 
     ones = tuple(jnp.ones(n) for n in NUM)
     for i, j in ((0, 1), (2, 0)):
         without = tuple(g.at[j].set(0.0) if k == i else g for k, g in enumerate(ones))
         change = float(loss(without) - loss(ones))
         np.testing.assert_allclose(float(exact[i][j]), change, rtol=1e-4, atol=1e-6)
-    scores = vpt_jax.importance(
-        model, params, trainable, batches, score="signed", reduction="mean"
-    )
-    grads = jax.grad(loss)(ones)
-    np.testing.assert_allclose(
-        np.concatenate(scores), -np.concatenate(grads), rtol=1e-4, atol=1e-6
-    )
-    scores = vpt_jax.importance(model, params, trainable, batches)  # removal
-    mask = vpt_jax.keep_mask(scores, keep_ratio=0.4)
+    signed, slopes = importance(score="signed"), jax.grad(loss)(ones)
+    for score, slope in zip(signed, slopes, strict=True):
+        np.testing.assert_allclose(score, -slope, rtol=1e-4, atol=1e-6)
+    mask = vpt_jax.keep_mask(importance(), keep_ratio=0.4)  # removal
     small = vpt_jax.condense(trainable["prompts"], mask)
     assert sum(vpt_jax.counts(small)) == 2
 
@@ -243,9 +193,7 @@ def test_it_runs_under_jit_grad_and_vmap_of_nnx_and_jax():
         with vpt_jax.prompted(prompts, model=vit, block=LIST):
             return vit(images)
 
-    for num in (NUM, NUM):
-        got = features(vit, make_prompts(num), IMAGES)
-        assert relative(got, expected) < 1e-5
+    assert relative(features(vit, prompts, IMAGES), expected) < 1e-5
     other = make_prompts(seed=7)
     assert relative(features(vit, other, IMAGES), expected) > 1e-2
 
@@ -254,11 +202,13 @@ def test_it_runs_under_jit_grad_and_vmap_of_nnx_and_jax():
 
     grads = nnx.grad(loss)(vit)
     step = 1e-3 * jax.random.normal(jax.random.key(0), vit.positions.shape)
-    moved = nnx.clone(vit)
-    moved.positions[...] = vit.positions[...] + step
-    back = nnx.clone(vit)
-    back.positions[...] = vit.positions[...] - step
-    slope = float(loss(moved) - loss(back)) / 2
+
+    def loss_after(step):
+        moved = nnx.clone(vit)
+        moved.positions[...] += step
+        return loss(moved)
+
+    slope = float(loss_after(step) - loss_after(-step)) / 2
     # In float32 a difference of losses of size 10 has 3 digits.
     np.testing.assert_allclose(slope, (grads["positions"][...] * step).sum(), rtol=2e-2)
     one = jax.vmap(lambda image: run(vit, LIST, image[None], prompts=prompts)[0])
@@ -293,7 +243,6 @@ def test_nothing_stays_after_the_context_even_if_it_fails():
     [
         ({"block": r"encoderblock_(\d+)"}, r"block=, one of layers/\(\\d\+\)\."),
         ({"prompts": make_prompts((1, 1))}, "a block 2 but the prompts have 2 layers"),
-        ({"prompts": make_prompts((1,) * 4)}, "4 layers but only blocks 0 ... 2 were"),
         ({"prompts": (jnp.ones((1, 8)),) * 3}, "that layer has width 16"),
         ({"model": "vit"}, "model is a str; expected an NNX module"),
         ({"model": None}, "no block was reached.*pass an NNX module as model="),
@@ -329,24 +278,19 @@ class Several(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("order", "block", "mask", "message"),
+    ("order", "changes", "message"),
     [
-        (
-            (0, 1, 2),
-            r"\w+/(\d+)",
-            None,
-            "another module are both block 0",
-        ),
-        ((0, 1), r"img/(\d+)", None, "only blocks 0 ... 1 were reached"),
-        ((1, 0, 2), r"img/(\d+)", None, "block 1 was called where block 0 was due"),
-        ((0, 1, 2), r"img/(\d+)", some_mask(make_prompts()), "softmax over"),
-        ((0, 1, 2, 0), r"img/(\d+)", None, "only blocks 0 ... 0 were reached"),
+        ((0, 1, 2), {"block": r"\w+/(\d+)"}, "another module are both block 0"),
+        ((0, 1), {}, "only blocks 0 ... 1 were reached"),
+        ((1, 0, 2), {}, "block 1 was called where block 0 was due"),
+        ((0, 1, 2), {"prompt_mask": some_mask(make_prompts())}, "softmax over"),
+        ((0, 1, 2, 0), {}, "only blocks 0 ... 0 were reached"),
     ],
 )
-def test_wrong_encoders(order, block, mask, message):
-    tokens = jnp.ones((BATCH, 5, WIDTH))
+def test_wrong_encoders(order, changes, message):
+    given = {"block": r"img/(\d+)", "prompts": make_prompts(), **changes}
     with pytest.raises(ValueError, match=message):
-        run(Several(order), block, tokens, prompts=make_prompts(), prompt_mask=mask)
+        run(Several(order), images=jnp.ones((BATCH, 5, WIDTH)), **given)
 
 
 def test_a_context_around_a_transformation_is_an_error():

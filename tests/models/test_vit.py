@@ -19,10 +19,16 @@ from vpt_jax.models.xla import gelu, swiglu, weighted_exp
 close = functools.partial(np.testing.assert_allclose, rtol=0)
 
 
+NUM, SHALLOW = (3, 0, 4), (4, 0, 0)  # the same everywhere, so that little is compiled
+
+
 def make_run(model, backbone):
     """The compiled model: `run(images, prompts=...)`."""
     run = jax.jit(model.apply, static_argnames=("deep", "formulation"))
-    return functools.partial(run, {"params": backbone})
+    # What one call leaves out and another gives would be compiled twice.
+    given = dict.fromkeys(("prompts", "prompt_mask", "prompt_gate"))
+    given |= {"deep": True, "formulation": "kv"}
+    return functools.partial(run, {"params": backbone}, **given)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +58,11 @@ def images(getkey):
 
 def test_formulations_report_the_same_prompt_attention(tiny, run, images, getkey):
     model, backbone = tiny
-    prompts = big_prompts(getkey(), model, (3, 2, 4))
+    prompts = big_prompts(getkey(), model, NUM)
     run = functools.partial(run, images, prompts=prompts)
     kv = run()[1]["blocks"]
     tokens = run(formulation="tokens")[1]["blocks"]
-    for i, n in enumerate((3, 2, 4)):
+    for i, n in enumerate(NUM):
         q = 1 if i == 2 else 5  # the last key-value block only computes the class token
         assert kv[i]["prompt_attention"].shape == (5, 2, q, n)
         close(
@@ -68,27 +74,18 @@ def test_formulations_report_the_same_prompt_attention(tiny, run, images, getkey
 
 
 @pytest.mark.parametrize("deep", [True, False])
-def test_a_gate_of_zero_removes_and_a_zero_prompt_does_not(
+def test_a_gate_of_zero_removes_and_one_of_one_or_a_zero_prompt_does_not(
     tiny, run, images, getkey, deep
 ):
-    model, backbone = tiny
-    num = (3, 4, 5) if deep else (6, 0, 0)
-    prompts = big_prompts(getkey(), model, num)
+    num = NUM if deep else SHALLOW
+    prompts = big_prompts(getkey(), tiny[0], num)
     run = functools.partial(run, images, deep=deep)
-    plain = run()[0]
-    zeros = tuple(jnp.zeros(n) for n in num)
-    gated, _ = run(prompts=prompts, prompt_gate=zeros)
+    plain, whole = run()[0], run(prompts=prompts)[0]
+    zeros, ones = (tuple(jnp.full(n, x) for n in num) for x in (0.0, 1.0))
+    assert relative(run(prompts=prompts, prompt_gate=zeros)[0], plain) < 1e-5
+    assert relative(run(prompts=prompts, prompt_gate=ones)[0], whole) < 1e-6
     zeroed, _ = run(prompts=jax.tree.map(jnp.zeros_like, prompts))
-    assert relative(gated, plain) < 1e-5
     assert relative(zeroed, plain) > 1e-2
-
-
-def test_a_gate_of_one_changes_nothing(tiny, run, images, getkey):
-    model, backbone = tiny
-    prompts = big_prompts(getkey(), model, 4)
-    run = functools.partial(run, images, prompts=prompts)
-    ones = tuple(jnp.ones((5, 4)) for _ in prompts)
-    assert relative(run(prompt_gate=ones)[0], run()[0]) < 1e-6
 
 
 def test_no_prompts_and_empty_prompts_are_the_plain_model_exactly(run, images):
@@ -100,7 +97,7 @@ def test_no_prompts_and_empty_prompts_are_the_plain_model_exactly(run, images):
 
 def test_order_of_prompts_within_a_layer_does_not_matter(tiny, run, images, getkey):
     model, backbone = tiny
-    prompts = big_prompts(getkey(), model, (3, 4, 5))
+    prompts = big_prompts(getkey(), model, NUM)
     order = tuple(jax.random.permutation(getkey(), p) for p in prompts)
     a, _ = run(images, prompts=prompts)
     b, _ = run(images, prompts=order)
@@ -109,7 +106,7 @@ def test_order_of_prompts_within_a_layer_does_not_matter(tiny, run, images, getk
 
 def test_shallow_prompts_evolve_and_deep_ones_are_replaced(tiny, run, images, getkey):
     model, backbone = tiny
-    prompts = big_prompts(getkey(), model, (4, 0, 0))
+    prompts = big_prompts(getkey(), model, SHALLOW)
     shallow, _ = run(images, prompts=prompts, deep=False)
     deep, _ = run(images, prompts=prompts)
     assert relative(shallow, deep) > 1e-3
@@ -129,23 +126,17 @@ def test_with_one_layer_shallow_is_deep(getkey):
 def test_prompts_may_differ_from_example_to_example(
     tiny, run, images, getkey, formulation
 ):
-    model, backbone = tiny
-    sets = [big_prompts(getkey(), model, (3, 0, 2)) for _ in images]
+    sets = [big_prompts(getkey(), tiny[0], NUM) for _ in images]
     own = jax.tree.map(lambda *p: jnp.stack(p), *sets)
-    run = functools.partial(run, formulation=formulation)
-    together, _ = run(images, prompts=own)
-    one_by_one = [
-        run(image[None], prompts=prompts)[0][0]
-        for image, prompts in zip(images, sets, strict=True)
-    ]
-    assert relative(together, one_by_one) < 1e-5
+    together, _ = run(images, prompts=own, formulation=formulation)
+    alone = [run(images, prompts=p)[0][i] for i, p in enumerate(sets)]
+    assert relative(together, alone) < 1e-5
 
 
-def test_bfloat16_follows_float32(images, getkey):
-    model, backbone = make_tiny()
-    run = make_run(model, backbone)
+def test_bfloat16_follows_float32(tiny, run, images, getkey):
+    model, backbone = tiny
     half = model.clone(dtype=jnp.bfloat16)
-    prompts = big_prompts(getkey(), model, (3, 0, 5))
+    prompts = big_prompts(getkey(), model, NUM)
     a, _ = run(images, prompts=prompts)
     b, out = make_run(half, backbone)(images, prompts=prompts)
     assert b.dtype == jnp.bfloat16 and out["blocks"][0]["tokens"].dtype == jnp.bfloat16
@@ -243,24 +234,22 @@ def test_parameter_counts_of_dinov3(variant, millions):
     assert abs(sum(x.size for x in jax.tree.leaves(params)) / 1e6 - millions) < 1
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_eight_devices_agree_with_one(tiny, getkey, kind):
+def test_eight_devices_agree_with_one(tiny, getkey):
+    """Under the caller's mesh; the command's own is in `test_parallel.py`."""
     model, backbone = tiny
-    apply = model.apply
     images = jax.random.normal(getkey(), (16, 8, 8, 3))
-    prompts = big_prompts(getkey(), model, (3, 0, 5))
+    prompts = big_prompts(getkey(), model, NUM)
 
     @jax.jit
     def loss_and_grad(prompts, backbone, images):
         def loss(prompts):
-            return jnp.sin(
-                apply({"params": backbone}, images, prompts=prompts)[0]
-            ).mean()
+            out = model.apply({"params": backbone}, images, prompts=prompts)
+            return jnp.sin(out[0]).mean()
 
         return jax.value_and_grad(loss)(prompts)
 
     alone = loss_and_grad(prompts, backbone, images)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         everywhere = NamedSharding(mesh, P())
         spread = jax.device_put(images, NamedSharding(mesh, P("data")))
@@ -298,28 +287,23 @@ def test_head_starts_as_the_reference_does():
     np.testing.assert_allclose(np.std(head["kernel"]), 0.02**0.5, rtol=0.02)
 
 
-def test_dropout_is_per_example_and_keeps_the_mean():
-    prompts = (jnp.ones((40, 50)), jnp.ones((0, 50)))
-    dropped = vpt_jax.prompt_dropout(jax.random.key(0), prompts, 0.1, 20)
-    assert [p.shape for p in dropped] == [(20, 40, 50), (20, 0, 50)]
-    values = np.asarray(dropped[0])
-    assert set(np.unique(values)) == {np.float32(0), np.float32(1 / 0.9)}
-    assert not np.array_equal(values[0], values[1])
-    # 40,000 draws: standard error 0.0017 of the mean.
-    np.testing.assert_allclose(values.mean(), 1, atol=0.007)
-
-
-def test_shared_dropout_is_one_mask_and_keeps_the_mean():
-    """What the model takes has no batch axis; another step draws another mask."""
+@pytest.mark.parametrize("batch", [(20,), ()], ids=["per example", "shared"])
+def test_dropout_keeps_the_mean_and_every_step_and_example_has_its_own(batch):
+    """Shared dropout has no batch axis: one mask for all examples."""
     prompts = (jnp.ones((40, 500)), jnp.ones((0, 50)))
-    dropped = vpt_jax.prompt_dropout(jax.random.key(0), prompts, 0.1, None)
-    assert [p.shape for p in dropped] == [(40, 500), (0, 50)]
-    values = np.asarray(dropped[0])
+
+    def dropped(seed):
+        batch_size = batch[0] if batch else None
+        return vpt_jax.prompt_dropout(jax.random.key(seed), prompts, 0.1, batch_size)
+
+    some, again = dropped(0), dropped(1)
+    assert [p.shape for p in some] == [(*batch, 40, 500), (*batch, 0, 50)]
+    values = np.asarray(some[0])
     assert set(np.unique(values)) == {np.float32(0), np.float32(1 / 0.9)}
-    # 20,000 draws: standard error 0.0024 of the mean.
+    # At least 20,000 draws: standard error 0.0024 of the mean.
     np.testing.assert_allclose(values.mean(), 1, atol=0.01)
-    again = vpt_jax.prompt_dropout(jax.random.key(1), prompts, 0.1, None)
     assert not np.array_equal(values, again[0])
+    assert not batch or not np.array_equal(values[0], values[1])
 
 
 @pytest.mark.parametrize("batch_size", [2, None])
@@ -392,69 +376,50 @@ def test_wrong_models(make, message):
         make()
 
 
+PROMPTS, MASK = (jnp.zeros((2, 16)),) * 3, (jnp.ones(2, bool),) * 3
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"images": jnp.zeros((2, 9, 8, 3))}, r"\(2, 9, 8, 3\).*\[b, 8, 8, 3\]"),
-        ({"images": jnp.zeros((8, 8, 3))}, r"expects \[b, 8, 8, 3\]"),
-        ({"prompts": (jnp.zeros((2, 16)),) * 2}, "have 2 layers.*depth 3"),
+        ({"prompts": PROMPTS[:2]}, "have 2 layers.*depth 3"),
         (
-            {"prompts": (jnp.zeros((2, 16)),) * 2 + (jnp.zeros((2, 12)),)},
+            {"prompts": (*PROMPTS[:2], jnp.zeros((2, 12)))},
             r"prompts\[2\] has shape \(2, 12\).*width 16.*another backbone",
         ),
         (
-            {
-                "prompts": (jnp.zeros((2, 16)),) * 3,
-                "prompt_mask": (
-                    jnp.ones(2, bool),
-                    jnp.ones(1, bool),
-                    jnp.ones(2, bool),
-                ),
-            },
-            r"prompt_mask has \(2, 1, 2\).*\(2, 2, 2\)",
+            {"prompts": PROMPTS, "prompt_mask": (*MASK[:2], jnp.ones(1, bool))},
+            r"prompt_mask has \(2, 2, 1\).*\(2, 2, 2\)",
         ),
-        (
-            {"prompts": (jnp.zeros((2, 16)),) * 3, "deep": False},
-            r"counts \(2, 2, 2\) with deep=False",
-        ),
-        (
-            {"prompts": (jnp.zeros((2, 16)),) * 3, "formulation": "kw"},
-            "unknown formulation 'kw'",
-        ),
-        ({"prompt_mask": (jnp.ones(2, bool),) * 3}, "need prompts; got None"),
+        ({"prompts": PROMPTS, "deep": False}, r"counts \(2, 2, 2\) with deep=False"),
+        ({"prompts": PROMPTS, "formulation": "kw"}, "unknown formulation 'kw'"),
+        ({"prompt_mask": MASK}, "need prompts; got None"),
     ],
 )
 def test_wrong_calls(tiny, kwargs, message):
     model, backbone = tiny
-    images = kwargs.pop("images", jnp.zeros((2, 8, 8, 3)))
+    given = {"images": jnp.zeros((2, 8, 8, 3)), **kwargs}
     with pytest.raises(ValueError, match=message):
-        model.apply({"params": backbone}, images, **kwargs)
+        model.apply({"params": backbone}, **given)
 
 
 def test_prefilled_prompts_are_not_tokens(tiny):
     model, backbone = tiny
-    ready = vpt_jax.prefill(model, backbone, (jnp.zeros((2, 16)),) * 3)
+    how = {"prompts": vpt_jax.prefill(*tiny, PROMPTS), "formulation": "tokens"}
     with pytest.raises(ValueError, match="pass the prompts themselves"):
-        model.apply(
-            {"params": backbone},
-            jnp.zeros((2, 8, 8, 3)),
-            prompts=ready,
-            formulation="tokens",
-        )
+        model.apply({"params": backbone}, jnp.zeros((2, 8, 8, 3)), **how)
+
+
+start = functools.partial(vpt_jax.init_prompts, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2)), "2 entries"),
-        (
-            lambda m: vpt_jax.init_prompts(jax.random.key(0), m, -1),
-            "num_prompts is -1; expected an integer >= 0",
-        ),
-        (
-            lambda m: vpt_jax.init_prompts(jax.random.key(0), m, (1, 2, 0), deep=False),
-            "later counts must be 0",
-        ),
+        (lambda m: start(m, (1, 2)), "2 entries"),
+        (lambda m: start(m, -1), "num_prompts is -1; expected an integer >= 0"),
+        (lambda m: start(m, (1, 2, 0), deep=False), "later counts must be 0"),
         (lambda m: vpt_jax.init_head(jax.random.key(0), 8, 1), "integer >= 2"),
         (
             lambda m: vpt_jax.prompt_dropout(jax.random.key(0), (), 1.0, 2),

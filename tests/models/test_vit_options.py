@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny
 from reference import features as reference_features
-from test_vit import big_prompts, relative, some_mask
+from test_vit import NUM, SHALLOW, big_prompts, make_run, relative, some_mask
 
 import vpt_jax
 from vpt_jax.models.layers import KeyValue
@@ -40,10 +40,9 @@ def case(request):
     """Model, parameters, compiled forward pass and the reference's arguments."""
     options = OPTIONS[request.param]
     model, backbone = make_tiny(**options)
-    run = jax.jit(model.apply, static_argnames=("deep", "formulation"))
     told = ("readout", "norm", "posemb", "activation", "epsilon")
     kind = {n: options[n] for n in told if n in options}
-    return model, backbone, functools.partial(run, {"params": backbone}), kind
+    return model, backbone, make_run(model, backbone), kind
 
 
 @pytest.fixture
@@ -51,12 +50,17 @@ def images(getkey):
     return jax.random.normal(getkey(), (3, 8, 8, 3))
 
 
-@pytest.mark.parametrize("num", [None, (4, 0, 3), (0, 2, 7)])
-@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize(
+    ("num", "deep"),
+    [
+        (None, True),
+        (NUM, True),
+        (SHALLOW, False),
+        pytest.param((0, 2, 7), True, marks=pytest.mark.slow),
+    ],
+)
 def test_agrees_with_a_float64_reference(case, images, getkey, num, deep):
     model, backbone, run, kind = case
-    if num is not None and not deep:
-        num = (sum(num), 0, 0)
     prompts = None if num is None else big_prompts(getkey(), model, num)
     got, _ = run(images, prompts=prompts, deep=deep)
     as64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
@@ -69,7 +73,7 @@ def test_agrees_with_a_float64_reference(case, images, getkey, num, deep):
 
 def test_formulations_and_their_gradients_agree(case, images, getkey):
     model, _, run, _ = case
-    prompts = big_prompts(getkey(), model, (3, 0, 4))
+    prompts = big_prompts(getkey(), model, NUM)
     mask = some_mask(prompts)
 
     def loss(prompts, formulation):
@@ -87,35 +91,32 @@ def test_formulations_and_their_gradients_agree(case, images, getkey):
 
 
 @pytest.mark.parametrize("deep", [True, False])
-def test_masked_gated_and_condensed_agree(case, images, getkey, deep):
+def test_masked_and_condensed_agree(case, images, getkey, deep):
     model, _, run, _ = case
-    prompts = big_prompts(getkey(), model, (3, 2, 4) if deep else (5, 0, 0))
+    prompts = big_prompts(getkey(), model, NUM if deep else SHALLOW)
     mask = some_mask(prompts)
     run = functools.partial(run, images, deep=deep)
     masked, _ = run(prompts=prompts, prompt_mask=mask)
-    gate = tuple(m.astype(jnp.float32) for m in mask)
-    gated, _ = run(prompts=prompts, prompt_gate=gate)
     condensed, _ = run(prompts=vpt_jax.condense(prompts, mask))
     assert relative(masked, condensed) < 1e-5
-    assert relative(gated, condensed) < 1e-5
     assert relative(masked, run(prompts=prompts)[0]) > 1e-3
 
 
 def test_prefilled_prompts_agree(case, images, getkey):
     model, backbone, run, _ = case
-    prompts = big_prompts(getkey(), model, (3, 0, 4))
+    prompts = big_prompts(getkey(), model, NUM)
+    mask = some_mask(prompts)
     ready = vpt_jax.prefill(model, backbone, prompts)
     reads_prompts = model.readout == "mean_with_prompts"
     assert isinstance(ready[-1], KeyValue) != reads_prompts
-    for mask in (None, some_mask(prompts)):
-        expected, _ = run(images, prompts=prompts, prompt_mask=mask)
-        got, _ = run(images, prompts=ready, prompt_mask=mask)
-        assert relative(got, expected) < 1e-6
+    expected, _ = run(images, prompts=prompts, prompt_mask=mask)
+    got, _ = run(images, prompts=ready, prompt_mask=mask)
+    assert relative(got, expected) < 1e-6
 
 
 def test_importance_is_the_slope_of_the_loss_along_the_gate(case, images, getkey):
     model, backbone, run, _ = case
-    prompts = big_prompts(getkey(), model, (2, 0, 2))
+    prompts = big_prompts(getkey(), model, NUM)
     trainable = {
         "prompts": prompts,
         "head": vpt_jax.init_head(getkey(), model.width, 3),
